@@ -1,0 +1,30 @@
+// cpu.h: the CPU entry points, one per op: f(params, begin, end) works on rows [begin, end).
+// Threads belong to the caller. Range kernels return kOk or the first row whose input is out of
+// range (params.h); such a row's outputs are left NaN and the rest of the range is still computed.
+#pragma once
+
+#include <cstdint>
+
+#include "fdpg/params.h"
+
+namespace fdpg::cpu {
+
+// Instruction set the dispatcher settled on: "avx512", "avx2" or "portable". The environment
+// variable FDPG_CPU_ISA=portable|avx2|avx512 lowers it (for tests and bug reports).
+const char* isa();
+
+// Chooses an instruction set by name for the calls that follow; false if this CPU lacks it or the
+// name is unknown. Tests run every kernel through each.
+bool set_isa(const char* name);
+
+int64_t token_logprob(const TokenLogprobParams& p, int64_t begin, int64_t end);
+int64_t token_logprob_backward(const TokenLogprobBackwardParams& p, int64_t begin, int64_t end);
+int64_t sample_logprob(const SampleLogprobParams& p, int64_t begin, int64_t end);
+int64_t sequence_logprob(const SequenceLogprobParams& p, int64_t begin, int64_t end);
+int64_t fdiv_terms(const FdivTermsParams& p, int64_t begin, int64_t end);
+
+// Whole-batch ops: their results tie samples together, and B is small.
+int64_t log_partition(const LogPartitionParams& p);
+int64_t fdiv_weights(const FdivWeightsParams& p);
+
+}  // namespace fdpg::cpu

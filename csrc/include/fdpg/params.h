@@ -1,0 +1,147 @@
+// params.h: one plain struct of pointers and sizes per op. What every kernel, on every device,
+// is told, and all it is told.
+//
+// Laws of this file:
+// - Strides are in elements, not bytes. Sizes and offsets are 64-bit: N * V passes 2^31.
+// - Per-token quantities are fp32 (fp64 where the logits are fp64); per-sequence quantities are
+//   fp64 throughout, because f-DPG exponentiates differences of sums over hundreds of tokens.
+// - A pointer marked "or null" may be null; every other one points to what its comment says.
+// - Legend: N rows of logits, V vocabulary, B sequences, T token columns, G prompts.
+#pragma once
+
+#include <cstdint>
+
+namespace fdpg {
+
+// Storage type of the logits. Names follow torch's scalar types.
+enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64 = 3 };
+
+// What a CPU range kernel reports: kOk, or the index of the first offending row in its range.
+inline constexpr int64_t kOk = -1;
+
+// log p(target) and log-sum-exp of each row of logits, in one read of the row.
+//   z = logits * inv_temperature;  lse = log sum_j exp z_j;  logp = z[target] - lse
+//   entropy = lse - sum_j softmax(z)_j z_j   (a term with z_j = -inf counts as 0)
+struct TokenLogprobParams {
+  const void* logits;  // (N, V), row stride `row_stride`, unit stride along V
+  Dtype dtype;
+  int64_t rows;           // N
+  int64_t vocab;          // V
+  int64_t row_stride;     // >= V
+  const int64_t* target;  // (N,)
+  const bool* mask;       // (N,) or null; a row with mask false is not read and yields zeros
+  double inv_temperature;
+  void* logp;     // (N,) fp32, or fp64 when dtype is kFloat64
+  void* lse;      // (N,) same type
+  void* entropy;  // (N,) same type, or null
+};
+
+// d logits, given upstream gradients of logp, lse and entropy:
+//   dz_j = g_logp (1[j == target] - p_j) + g_lse p_j - g_entropy p_j (z_j - lse + entropy)
+//   dlogits_j = inv_temperature * dz_j
+// `grad_logits` may be the same buffer as `logits` (in place). Masked rows, and rows whose three
+// gradients are all zero, are written as zeros without being read.
+struct TokenLogprobBackwardParams {
+  const void* logits;  // (N, V)
+  void* grad_logits;   // (N, V), same dtype as logits
+  Dtype dtype;
+  int64_t rows;
+  int64_t vocab;
+  int64_t row_stride;       // of logits
+  int64_t grad_row_stride;  // of grad_logits
+  const int64_t* target;    // (N,)
+  const bool* mask;         // (N,) or null
+  double inv_temperature;
+  const void* lse;           // (N,) as the forward returned it
+  const void* entropy;       // (N,) or null; needed when grad_entropy is not null
+  const void* grad_logp;     // (N,) or null
+  const void* grad_lse;      // (N,) or null
+  const void* grad_entropy;  // (N,) or null
+};
+
+// One draw from softmax(logits * inv_temperature) per row, with its log-prob, in one read of the
+// row and a second look at one block of it. The uniform of row i is a function of
+// (seed, sample_id[i], position[i]) alone (random.h), so a draw does not depend on the batch.
+// A row that holds NaN or +inf, or is -inf throughout, yields token 0 and logp = lse = NaN:
+// nothing on the device can raise, so the caller looks at lse.
+struct SampleLogprobParams {
+  const void* logits;  // (N, V)
+  Dtype dtype;
+  int64_t rows;
+  int64_t vocab;
+  int64_t row_stride;
+  double inv_temperature;
+  const int64_t* seed;       // (1,)
+  const int64_t* sample_id;  // (N,)
+  const int64_t* position;   // (N,)
+  int64_t* token;            // (N,)
+  void* logp;                // (N,) fp32, or fp64 when dtype is kFloat64
+  void* lse;                 // (N,)
+};
+
+// sum over t < lengths[b] of values[b, t], in the fixed order t = 0, 1, ..., in fp64.
+struct SequenceLogprobParams {
+  const void* values;  // (B, T), row stride `row_stride`; fp32, or fp64 when is_double
+  bool is_double;
+  int64_t sequences;  // B
+  int64_t tokens;     // T
+  int64_t row_stride;
+  const int64_t* lengths;  // (B,), 0 <= lengths[b] <= T
+  double* out;             // (B,)
+};
+
+// Streaming importance-sampling estimate of Z per prompt, in log space:
+//   state[g] = (log sum w, log sum w^2, number of samples),  w = P(x) / q(x)
+// Samples are added in order; a log weight of -inf adds a zero and counts as a sample.
+struct LogPartitionParams {
+  const double* log_weight;  // (B,) log P(x) - log q(x)
+  const int64_t* prompt;     // (B,) row of `state`
+  int64_t sequences;         // B
+  int64_t prompts;           // G
+  double* state;             // (G, 3), updated in place; a fresh row is (-inf, -inf, 0)
+};
+
+// The weight of each sample in the policy-gradient estimate
+//   grad D_f(pi || p)  =  -(1/B) sum_i weight_i grad log pi(x_i)
+//   weight_i = ratio_i (r_i - b_i),   r = -f'(log_t),   log_t = log pi - (log P - log Z)
+//   ratio = min(pi / q, ratio_clip);  r clamped to [-reward_clip, reward_clip]
+// (f-DPG, arXiv 2302.08215, Theorem 1 and Fact 1.) A sample of a prompt with log Z = -inf is
+// skipped: weight 0, counted, left out of every statistic and baseline.
+struct FdivWeightsParams {
+  const double* log_pi;     // (B,)
+  const double* log_q;      // (B,)
+  const double* log_score;  // (B,) log P, -inf off the support
+  const double* log_z;      // (G,)
+  const int64_t* prompt;    // (B,) 0..G-1, non-decreasing: samples are grouped by prompt
+  int64_t sequences;        // B
+  int64_t prompts;          // G
+  int32_t divergence;       // index in the list of divergence.h
+  double divergence_param;  // alpha or w; ignored by the others
+  int32_t baseline;         // index in the list of baseline.h
+  double baseline_param;    // decay of ema; ignored by the others
+  double* baseline_state;   // (2,) sum and weight of the moving average, updated in place; or null
+                            // for baselines that keep no state
+  double ratio_clip;        // +inf: not truncated
+  double reward_clip;       // +inf: not clipped
+  double* weights;          // (B,)
+  double* statistics;       // (kStatistics,), named in statistics.h
+};
+
+// One sample's term of the importance-sampling estimate of D_f(pi || p) under q:
+//   log_t = log pi - log p:  (p/q) f~(t) on the support, (pi/q) f~'(inf) off it,
+//   f~(t) = f(t) - f'(1)(t - 1), which is >= 0 and has the same divergence and less variance.
+// The mean over samples of one prompt estimates D_f for that prompt.
+struct FdivTermsParams {
+  const double* log_pi;     // (B,)
+  const double* log_q;      // (B,)
+  const double* log_score;  // (B,)
+  const double* log_z;      // (G,)
+  const int64_t* prompt;    // (B,) 0..G-1
+  int64_t sequences;
+  int64_t prompts;
+  int32_t divergence;
+  double divergence_param;
+  double* out;  // (B,); NaN for a prompt with log Z = -inf
+};
+
+}  // namespace fdpg

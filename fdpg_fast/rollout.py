@@ -1,0 +1,85 @@
+"""Rollout: what a sampler returns and everything after it reads.
+
+Shape legend: B samples, G prompts, P prompt tokens (longest), S sampled tokens (maximum), T = P + S.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["PromptBatch", "Rollout"]
+
+
+@dataclass(frozen=True)
+class PromptBatch:
+    """The prompts of one step.
+
+    Attributes:
+        ids: ``(G,)`` int64 on the CPU, each prompt's row in the prompt set (and in the log Z store).
+        tokens: G tuples of token ids, none of them empty.
+        texts: G texts as the user wrote them.
+    """
+
+    ids: Tensor
+    tokens: tuple[tuple[int, ...], ...]
+    texts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Samples x ~ q, grouped by prompt, with what q said of them.
+
+    A row of ``tokens`` is the prompt, then the sample, then padding (on the right). A sample ends
+    at its first end-of-text token, which belongs to it, or is cut off at S tokens. Masks are made
+    from lengths, never by comparing with a padding id.
+
+    Attributes:
+        tokens: ``(B, T)`` int64.
+        prompt_lengths: ``(B,)`` int64, >= 1.
+        lengths: ``(B,)`` int64, sampled tokens, 1..S, end-of-text included.
+        prompt_index: ``(B,)`` int64, 0..G-1, non-decreasing: which of ``prompts`` a sample continues.
+        sample_ids: ``(B,)`` int64, unique within the step; with (seed, step) it keys the draw.
+        token_logprob: ``(B, S)`` fp32, log q of each sampled token as sampled, 0 past the length.
+        lse: ``(B, S)`` fp32, the log-sum-exp of the logits it was drawn from, 0 past the length.
+        log_q: ``(B,)`` fp64, log q(x | prompt): the sum of ``token_logprob``.
+        finished: ``(B,)`` bool, ended by an end-of-text token (False: cut off by length).
+        prompts: the G prompts.
+        texts: B decoded samples, without the prompt and without special tokens.
+    """
+
+    tokens: Tensor
+    prompt_lengths: Tensor
+    lengths: Tensor
+    prompt_index: Tensor
+    sample_ids: Tensor
+    token_logprob: Tensor
+    lse: Tensor
+    log_q: Tensor
+    finished: Tensor
+    prompts: PromptBatch
+    texts: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @property
+    def prompt_texts(self) -> tuple[str, ...]:
+        """B texts: the prompt of each sample."""
+        return tuple(self.prompts.texts[g] for g in self.prompt_index.tolist())
+
+    def select(self, rows: Tensor) -> Rollout:
+        """The samples at ``rows`` (int64 indices), all G prompts kept."""
+        picked = {
+            f.name: getattr(self, f.name)[rows]
+            for f in dataclasses.fields(self)
+            if isinstance(getattr(self, f.name), torch.Tensor)
+        }
+        texts = tuple(self.texts[i] for i in rows.tolist())
+        return dataclasses.replace(self, **picked, texts=texts)

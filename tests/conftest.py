@@ -1,0 +1,31 @@
+"""What every test may ask for."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real models and text beside the checkout; tests that need it skip without it."""
+    path = Path(os.environ.get("FDPG_SHARED", ROOT.parent / "shared"))
+    if not (path / "models").is_dir():
+        pytest.skip(f"needs the real models and text of {path.name}/, which are not beside the checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def stories_3m(shared: Path) -> Path:
+    """A GPT-2-architecture story model, 3.4 M parameters."""
+    return shared / "models" / "tinystories-instruct-3M-chat-gpt2"
+
+
+@pytest.fixture(scope="session")
+def stories_260k(shared: Path) -> Path:
+    """A Llama-architecture story model with grouped queries, 260 K parameters."""
+    return shared / "models" / "stories260K"
