@@ -363,7 +363,7 @@ def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
 
 
 def argument_parser() -> ArgumentParser:
-    """The parser of ``--part.key value``: its types, its help, its defaults are the dataclasses'."""
+    """The parser of ``--part.key value``, made from the dataclasses."""
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, add_help=False)

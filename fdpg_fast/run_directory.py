@@ -1,0 +1,198 @@
+"""The folder of one run: what is written, where, and how it is found again.
+
+config.yaml         every key, defaults written out
+metrics.jsonl       one line per step; nothing in it depends on the clock, so two runs of one
+                    config can be compared with `diff`
+timing.jsonl        one line per step: seconds spent sampling, scoring, training
+samples.jsonl       the tables of samples shown while training
+checkpoints/        step-N/, complete or invisible
+model/              the tuned model, as transformers loads it
+evaluation.json     fresh samples of the base and of the tuned model, measured
+report.html         plots and samples, one file
+README.md           model card
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fdpg_fast.checkpoint import CheckpointError, latest
+from fdpg_fast.config import Config
+
+__all__ = ["RunDirectory", "RunDirectoryError"]
+
+LOGS = ("metrics.jsonl", "timing.jsonl", "samples.jsonl")
+
+
+class RunDirectoryError(CheckpointError):
+    """A folder that a run cannot be started in, resumed from, or read from."""
+
+
+class RunDirectory:
+    """The files of one run, by name."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+        self.report = self.path / "report.html"
+        self.card = self.path / "README.md"
+        self.evaluation = self.path / "evaluation.json"
+
+    @classmethod
+    def create(cls, path: str | Path, config: Config) -> RunDirectory:
+        """A new run in a folder that is empty or does not exist yet.
+
+        Raises:
+            RunDirectoryError: the folder holds something already, or cannot be written.
+        """
+        run = cls(path)
+        if run.path.exists() and not run.path.is_dir():
+            raise RunDirectoryError(f"run: {run.path} expected a folder, got a file")
+        if run.path.is_dir() and any(run.path.iterdir()):
+            if run._is_run():
+                raise RunDirectoryError(
+                    f"run: {run.path} holds a run already. Way out: --resume to go on with it, or "
+                    "another --out"
+                )
+            raise RunDirectoryError(
+                f"run: {run.path} holds files of something else. Way out: another --out"
+            )
+        run._require_writable()
+        run._write_text(run.path / "config.yaml", config.dump())
+        return run
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunDirectory:
+        """The folder of a run that was started earlier.
+
+        Raises:
+            RunDirectoryError: there is no run in it.
+        """
+        run = cls(path)
+        if not run.path.is_dir():
+            raise RunDirectoryError(f"run: no folder {run.path}")
+        if not run._is_run():
+            raise RunDirectoryError(
+                f"run: {run.path} expected the folder of a run, found no config.yaml in it"
+            )
+        return run
+
+    @classmethod
+    def resume(cls, path: str | Path, config: Config | None) -> tuple[RunDirectory, Path | None]:
+        """A run to go on with: its folder and its newest complete checkpoint.
+
+        ``config`` may differ from the saved one in the part ``run`` only (more steps, say), which
+        is then what the folder says too.
+
+        Raises:
+            RunDirectoryError: no run there, it cannot be written, or ``config`` is another run's.
+        """
+        run = cls.open(path)
+        run._require_writable()
+        if config is not None:
+            saved = run.config()
+            other = [key for key in config.difference(saved) if not key.startswith("run.")]
+            other += [key for key in config.difference(saved) if key == "run.seed"]
+            if other:
+                raise RunDirectoryError(
+                    f"run: {run.path} was started with another {', '.join(other)}. Way out: "
+                    "resume with the same settings, or start a new run in another --out"
+                )
+            run._write_text(run.path / "config.yaml", config.dump())
+        return run, latest(run.checkpoints)
+
+    def config(self) -> Config:
+        """The config the run was started with."""
+        return Config.read(self.path / "config.yaml")
+
+    def append(self, log: str, records: Iterable[Mapping[str, Any]]) -> None:
+        """Adds lines to one of :data:`LOGS`.
+
+        Raises:
+            RunDirectoryError: they could not be written.
+        """
+        lines = "".join(json.dumps(_plain(record)) + "\n" for record in records)
+        try:
+            with (self.path / log).open("a", encoding="utf-8") as stream:
+                stream.write(lines)
+        except OSError as error:
+            raise RunDirectoryError(f"run: cannot write {self.path / log}: {error}") from error
+
+    def read(self, log: str) -> list[dict[str, Any]]:
+        """The lines of a log; a last line cut short by a crash is left out."""
+        path = self.path / log
+        if not path.is_file():
+            return []
+        records = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                break
+        return records
+
+    def rewind(self, step: int) -> None:
+        """Drops what the logs say of steps that the checkpoint at ``step`` does not hold."""
+        for log in LOGS:
+            path = self.path / log
+            if path.is_file():
+                kept = [record for record in self.read(log) if record["step"] <= step]
+                self._write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+
+    def write_json(self, path: Path, content: Mapping[str, Any]) -> None:
+        """Replaces a JSON file."""
+        self._write_text(path, json.dumps(_plain(content), indent=1) + "\n")
+
+    def write_text(self, path: Path, content: str) -> None:
+        """Replaces a text file."""
+        self._write_text(path, content)
+
+    def _is_run(self) -> bool:
+        config = self.path / "config.yaml"
+        try:
+            content = yaml.safe_load(config.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            return False
+        return isinstance(content, dict) and "objective" in content
+
+    def _require_writable(self) -> None:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path):
+                pass
+        except OSError as error:
+            raise RunDirectoryError(
+                f"run: cannot write in {self.path}: {error.strerror}. Way out: another --out"
+            ) from error
+
+    def _write_text(self, path: Path, content: str) -> None:
+        """Replaces a file in one step, so that a reader finds the old text or the new."""
+        aside = path.with_name(f".writing-{path.name}")
+        try:
+            with aside.open("w", encoding="utf-8") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            aside.replace(path)
+        except OSError as error:
+            raise RunDirectoryError(f"run: cannot write {path}: {error}") from error
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no infinities and no NaN: they become "inf", "-inf" and null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value

@@ -1,0 +1,131 @@
+"""Config: what a run can be told, and what it answers to what it cannot."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from fdpg_fast.config import Config, ConfigError, argument_parser
+
+
+def test_defaults_are_those_of_the_dog_example() -> None:
+    config = Config()
+    assert config.objective.divergence == "js"
+    assert config.optimiser.learning_rate == 3e-5
+    assert config.samples_per_step == 256
+    assert config.sampling.max_new_tokens == 40
+
+
+def test_dump_round_trips(tmp_path: Path) -> None:
+    config = Config.read(
+        {"target": {"constrain": [{"contains": "dög"}]}, "prompts": {"source": ["a: b", "#c"]}},
+        [
+            "--optimiser.betas",
+            "[0.9, 0.95]",
+            "--objective.ratio_clip",
+            "2",
+            "--run.max_gap",
+            "1e-2",
+        ],
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(config.dump(), encoding="utf-8")
+    assert Config.read(path) == config
+
+
+def test_dump_writes_every_key() -> None:
+    text = Config().dump()
+    for part in dataclasses.fields(Config):
+        for key in dataclasses.fields(getattr(Config(), part.name)):
+            assert f"  {key.name}:" in text
+
+
+def test_key_names_are_unique_over_all_parts() -> None:
+    """Trainer(..., learning_rate=...) names a key without its part."""
+    keys = [key for _, key, _ in Config()._items()]
+    assert len(keys) == len(set(keys))
+
+
+def test_every_key_is_explained_in_the_help() -> None:
+    text = argument_parser().format_help()
+    for part, key, _ in Config()._items():
+        assert f"--{part}.{key}" in text
+        assert f"{key}:" in str(type(getattr(Config(), part)).__doc__)
+
+
+def test_yaml_reads_scientific_numbers_anywhere(tmp_path: Path) -> None:
+    """PyYAML alone reads 1e-4 as text."""
+    path = tmp_path / "c.yaml"
+    path.write_text(
+        "optimiser: {learning_rate: 1e-4}\ntarget:\n  reward: {length: words, beta: 1e-1}\n"
+    )
+    config = Config.read(path)
+    assert config.optimiser.learning_rate == 1e-4
+    assert config.target.reward == {"length": "words", "beta": 0.1}
+
+
+def test_overrides_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("run: {steps: 7, seed: 3}\n")
+    config = Config.read(path, ["--run.steps", "9"])
+    assert (config.run.steps, config.run.seed) == (9, 3)
+
+
+def test_replace_finds_the_part() -> None:
+    config = Config().replace(steps=3, learning_rate=1e-4)
+    assert (config.run.steps, config.optimiser.learning_rate) == (3, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("content", "overrides", "message"),
+    [
+        ({"optimiser": {"learning_rat": 1.0}}, [], "Did you mean `optimiser.learning_rate`?"),
+        ({"optimizer": {}}, [], "Did you mean `optimiser`?"),
+        ({"run": {"learning_rate": 1.0}}, [], "Did you mean `optimiser.learning_rate`?"),
+        ({"model": "gpt2"}, [], "`model` expected indented `key: value` lines, got 'gpt2'"),
+        ({"run": {"steps": "many"}}, [], "`run.steps` expected a whole number, got many"),
+        ({"run": {"steps": 0}}, [], "`run.steps` expected at least 1, got 0"),
+        ({"target": {"constrain": "dog"}}, [], "`target.constrain` expected a list"),
+        ({"prompts": {"source": 3}}, [], "`prompts.source` expected a text or a list of texts"),
+        ({}, ["--optimiser.learning_rat", "1"], "Did you mean `--optimiser.learning_rate`?"),
+        ({}, ["--lerning_rate", "1"], "Did you mean `--optimiser.learning_rate`?"),
+        ({}, ["--model", "gpt2"], "--model.name"),
+        ({}, ["--model.compute", "fp16"], "expected one of 'auto', 'fp32', 'bf16', got fp16"),
+        ({}, ["--run.steps"], "--run.steps"),
+        ({}, ["--optimiser.learning_rate=-1"], "expected a number above 0, got -1"),
+        ({}, ["--optimiser.learning_rate", "nan"], "`optimiser.learning_rate` expected a number"),
+    ],
+)
+def test_bad_input_is_named(content: dict[str, object], overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        Config.read(content, overrides)
+    assert message in str(raised.value)
+
+
+def test_unknown_key_in_python_names_the_nearest() -> None:
+    with pytest.raises(ConfigError, match=r"unknown key `step`\. Did you mean `steps`"):
+        Config().replace(step=3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "is not YAML"),
+        ("- 1\n", "expected `part:` and indented"),
+        ("target: {python: !!python/object/apply:os.system ['true']}", "is not YAML"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        Config.read(path)
+
+
+def test_an_unknown_recipe_lists_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"no recipe or file `demoo`\. Did you mean `demo`"):
+        Config.read("demoo")
+    with pytest.raises(ConfigError, match=r"no file `nowhere/x\.yaml`"):
+        Config.read("nowhere/x.yaml")
