@@ -1,0 +1,256 @@
+// calls.h: the part of a binding that is the same on every device: check the arguments, allocate
+// the results, fill the params. cpu.cpp and cuda.cpp run the kernel and hand the results back.
+//
+// Each op has one struct: `params` is ready for the kernel, the tensors are the results. Keep the
+// struct until the kernel has run or was enqueued: it owns copies that the params point into.
+#pragma once
+
+#include <optional>
+
+#include "check.h"
+#include "fdpg/baseline.h"
+#include "fdpg/divergence.h"
+#include "fdpg/params.h"
+#include "fdpg/statistics.h"
+
+namespace fdpg::binding {
+
+using OptionalTensor = std::optional<Tensor>;
+
+struct TokenLogprob {
+  Arguments args;
+  TokenLogprobParams params{};
+  Tensor logp, lse, entropy;
+
+  TokenLogprob(const Tensor& logits, const Tensor& target, double inv_temperature,
+               const OptionalTensor& mask, bool want_entropy)
+      : args("token_logprob", "logits", logits) {
+    const Matrix z = args.logits("logits", logits);
+    const ScalarType type = result_type(z.type);
+    logp = torch::stable::new_empty(logits, {z.rows}, type);
+    lse = torch::stable::new_empty(logits, {z.rows}, type);
+    entropy = torch::stable::new_empty(logits, {want_entropy ? z.rows : 0}, type);
+
+    params.logits = z.data;
+    params.dtype = dtype_of(z.type);
+    params.rows = z.rows;
+    params.vocab = z.columns;
+    params.row_stride = z.row_stride;
+    params.target = args.vector<int64_t>("target", target, z.rows);
+    params.mask = args.optional_vector<bool>("mask", mask, z.rows);
+    params.inv_temperature = inv_temperature;
+    params.logp = logp.data_ptr();
+    params.lse = lse.data_ptr();
+    params.entropy = want_entropy ? entropy.data_ptr() : nullptr;
+  }
+};
+
+struct TokenLogprobBackward {
+  Arguments args;
+  TokenLogprobBackwardParams params{};
+  Tensor grad_logits;
+
+  // `in_place`: the gradient overwrites the logits; else it gets a tensor of its own.
+  TokenLogprobBackward(bool in_place, const Tensor& logits, const Tensor& target, const Tensor& lse,
+                       const OptionalTensor& entropy, const OptionalTensor& grad_logp,
+                       const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+                       double inv_temperature, const OptionalTensor& mask)
+      : args(in_place ? "token_logprob_backward_" : "token_logprob_backward", "logits", logits) {
+    const Matrix z = args.logits("logits", logits);
+    const ScalarType type = result_type(z.type);
+    grad_logits = in_place ? logits : torch::stable::new_empty(logits, {z.rows, z.columns});
+
+    params.logits = z.data;
+    params.grad_logits = grad_logits.data_ptr();
+    params.dtype = dtype_of(z.type);
+    params.rows = z.rows;
+    params.vocab = z.columns;
+    params.row_stride = z.row_stride;
+    params.grad_row_stride = in_place ? z.row_stride : z.columns;
+    params.target = args.vector<int64_t>("target", target, z.rows);
+    params.mask = args.optional_vector<bool>("mask", mask, z.rows);
+    params.inv_temperature = inv_temperature;
+    params.lse = args.vector("lse", lse, z.rows, type);
+    params.grad_logp = args.optional_vector("grad_logp", grad_logp, z.rows, type);
+    params.grad_lse = args.optional_vector("grad_lse", grad_lse, z.rows, type);
+    params.grad_entropy = args.optional_vector("grad_entropy", grad_entropy, z.rows, type);
+    params.entropy =
+        grad_entropy ? args.optional_vector("entropy", entropy, z.rows, type) : nullptr;
+    if (grad_entropy && !entropy) {
+      fail("token_logprob_backward: `entropy` must be given with `grad_entropy`, got None");
+    }
+  }
+};
+
+struct SampleLogprob {
+  Arguments args;
+  SampleLogprobParams params{};
+  Tensor token, logp, lse;
+
+  SampleLogprob(const Tensor& logits, const Tensor& seed, const Tensor& sample_id,
+                const Tensor& position, double inv_temperature)
+      : args("sample_logprob", "logits", logits) {
+    const Matrix z = args.logits("logits", logits);
+    const ScalarType type = result_type(z.type);
+    token = torch::stable::new_empty(logits, {z.rows}, ScalarType::Long);
+    logp = torch::stable::new_empty(logits, {z.rows}, type);
+    lse = torch::stable::new_empty(logits, {z.rows}, type);
+
+    params.logits = z.data;
+    params.dtype = dtype_of(z.type);
+    params.rows = z.rows;
+    params.vocab = z.columns;
+    params.row_stride = z.row_stride;
+    params.inv_temperature = inv_temperature;
+    params.seed = args.vector<int64_t>("seed", seed, 1);
+    params.sample_id = args.vector<int64_t>("sample_id", sample_id, z.rows);
+    params.position = args.vector<int64_t>("position", position, z.rows);
+    params.token = static_cast<int64_t*>(token.data_ptr());
+    params.logp = logp.data_ptr();
+    params.lse = lse.data_ptr();
+  }
+};
+
+struct SequenceLogprob {
+  Arguments args;
+  SequenceLogprobParams params{};
+  Tensor out;
+
+  SequenceLogprob(const Tensor& values, const Tensor& lengths)
+      : args("sequence_logprob", "values", values) {
+    args.dimensions("values", values, 2);
+    args.one_of("values", values.scalar_type(), {ScalarType::Float, ScalarType::Double});
+    const int64_t sequences = values.size(0), tokens = values.size(1);
+    if (tokens > 1 && values.stride(1) != 1) {
+      fail("sequence_logprob: `values` must be contiguous along tokens, got strides ",
+           list_of(values.strides()), ". Call .contiguous() on it");
+    }
+    out = torch::stable::new_empty(values, {sequences}, ScalarType::Double);
+
+    params.values = values.data_ptr();
+    params.is_double = values.scalar_type() == ScalarType::Double;
+    params.sequences = sequences;
+    params.tokens = tokens;
+    params.row_stride = sequences > 1 ? values.stride(0) : tokens;
+    params.lengths = args.vector<int64_t>("lengths", lengths, sequences);
+    params.out = static_cast<double*>(out.data_ptr());
+  }
+};
+
+struct LogPartition {
+  Arguments args;
+  LogPartitionParams params{};
+
+  LogPartition(const Tensor& state, const Tensor& log_weight, const Tensor& prompt)
+      : args("log_partition_", "state", state) {
+    args.dimensions("state", state, 2);
+    args.dimensions("log_weight", log_weight, 1);
+    params.prompts = state.size(0);
+    params.sequences = log_weight.size(0);
+    params.state = args.state("state", state, {params.prompts, 3});
+    params.log_weight = args.vector<double>("log_weight", log_weight, params.sequences);
+    params.prompt = args.vector<int64_t>("prompt", prompt, params.sequences);
+  }
+};
+
+inline void check_divergence(const char* op, int64_t id, double param) {
+  if (id < 0 || id >= kDivergences) {
+    fail(op, ": `divergence` must be in [0, ", int{kDivergences}, "), got ", id);
+  }
+  if (valid_divergence(static_cast<int32_t>(id), param)) return;
+  const DivergenceInfo& info = kDivergenceInfo[id];
+  fail(op, ": `divergence_param` of ", info.name, " must lie in (", info.low, ", ", info.high,
+       "), got ", param);
+}
+
+inline void check_baseline(const char* op, int64_t id, double param, int64_t divergence,
+                           bool has_state) {
+  if (id < 0 || id >= kBaselines) {
+    fail(op, ": `baseline` must be in [0, ", int{kBaselines}, "), got ", id);
+  }
+  const BaselineInfo& info = kBaselineInfo[id];
+  if (info.scope == Scope::kEarlierBatches && !has_state) {
+    fail(op, ": `baseline_state` must be given for the baseline ", info.name, ", got None");
+  }
+  if (valid_baseline(static_cast<int32_t>(id), param, static_cast<int32_t>(divergence))) return;
+  if (info.takes_param) {
+    fail(op, ": `baseline_param` of ", info.name, " must lie in (", info.low, ", ", info.high,
+         "), got ", param);
+  }
+  fail(op, ": the baseline ", info.name, " is not exact for the divergence ",
+       kDivergenceInfo[divergence].name, ". Use loo");
+}
+
+inline void check_at_least(const char* op, const char* name, double value, double low) {
+  if (!(value >= low)) fail(op, ": `", name, "` must be at least ", low, ", got ", value);
+}
+
+struct FdivWeights {
+  Arguments args;
+  FdivWeightsParams params{};
+  Tensor weights, statistics;
+
+  FdivWeights(const Tensor& log_pi, const Tensor& log_q, const Tensor& log_score,
+              const Tensor& log_z, const Tensor& prompt, int64_t divergence,
+              double divergence_param, int64_t baseline, double baseline_param,
+              const OptionalTensor& baseline_state, double ratio_clip, double reward_clip)
+      : args("fdiv_weights", "log_pi", log_pi) {
+    check_divergence("fdiv_weights", divergence, divergence_param);
+    check_baseline("fdiv_weights", baseline, baseline_param, divergence,
+                   baseline_state.has_value());
+    check_at_least("fdiv_weights", "ratio_clip", ratio_clip, 0.0);
+    check_at_least("fdiv_weights", "reward_clip", reward_clip, 0.0);
+    args.dimensions("log_pi", log_pi, 1);
+    args.dimensions("log_z", log_z, 1);
+    const int64_t b = log_pi.size(0);
+    weights = torch::stable::new_empty(log_pi, {b}, ScalarType::Double);
+    statistics = torch::stable::new_empty(log_pi, {kStatistics}, ScalarType::Double);
+
+    params.sequences = b;
+    params.prompts = log_z.size(0);
+    params.log_pi = args.vector<double>("log_pi", log_pi, b);
+    params.log_q = args.vector<double>("log_q", log_q, b);
+    params.log_score = args.vector<double>("log_score", log_score, b);
+    params.log_z = args.vector<double>("log_z", log_z, params.prompts);
+    params.prompt = args.vector<int64_t>("prompt", prompt, b);
+    params.divergence = static_cast<int32_t>(divergence);
+    params.divergence_param = divergence_param;
+    params.baseline = static_cast<int32_t>(baseline);
+    params.baseline_param = baseline_param;
+    params.baseline_state =
+        baseline_state ? args.state("baseline_state", *baseline_state, {2}) : nullptr;
+    params.ratio_clip = ratio_clip;
+    params.reward_clip = reward_clip;
+    params.weights = static_cast<double*>(weights.data_ptr());
+    params.statistics = static_cast<double*>(statistics.data_ptr());
+  }
+};
+
+struct FdivTerms {
+  Arguments args;
+  FdivTermsParams params{};
+  Tensor out;
+
+  FdivTerms(const Tensor& log_pi, const Tensor& log_q, const Tensor& log_score, const Tensor& log_z,
+            const Tensor& prompt, int64_t divergence, double divergence_param)
+      : args("fdiv_terms", "log_pi", log_pi) {
+    check_divergence("fdiv_terms", divergence, divergence_param);
+    args.dimensions("log_pi", log_pi, 1);
+    args.dimensions("log_z", log_z, 1);
+    const int64_t b = log_pi.size(0);
+    out = torch::stable::new_empty(log_pi, {b}, ScalarType::Double);
+
+    params.sequences = b;
+    params.prompts = log_z.size(0);
+    params.log_pi = args.vector<double>("log_pi", log_pi, b);
+    params.log_q = args.vector<double>("log_q", log_q, b);
+    params.log_score = args.vector<double>("log_score", log_score, b);
+    params.log_z = args.vector<double>("log_z", log_z, params.prompts);
+    params.prompt = args.vector<int64_t>("prompt", prompt, b);
+    params.divergence = static_cast<int32_t>(divergence);
+    params.divergence_param = divergence_param;
+    params.out = static_cast<double*>(out.data_ptr());
+  }
+};
+
+}  // namespace fdpg::binding

@@ -1,0 +1,162 @@
+// cpu.cpp: the ops on the CPU. calls.h checks, allocates and fills the params; here the rows are
+// shared out among torch's threads, and a row that a kernel rejected becomes a message.
+#include "fdpg/cpu.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cstdint>
+#include <limits>
+#include <tuple>
+
+#include "calls.h"
+
+namespace fdpg::binding {
+namespace {
+
+// Below this many elements a thread costs more than it brings.
+constexpr int64_t kElementsPerThread = 16384;
+
+// Runs kernel(begin, end) over [0, rows) in parallel; returns kOk or the first bad row. The other
+// threads finish their ranges: nothing is thrown across them.
+template <class Kernel>
+int64_t over_rows(int64_t rows, int64_t elements_per_row, const Kernel& kernel) {
+  constexpr int64_t kNone = std::numeric_limits<int64_t>::max();
+  std::atomic<int64_t> first_bad{kNone};
+  const int64_t grain =
+      std::max<int64_t>(1, kElementsPerThread / std::max<int64_t>(1, elements_per_row));
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    const int64_t bad = kernel(begin, end);
+    if (bad == kOk) return;
+    int64_t seen = first_bad.load();
+    while (bad < seen && !first_bad.compare_exchange_weak(seen, bad)) {
+    }
+  });
+  const int64_t bad = first_bad.load();
+  return bad == kNone ? kOk : bad;
+}
+
+[[noreturn]] void bad_target(const char* op, int64_t got, int64_t vocab, int64_t row) {
+  fail(op, ": `target` must be in [0, ", vocab, "), got ", got, " at row ", row);
+}
+
+// `prompt` sends sample `row` to an estimate that does not exist, or out of order.
+[[noreturn]] void bad_prompt(const char* op, const int64_t* prompt, int64_t prompts, int64_t row) {
+  if (prompt[row] < 0 || prompt[row] >= prompts) {
+    fail(op, ": `prompt` must be in [0, ", prompts, "), got ", prompt[row], " at sample ", row);
+  }
+  fail(op, ": `prompt` must not decrease (samples are grouped by prompt), got ", prompt[row],
+       " at sample ", row, " after ", row > 0 ? prompt[row - 1] : 0);
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_logprob(const Tensor& logits, const Tensor& target,
+                                                 double inv_temperature, const OptionalTensor& mask,
+                                                 bool entropy) {
+  const TokenLogprob call(logits, target, inv_temperature, mask, entropy);
+  const TokenLogprobParams& p = call.params;
+  const int64_t bad = over_rows(p.rows, p.vocab, [&](int64_t begin, int64_t end) {
+    return cpu::token_logprob(p, begin, end);
+  });
+  if (bad != kOk) bad_target("token_logprob", p.target[bad], p.vocab, bad);
+  return {call.logp, call.lse, call.entropy};
+}
+
+void run(const TokenLogprobBackward& call) {
+  const TokenLogprobBackwardParams& p = call.params;
+  const int64_t bad = over_rows(p.rows, p.vocab, [&](int64_t begin, int64_t end) {
+    return cpu::token_logprob_backward(p, begin, end);
+  });
+  if (bad != kOk) bad_target("token_logprob_backward", p.target[bad], p.vocab, bad);
+}
+
+Tensor token_logprob_backward(const Tensor& logits, const Tensor& target, const Tensor& lse,
+                              const OptionalTensor& entropy, const OptionalTensor& grad_logp,
+                              const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+                              double inv_temperature, const OptionalTensor& mask) {
+  const TokenLogprobBackward call(/*in_place=*/false, logits, target, lse, entropy, grad_logp,
+                                  grad_lse, grad_entropy, inv_temperature, mask);
+  run(call);
+  return call.grad_logits;
+}
+
+void token_logprob_backward_(const Tensor& logits, const Tensor& target, const Tensor& lse,
+                             const OptionalTensor& entropy, const OptionalTensor& grad_logp,
+                             const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+                             double inv_temperature, const OptionalTensor& mask) {
+  run(TokenLogprobBackward(/*in_place=*/true, logits, target, lse, entropy, grad_logp, grad_lse,
+                           grad_entropy, inv_temperature, mask));
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample_logprob(const Tensor& logits, const Tensor& seed,
+                                                  const Tensor& sample_id, const Tensor& position,
+                                                  double inv_temperature) {
+  const SampleLogprob call(logits, seed, sample_id, position, inv_temperature);
+  const SampleLogprobParams& p = call.params;
+  const int64_t bad = over_rows(p.rows, p.vocab, [&](int64_t begin, int64_t end) {
+    return cpu::sample_logprob(p, begin, end);
+  });
+  if (bad != kOk) fail("sample_logprob: no token can be drawn at row ", bad);
+  return {call.token, call.logp, call.lse};
+}
+
+Tensor sequence_logprob(const Tensor& values, const Tensor& lengths) {
+  const SequenceLogprob call(values, lengths);
+  const SequenceLogprobParams& p = call.params;
+  const int64_t bad = over_rows(p.sequences, p.tokens, [&](int64_t begin, int64_t end) {
+    return cpu::sequence_logprob(p, begin, end);
+  });
+  if (bad != kOk) {
+    fail("sequence_logprob: `lengths` must be in [0, ", p.tokens, "], got ", p.lengths[bad],
+         " at sequence ", bad);
+  }
+  return call.out;
+}
+
+void log_partition_(const Tensor& state, const Tensor& log_weight, const Tensor& prompt) {
+  const LogPartition call(state, log_weight, prompt);
+  const LogPartitionParams& p = call.params;
+  const int64_t bad = cpu::log_partition(p);
+  if (bad != kOk) bad_prompt("log_partition_", p.prompt, p.prompts, bad);
+}
+
+std::tuple<Tensor, Tensor> fdiv_weights(const Tensor& log_pi, const Tensor& log_q,
+                                        const Tensor& log_score, const Tensor& log_z,
+                                        const Tensor& prompt, int64_t divergence,
+                                        double divergence_param, int64_t baseline,
+                                        double baseline_param, const OptionalTensor& baseline_state,
+                                        double ratio_clip, double reward_clip) {
+  const FdivWeights call(log_pi, log_q, log_score, log_z, prompt, divergence, divergence_param,
+                         baseline, baseline_param, baseline_state, ratio_clip, reward_clip);
+  const FdivWeightsParams& p = call.params;
+  const int64_t bad = cpu::fdiv_weights(p);
+  if (bad != kOk) bad_prompt("fdiv_weights", p.prompt, p.prompts, bad);
+  return {call.weights, call.statistics};
+}
+
+Tensor fdiv_terms(const Tensor& log_pi, const Tensor& log_q, const Tensor& log_score,
+                  const Tensor& log_z, const Tensor& prompt, int64_t divergence,
+                  double divergence_param) {
+  const FdivTerms call(log_pi, log_q, log_score, log_z, prompt, divergence, divergence_param);
+  const FdivTermsParams& p = call.params;
+  const int64_t bad = over_rows(
+      p.sequences, 64, [&](int64_t begin, int64_t end) { return cpu::fdiv_terms(p, begin, end); });
+  if (bad != kOk) bad_prompt("fdiv_terms", p.prompt, p.prompts, bad);
+  return call.out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fdpg, CPU, m) {
+  m.impl("token_logprob", TORCH_BOX(&token_logprob));
+  m.impl("token_logprob_backward", TORCH_BOX(&token_logprob_backward));
+  m.impl("token_logprob_backward_", TORCH_BOX(&token_logprob_backward_));
+  m.impl("sample_logprob", TORCH_BOX(&sample_logprob));
+  m.impl("sequence_logprob", TORCH_BOX(&sequence_logprob));
+  m.impl("log_partition_", TORCH_BOX(&log_partition_));
+  m.impl("fdiv_weights", TORCH_BOX(&fdiv_weights));
+  m.impl("fdiv_terms", TORCH_BOX(&fdiv_terms));
+}
+
+}  // namespace fdpg::binding

@@ -1,0 +1,31 @@
+// library.cpp: what the ops are called and what they take. One schema per op; `(a!)` marks what is
+// written. The devices' folders register the functions (cpu.cpp, cuda.cpp), fdpg_fast/ops/ the fake
+// kernels, gradients and documentation.
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(fdpg, m) {
+  m.def(
+      "token_logprob(Tensor logits, Tensor target, float inv_temperature=1., Tensor? mask=None, "
+      "bool entropy=False) -> (Tensor logp, Tensor lse, Tensor entropy)");
+  m.def(
+      "token_logprob_backward(Tensor logits, Tensor target, Tensor lse, Tensor? entropy, "
+      "Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, float inv_temperature, "
+      "Tensor? mask) -> Tensor");
+  m.def(
+      "token_logprob_backward_(Tensor(a!) logits, Tensor target, Tensor lse, Tensor? entropy, "
+      "Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, float inv_temperature, "
+      "Tensor? mask) -> ()");
+  m.def(
+      "sample_logprob(Tensor logits, Tensor seed, Tensor sample_id, Tensor position, "
+      "float inv_temperature=1.) -> (Tensor token, Tensor logp, Tensor lse)");
+  m.def("sequence_logprob(Tensor values, Tensor lengths) -> Tensor");
+  m.def("log_partition_(Tensor(a!) state, Tensor log_weight, Tensor prompt) -> ()");
+  m.def(
+      "fdiv_weights(Tensor log_pi, Tensor log_q, Tensor log_score, Tensor log_z, Tensor prompt, "
+      "int divergence, float divergence_param, int baseline, float baseline_param, "
+      "Tensor(a!)? baseline_state, float ratio_clip, float reward_clip) "
+      "-> (Tensor weights, Tensor statistics)");
+  m.def(
+      "fdiv_terms(Tensor log_pi, Tensor log_q, Tensor log_score, Tensor log_z, Tensor prompt, "
+      "int divergence, float divergence_param) -> Tensor");
+}
