@@ -1,0 +1,215 @@
+// fdiv_weights.h: what fdiv_weights and fdiv_terms compute of one sample, and how the statistics of
+// a batch add up. The walk over the samples is the device's: cpu/fdiv_weights.cpp walks in order,
+// cuda/fdiv_weights.cuh merges partial sums in a fixed order.
+//
+// Everything that is a product of probabilities is multiplied as a sum of logarithms first.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "fdpg/baseline.h"
+#include "fdpg/divergence.h"
+#include "fdpg/params.h"
+#include "fdpg/statistics.h"
+#include "fdpg/types.h"  // FDPG_HOST_DEVICE
+
+namespace fdpg {
+
+// One sample's term of the importance-sampling estimate of D_f(pi || p) under q:
+//   (p/q) f~(t) on the support, (pi/q) f~'(inf) off it,   f~(t) = f(t) - f'(1) (t - 1) >= 0
+// `log_p` is normalised; -inf off the support.
+template <class Divergence>
+FDPG_HOST_DEVICE inline double fdiv_term(const Divergence& divergence, double log_pi, double log_q,
+                                         double log_p) {
+  const double slope = divergence.f_prime(0.0, 0.0);  // f'(1)
+  if (log_p == -INFINITY) {
+    if (log_pi == -INFINITY) return 0.0;
+    return std::exp(log_pi - log_q) * (divergence.f_prime_inf() - slope);
+  }
+  const double log_target_ratio = log_p - log_q;
+  if (log_pi == -INFINITY) return std::exp(log_target_ratio) * (divergence.f_zero() + slope);
+  const double log_t = log_pi - log_p;
+  const double term =
+      divergence.f(log_t, log_target_ratio) - slope * scaled_expm1(log_t, log_target_ratio);
+  return term < 0.0 ? 0.0 : term;  // rounding, near t = 1; NaN stays NaN
+}
+
+// What fdiv_weights knows of one sample before it knows the others.
+struct SampleReward {
+  bool used = false;  // log Z > -inf and pi(x) > 0; all else is meaningless where false
+  bool on_support = false;
+  bool ratio_clipped = false;
+  bool reward_clipped = false;
+  double log_ratio = 0.0;         // log pi/q before truncation
+  double log_target_ratio = 0.0;  // log p/q
+  double ratio = 0.0;             // pi/q, truncated
+  double reward = 0.0;            // -f'(t), clipped
+  double ratio_reward = 0.0;      // their product, multiplied in log space
+  double term = 0.0;              // fdiv_term
+
+  // weight_i, given the baseline
+  FDPG_HOST_DEVICE double weight(double baseline) const {
+    return used ? ratio_reward - ratio * baseline : 0.0;
+  }
+};
+
+template <class Divergence>
+FDPG_HOST_DEVICE inline SampleReward sample_reward(const FdivWeightsParams& p,
+                                                   const Divergence& divergence, int64_t i) {
+  SampleReward s;
+  const double log_z = p.log_z[p.prompt[i]];
+  const double log_pi = p.log_pi[i];
+  // A policy that cannot produce x has no gradient there; what is left of it is 0 * inf.
+  s.used = log_z != -INFINITY && log_pi != -INFINITY;
+  if (!s.used) return s;
+
+  const double log_q = p.log_q[i];
+  const double log_p = p.log_score[i] - log_z;
+  s.on_support = log_p != -INFINITY;
+  s.log_ratio = log_pi - log_q;
+  s.log_target_ratio = log_p - log_q;
+  s.ratio_clipped = std::exp(s.log_ratio) > p.ratio_clip;
+  const double log_ratio = s.ratio_clipped ? std::log(p.ratio_clip) : s.log_ratio;
+  s.ratio = std::exp(log_ratio);
+
+  if (s.on_support) {
+    const double log_t = log_pi - log_p;
+    s.reward = -divergence.f_prime(log_t, 0.0);
+    s.ratio_reward = -divergence.f_prime(log_t, log_ratio);
+  } else {
+    s.reward = -divergence.f_prime_inf();
+    s.ratio_reward = s.ratio * s.reward;
+  }
+  s.reward_clipped = std::fabs(s.reward) > p.reward_clip;
+  if (s.reward_clipped) {
+    s.reward = std::copysign(p.reward_clip, s.reward);
+    s.ratio_reward = s.ratio * s.reward;
+  }
+  s.term = fdiv_term(divergence, log_pi, log_q, log_p);
+  return s;
+}
+
+// -------------------------------------------------------------------------------------------------
+// Accumulators: each can add() a sample and merge() with what a later stretch of samples gave.
+
+// Mean and variance (Welford 1962; merging by Chan, Golub, LeVeque 1979).
+struct Moments {
+  double n = 0.0;
+  double mean = 0.0;
+  double square = 0.0;  // sum of squared distances from the mean
+
+  FDPG_HOST_DEVICE void add(double x) {
+    n += 1.0;
+    const double distance = x - mean;
+    mean += distance / n;
+    square += distance * (x - mean);
+  }
+  FDPG_HOST_DEVICE void merge(const Moments& later) {
+    if (later.n == 0.0) return;
+    const double total = n + later.n;
+    const double distance = later.mean - mean;
+    mean += distance * (later.n / total);
+    square += later.square + distance * distance * (n * later.n / total);
+    n = total;
+  }
+  // Standard deviation with n - 1; 0 for fewer than two.
+  FDPG_HOST_DEVICE double deviation() const {
+    return n > 1.0 ? std::sqrt(square / (n - 1.0)) : 0.0;
+  }
+  FDPG_HOST_DEVICE double standard_error() const {
+    return n > 0.0 ? deviation() / std::sqrt(n) : 0.0;
+  }
+};
+
+// (sum w)^2 / sum w^2 of weights given as logarithms, relative to the largest so far.
+struct EffectiveSize {
+  double largest = -INFINITY;
+  double sum = 0.0;      // of w / exp(largest)
+  double squares = 0.0;  // of its square
+
+  FDPG_HOST_DEVICE void add(double log_w) {
+    if (log_w == -INFINITY) return;
+    merge({log_w, 1.0, 1.0});
+  }
+  FDPG_HOST_DEVICE void merge(const EffectiveSize& later) {
+    if (later.largest == -INFINITY) return;
+    const bool grows = !(later.largest <= largest);  // also when it is NaN, which stays
+    const double scale = std::exp(grows ? largest - later.largest : later.largest - largest);
+    const EffectiveSize& low = grows ? *this : later;
+    const EffectiveSize& high = grows ? later : *this;
+    const EffectiveSize both = {high.largest, high.sum + scale * low.sum,
+                                high.squares + scale * scale * low.squares};
+    *this = both;
+  }
+  FDPG_HOST_DEVICE double value() const { return sum > 0.0 ? sum * sum / squares : 0.0; }
+};
+
+// The larger, and NaN if either is NaN.
+FDPG_HOST_DEVICE inline double larger(double a, double b) { return b <= a || a != a ? a : b; }
+
+// All that statistics.h asks for.
+struct BatchStatistics {
+  int64_t n_skipped = 0, n_off_support = 0, n_ratio_clipped = 0, n_reward_clipped = 0;
+  Moments reward, baseline, advantage, ratio, term;
+  EffectiveSize ratio_size, target_size;
+  double weight_abs_max = 0.0, ratio_max = 0.0;
+
+  FDPG_HOST_DEVICE void add(const SampleReward& s, double sample_baseline) {
+    if (!s.used) {
+      ++n_skipped;
+      return;
+    }
+    const double ratio_before = std::exp(s.log_ratio);
+    n_off_support += !s.on_support;
+    n_ratio_clipped += s.ratio_clipped;
+    n_reward_clipped += s.reward_clipped;
+    reward.add(s.reward);
+    baseline.add(sample_baseline);
+    advantage.add(s.reward - sample_baseline);
+    ratio.add(ratio_before);
+    term.add(s.term);
+    ratio_size.add(s.log_ratio);
+    target_size.add(s.log_target_ratio);
+    weight_abs_max = larger(weight_abs_max, std::fabs(s.weight(sample_baseline)));
+    ratio_max = larger(ratio_max, ratio_before);
+  }
+
+  FDPG_HOST_DEVICE void merge(const BatchStatistics& later) {
+    n_skipped += later.n_skipped;
+    n_off_support += later.n_off_support;
+    n_ratio_clipped += later.n_ratio_clipped;
+    n_reward_clipped += later.n_reward_clipped;
+    reward.merge(later.reward);
+    baseline.merge(later.baseline);
+    advantage.merge(later.advantage);
+    ratio.merge(later.ratio);
+    term.merge(later.term);
+    ratio_size.merge(later.ratio_size);
+    target_size.merge(later.target_size);
+    weight_abs_max = larger(weight_abs_max, later.weight_abs_max);
+    ratio_max = larger(ratio_max, later.ratio_max);
+  }
+
+  // `out`: (kStatistics,). A batch without a used sample gives zeros.
+  FDPG_HOST_DEVICE void write(double* out) const {
+    out[k_n_used] = reward.n;
+    out[k_n_skipped] = static_cast<double>(n_skipped);
+    out[k_n_off_support] = static_cast<double>(n_off_support);
+    out[k_reward_mean] = reward.mean;
+    out[k_reward_std] = reward.deviation();
+    out[k_baseline_mean] = baseline.mean;
+    out[k_advantage_std] = advantage.deviation();
+    out[k_weight_abs_max] = weight_abs_max;
+    out[k_ratio_mean] = ratio.mean;
+    out[k_ratio_max] = ratio_max;
+    out[k_ratio_ess] = ratio_size.value();
+    out[k_n_ratio_clipped] = static_cast<double>(n_ratio_clipped);
+    out[k_n_reward_clipped] = static_cast<double>(n_reward_clipped);
+    out[k_target_ess] = target_size.value();
+    out[k_divergence] = term.mean;
+    out[k_divergence_se] = term.standard_error();
+  }
+};
+
+}  // namespace fdpg
