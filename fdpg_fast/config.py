@@ -388,7 +388,7 @@ class _Loader(yaml.SafeLoader):
     """YAML's safe loader, which reads 1e-4 as a number (PyYAML alone reads it as text)."""
 
 
-_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+_Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
@@ -490,7 +490,7 @@ def _type_name(key: str) -> str:
     choices = re.fullmatch(r"Literal\[(.*)\]", declared.type)
     if choices:
         return "one of " + choices.group(1).replace('"', "")
-    return words.get(declared.type, declared.type)
+    return words.get(str(declared.type), str(declared.type))
 
 
 def _tuple(value: Any) -> tuple[float, float]:

@@ -46,6 +46,7 @@ class RunDirectory:
         self.report = self.path / "report.html"
         self.card = self.path / "README.md"
         self.evaluation = self.path / "evaluation.json"
+        self.facts = self.path / "run.json"
 
     @classmethod
     def create(cls, path: str | Path, config: Config) -> RunDirectory:

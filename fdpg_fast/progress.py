@@ -1,0 +1,255 @@
+"""What a person sees while a run trains: a live panel in a terminal, plain lines elsewhere.
+
+Both show the same numbers from the same record (a line of metrics.jsonl and one of timing.jsonl),
+so what was seen can be looked up afterwards.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["Display", "PlainDisplay", "SilentDisplay", "TerminalDisplay", "for_this_terminal"]
+
+Record = Mapping[str, Any]
+
+
+class Display(Protocol):
+    """What a trainer tells the person who started it."""
+
+    def start(self, header: Mapping[str, str], steps: int, done: int) -> None:
+        """A run begins, or goes on after ``done`` steps."""
+
+    def note(self, text: str) -> None:
+        """One thing worth knowing."""
+
+    def warn(self, text: str) -> None:
+        """One thing that is probably wrong."""
+
+    def step(self, record: Record, timing: Record, goals: Mapping[str, float]) -> None:
+        """One step's numbers."""
+
+    def samples(self, step: int, rows: Sequence[Record]) -> None:
+        """Some samples of a step."""
+
+    def stop(self) -> None:
+        """The last step is done, or the run is leaving."""
+
+
+class SilentDisplay:
+    """Says nothing but warnings."""
+
+    def start(self, header: Mapping[str, str], steps: int, done: int) -> None: ...
+
+    def note(self, text: str) -> None: ...
+
+    def warn(self, text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr)
+
+    def step(self, record: Record, timing: Record, goals: Mapping[str, float]) -> None: ...
+
+    def samples(self, step: int, rows: Sequence[Record]) -> None: ...
+
+    def stop(self) -> None: ...
+
+
+class PlainDisplay:
+    """One line per look: for logs, pipes and machines without a terminal."""
+
+    def __init__(self) -> None:
+        self._pace = _Pace(0, 0)
+
+    def start(self, header: Mapping[str, str], steps: int, done: int) -> None:
+        for key, value in header.items():
+            print(f"{key:<12} {value}")
+        self._pace = _Pace(steps, done)
+
+    def note(self, text: str) -> None:
+        print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        print(f"WARNING: {text}", file=sys.stderr, flush=True)
+
+    def step(self, record: Record, timing: Record, goals: Mapping[str, float]) -> None:
+        self._pace.tick(record["step"])
+        numbers = "  ".join(f"{name} {value}" for name, value in numbers_of(record, goals))
+        print(
+            f"step {record['step']}/{self._pace.steps}  {numbers}  {speed_of(timing)}  "
+            f"left {self._pace.left()}",
+            flush=True,
+        )
+
+    def samples(self, step: int, rows: Sequence[Record]) -> None:
+        print(f"samples of step {step}: log a | log P | log pi | weight")
+        for row in rows:
+            print(
+                f"  {_nats(row['log_base']):>8} {_nats(row['log_score']):>8} "
+                f"{_nats(row['log_pi']):>8} {row['weight']:>+8.3f}  {one_line(row['text'])}"
+            )
+
+    def stop(self) -> None: ...
+
+
+class TerminalDisplay:
+    """A bar, the numbers under it, and tables of samples that scroll by above."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console()
+        self._pace = _Pace(0, 0)
+        self._bar = Progress(
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=None),
+            TextColumn("{task.percentage:>3.0f} %  left {task.fields[left]}"),
+            console=self.console,
+            expand=True,
+        )
+        self._task = self._bar.add_task("", total=None, left="?")
+        self._live: Live | None = None
+
+    def start(self, header: Mapping[str, str], steps: int, done: int) -> None:
+        grid = Table.grid(padding=(0, 2))
+        for key, value in header.items():
+            grid.add_row(Text(key, style="dim"), Text(value))
+        self.console.print(grid)
+        self._pace = _Pace(steps, done)
+        self._bar.update(self._task, total=steps, completed=done)
+        self._live = Live(self._bar, console=self.console, refresh_per_second=4)
+        self._live.start()
+
+    def note(self, text: str) -> None:
+        self.console.print(Text(text))
+
+    def warn(self, text: str) -> None:
+        self.console.print(Text(f"warning: {text}", style="bold yellow"))
+
+    def step(self, record: Record, timing: Record, goals: Mapping[str, float]) -> None:
+        self._pace.tick(record["step"])
+        self._bar.update(self._task, completed=record["step"], left=self._pace.left())
+        if self._live is not None:
+            self._live.update(Group(self._bar, self._panel(record, timing, goals)))
+
+    def samples(self, step: int, rows: Sequence[Record]) -> None:
+        table = Table(title=f"samples of step {step}", title_justify="left", expand=True)
+        table.add_column("sample", ratio=1)
+        for name in ("log a", "log P", "log π", "weight"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for row in rows:
+            table.add_row(
+                Text(one_line(row["text"])),
+                _nats(row["log_base"]),
+                _nats(row["log_score"]),
+                _nats(row["log_pi"]),
+                f"{row['weight']:+.3f}",
+            )
+        self.console.print(table)
+
+    def stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _panel(self, record: Record, timing: Record, goals: Mapping[str, float]) -> RenderableType:
+        """The numbers in as many columns as fit."""
+        cells = [
+            Text.assemble((f"{name}  ", "dim"), value)
+            for name, value in [*numbers_of(record, goals), ("speed", speed_of(timing))]
+        ]
+        width = max(cell.cell_len for cell in cells) + 3
+        columns = max(1, self.console.width // width)
+        grid = Table.grid(padding=(0, 3))
+        for at in range(0, len(cells), columns):
+            grid.add_row(*cells[at : at + columns])
+        return grid
+
+
+def for_this_terminal() -> Display:
+    """The live panel where there is a terminal, plain lines where there is none."""
+    console = Console()
+    return TerminalDisplay(console) if console.is_terminal else PlainDisplay()
+
+
+def numbers_of(record: Record, goals: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The numbers of a step that say how the run is going, named and rounded."""
+    shown = [(record["divergence_name"], plus_minus(record, "divergence", "divergence_se"))]
+    for name in _moments(record):
+        wanted = f" (goal {goals[name]:.3g})" if name in goals else ""
+        shown.append((name, plus_minus(record, f"moment: {name}", f"moment_se: {name}") + wanted))
+    expected = record.get("kl_target_base")
+    wanted = f" (target {expected:.2f})" if _finite(expected) else ""
+    shown.append(("KL to base", _number(record["kl_to_base"], ".2f") + wanted))
+    shown.append(("entropy/token", _number(record["entropy_per_token"], ".2f")))
+    shown.append(("ESS", _number(record["target_ess"], ".0f")))
+    shown.append(("log Z", _number(record["log_z"], ".2f")))
+    shown.append(("gap", _number(record.get("gap_mean"), ".0e")))
+    if record["n_skipped"]:
+        shown.append(("skipped", f"{record['n_skipped']:.0f} samples with Z = 0"))
+    return shown
+
+
+def speed_of(timing: Record) -> str:
+    """Samples per second, and where the time went."""
+    total = timing["sample"] + timing["score"] + timing["train"]
+    shares = " ".join(f"{part} {timing[part] / total:.0%}" for part in ("sample", "score", "train"))
+    return f"{timing['samples'] / total:.1f} samples/s ({shares})"
+
+
+def plus_minus(record: Record, value: str, error: str) -> str:
+    """``0.312±0.021``, or what can be said of it."""
+    centre, spread = record.get(value), record.get(error)
+    if not _finite(centre):
+        return "n/a" if centre is None else str(centre)
+    return f"{centre:.3f}±{spread:.3f}" if _finite(spread) else f"{centre:.3f}"
+
+
+def one_line(text: str, limit: int = 240) -> str:
+    """A sample on one line."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+def _moments(record: Record) -> list[str]:
+    prefix = "moment: "
+    return [key.removeprefix(prefix) for key in record if key.startswith(prefix)]
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _number(value: Any, spec: str) -> str:
+    return format(value, spec) if _finite(value) else "n/a" if value is None else str(value)
+
+
+def _nats(value: float) -> str:
+    return f"{value:.1f}" if math.isfinite(value) else "-∞" if value < 0 else "?"
+
+
+class _Pace:
+    """Time left, from the pace of the last steps."""
+
+    def __init__(self, steps: int, done: int) -> None:
+        self.steps = steps
+        self._ticks = deque([(time.monotonic(), done)], maxlen=20)
+
+    def tick(self, step: int) -> None:
+        self._ticks.append((time.monotonic(), step))
+
+    def left(self) -> str:
+        (t0, s0), (t1, s1) = self._ticks[0], self._ticks[-1]
+        if s1 <= s0:
+            return "?"
+        seconds = round((t1 - t0) / (s1 - s0) * (self.steps - s1))
+        hours, rest = divmod(seconds, 3600)
+        minutes, seconds = divmod(rest, 60)
+        return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

@@ -1,0 +1,439 @@
+"""What a run says of itself when it is done: one HTML file with plots and samples, a model card.
+
+Everything is read back from the run's folder, so a report can be made again at any time, and one
+report can compare several runs. The HTML holds its pictures and needs nothing from elsewhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fdpg_fast.config import Config
+from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["evaluation_table", "model_card", "write_report"]
+
+FOUR = {"kl": "KL(p‖π)", "reverse_kl": "KL(π‖p)", "tv": "TV", "js": "JS"}
+
+# Rows of the comparison of base and tuned model that are there whatever the target is.
+ROWS = {
+    **{name: f"{label}, to the target" for name, label in FOUR.items()},
+    "kl_to_base": "KL(π‖a), to the base",
+    "entropy": "entropy, nats per sample",
+    "entropy_per_token": "entropy, nats per token",
+    "distinct_1": "distinct-1",
+    "distinct_2": "distinct-2",
+    "distinct_3": "distinct-3",
+    "self_bleu": "self-BLEU",
+    "length": "length, tokens",
+    "finished": "ended by itself",
+}
+
+
+def evaluation_table(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Rows ``(what, base, tuned, goal)`` of an evaluation.json, moments first."""
+    before, after = evaluation["base"], evaluation["tuned"]
+    goals = evaluation["goals"]
+    table = []
+    for key in after:
+        if key.startswith("moment: "):
+            name = key.removeprefix("moment: ")
+            goal = f"{goals[name]:.3g}" if name in goals else _show(evaluation["target"].get(key))
+            table.append((name, _show(before.get(key)), _show(after[key]), goal))
+    for key, label in ROWS.items():
+        if key in after:
+            goal = "0" if key in FOUR else _show(evaluation["target"].get(key))
+            table.append((label, _show(before.get(key)), _show(after[key]), goal))
+    return table
+
+
+def write_report(runs: Sequence[RunDirectory], path: Path) -> Path:
+    """Writes the report of one run, or one that compares several.
+
+    Raises:
+        RunDirectoryError: a run has recorded no step yet, or ``path`` cannot be written.
+    """
+    told = [_Run.read(run) for run in runs]
+    for run in told:
+        if not run.metrics:
+            raise RunDirectoryError(f"report: {run.path} has recorded no step yet")
+    names = _distinct_names([run.path for run in told])
+    told = [run.named(name) for run, name in zip(told, names, strict=True)]
+    sections = [
+        _summary(told),
+        _comparison(told),
+        _section("How it went", "".join(_plots(told))),
+        _side_by_side(told),
+        _settings(told),
+    ]
+    title = " vs ".join(run.name for run in told)
+    page = _PAGE.format(title=html.escape(title), body="\n".join(sections))
+    runs[0].write_text(path, page)
+    return path
+
+
+def model_card(run: RunDirectory) -> str:
+    """The Markdown card of a tuned model, in the form model hubs read."""
+    told = _Run.read(run)
+    config, facts = told.config, told.facts
+    lines = [
+        "---",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [fdpg_fast, f-dpg]",
+        "---",
+        "",
+        f"# {run.path.resolve().name}",
+        "",
+        f"`{facts['model']}` tuned with fdpg_fast {facts['versions']['fdpg_fast']} toward the "
+        f"target `{facts['target']}` by minimising the `{config.objective.divergence}` divergence "
+        f"over {len(told.metrics)} steps of {config.samples_per_step} samples.",
+        "",
+        "```python",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{run.model.name}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{run.model.name}")',
+        "```",
+        "",
+        "Sample at temperature 1 without top-k or top-p: the target is a distribution, and "
+        "truncated sampling draws from another one.",
+    ]
+    if told.evaluation:
+        lines += [
+            "",
+            f"## Measured on {told.evaluation['samples']} fresh samples",
+            "",
+            "| | base | tuned | goal |",
+            "|---|---:|---:|---:|",
+        ]
+        lines += [
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
+            for row in evaluation_table(told.evaluation)
+        ]
+    versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    lines += [
+        "",
+        "## Made by",
+        "",
+        f"Seed {config.run.seed}; {versions}; {facts['device']}. Every setting is in "
+        "`config.yaml`, every step in `metrics.jsonl`, plots in `report.html`.",
+        "",
+        "The base model's licence and limits hold for the tuned one too.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------
+# Reading a run
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    path: Path
+    name: str
+    config: Config
+    facts: dict[str, Any]
+    metrics: list[dict[str, Any]]
+    timing: list[dict[str, Any]]
+    evaluation: dict[str, Any] | None
+
+    @classmethod
+    def read(cls, run: RunDirectory) -> _Run:
+        return cls(
+            path=run.path,
+            name=run.path.resolve().name,
+            config=run.config(),
+            facts=_read_json(run.facts) or {},
+            metrics=run.read("metrics.jsonl"),
+            timing=run.read("timing.jsonl"),
+            evaluation=_read_json(run.evaluation),
+        )
+
+    def named(self, name: str) -> _Run:
+        return _Run(**{**self.__dict__, "name": name})
+
+    @property
+    def goals(self) -> dict[str, float]:
+        return dict(self.facts.get("goals", {}))
+
+    def column(self, key: str) -> list[float]:
+        """One number per step, NaN where a step has none."""
+        return [_number(record.get(key)) for record in self.metrics]
+
+    @property
+    def steps(self) -> list[int]:
+        return [record["step"] for record in self.metrics]
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunDirectoryError(
+            f"report: {path} cannot be read: {error}. Way out: remove it and run `fdpg evaluate`"
+        ) from error
+    return content
+
+
+def _distinct_names(paths: Sequence[Path]) -> list[str]:
+    """The last part of each path, or as many parts as tell the runs apart."""
+    parts = [path.resolve().parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    return [str(path) for path in paths]
+
+
+# ---------------------------------------------------------------------------------------------
+# Plots
+# ---------------------------------------------------------------------------------------------
+
+
+def _plots(runs: Sequence[_Run]) -> list[str]:
+    features = list(dict.fromkeys(name for run in runs for name in _moments(run)))
+    lines = partial(partial, _draw_lines, runs=runs)
+    figures = [_plot(name, partial(_draw_moment, runs=runs, name=name)) for name in features]
+    figures += [
+        _plot(f"{label}: divergence to the target", lines(key=key, error=f"{key}_se", floor=0.0))
+        for key, label in FOUR.items()
+    ]
+    figures += [
+        _plot("KL to the base (dashed: what the target has)", partial(_draw_base, runs=runs)),
+        _plot("entropy, nats per token", lines(key="entropy_per_token")),
+        _plot("log Z", lines(key="log_z", error="log_z_se")),
+        _plot("effective samples of the target per step", lines(key="target_ess", floor=0.0)),
+        _plot("length, tokens", lines(key="length", floor=0.0)),
+        _plot("gradient norm", lines(key="grad_norm", floor=0.0)),
+        _plot("sampler vs trainer, nats per token", partial(_draw_gap, runs=runs)),
+    ]
+    figures += [
+        _plot(
+            "seconds per step" + (f", {run.name}" if len(runs) > 1 else ""),
+            partial(_draw_seconds, run=run),
+        )
+        for run in runs
+        if run.timing
+    ]
+    return figures
+
+
+def _plot(title: str, draw: Callable[[Axes], None]) -> str:
+    """One picture, as an <img> that carries its own SVG."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "fdpg", "font.size": 9}):
+        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(title, fontsize=10, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.25)
+        axes.set_xlabel("step")
+        draw(axes)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=7.5, frameon=False)
+        picture = io.BytesIO()
+        figure.savefig(picture, format="svg", metadata={"Date": None})
+    encoded = base64.b64encode(picture.getvalue()).decode()
+    return f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{encoded}">'
+
+
+def _draw_lines(
+    axes: Axes,
+    runs: Sequence[_Run],
+    key: str,
+    *,
+    error: str | None = None,
+    floor: float | None = None,
+) -> None:
+    """One line per run, a band of two standard errors around it where they are known."""
+    for at, run in enumerate(runs):
+        values = run.column(key)
+        axes.plot(run.steps, values, color=f"C{at}", label=run.name if len(runs) > 1 else None)
+        if error is not None:
+            spread = run.column(error)
+            low = [v - 2 * s for v, s in zip(values, spread, strict=True)]
+            high = [v + 2 * s for v, s in zip(values, spread, strict=True)]
+            axes.fill_between(run.steps, low, high, color=f"C{at}", alpha=0.2, linewidth=0)
+    if floor is not None:
+        axes.set_ylim(bottom=floor)
+
+
+def _draw_moment(axes: Axes, runs: Sequence[_Run], name: str) -> None:
+    _draw_lines(axes, runs, f"moment: {name}", error=f"moment_se: {name}")
+    for goal in {run.goals[name] for run in runs if name in run.goals}:
+        axes.axhline(goal, color="black", linestyle="--", linewidth=1, label="goal")
+
+
+def _draw_base(axes: Axes, runs: Sequence[_Run]) -> None:
+    _draw_lines(axes, runs, "kl_to_base", error="kl_to_base_se", floor=0.0)
+    for at, run in enumerate(runs):
+        axes.plot(run.steps, run.column("kl_target_base"), color=f"C{at}", linestyle="--")
+
+
+def _draw_gap(axes: Axes, runs: Sequence[_Run]) -> None:
+    for at, run in enumerate(runs):
+        for key, style in (("gap_mean", "-"), ("gap_max", ":")):
+            label = key.removeprefix("gap_") + (f", {run.name}" if len(runs) > 1 else "")
+            axes.plot(run.steps, run.column(key), style, color=f"C{at}", label=label)
+    if any(v > 0 for run in runs for v in run.column("gap_max")):
+        axes.set_yscale("log")
+
+
+def _draw_seconds(axes: Axes, run: _Run) -> None:
+    parts = ("sample", "score", "train")
+    axes.stackplot(
+        [record["step"] for record in run.timing],
+        *[[record[part] for record in run.timing] for part in parts],
+        labels=parts,
+        alpha=0.8,
+    )
+    axes.set_ylim(bottom=0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------
+
+
+def _summary(runs: Sequence[_Run]) -> str:
+    rows = [("model", [str(run.facts.get("model", "?")) for run in runs])]
+    rows += [
+        ("target", [str(run.facts.get("target", "?")) for run in runs]),
+        ("divergence", [run.config.objective.divergence for run in runs]),
+        ("baseline", [str(run.facts.get("baseline", "?")) for run in runs]),
+        (
+            "samples",
+            [f"{len(run.metrics)} steps of {run.config.samples_per_step}" for run in runs],
+        ),
+        ("samples/s", [_throughput(run) for run in runs]),
+        ("device", [str(run.facts.get("device", "?")) for run in runs]),
+    ]
+    return _section("", _table(["", *[run.name for run in runs]], [[k, *v] for k, v in rows]))
+
+
+def _throughput(run: _Run) -> str:
+    seconds = sum(t["sample"] + t["score"] + t["train"] for t in run.timing)
+    return f"{sum(t['samples'] for t in run.timing) / seconds:.1f}" if seconds else "?"
+
+
+def _comparison(runs: Sequence[_Run]) -> str:
+    measured = [run for run in runs if run.evaluation]
+    if not measured:
+        return ""
+    count = measured[0].evaluation["samples"] if measured[0].evaluation else 0
+    if len(measured) == 1 and measured[0].evaluation:
+        header = ["", "base", "tuned", "goal"]
+        rows = [list(row) for row in evaluation_table(measured[0].evaluation)]
+    else:
+        tables = [{r[0]: r for r in evaluation_table(run.evaluation or {})} for run in measured]
+        header = ["", "base", *[run.name for run in measured]]
+        labels = list(dict.fromkeys(label for table in tables for label in table))
+        rows = []
+        for label in labels:
+            base = next(table[label][1] for table in tables if label in table)
+            rows.append([label, base, *[t[label][2] if label in t else "" for t in tables]])
+    note = "<p class=note>± one standard error. p: the target, π: the tuned model, a: the base.</p>"
+    return _section(f"Measured on {count} fresh samples", _table(header, rows) + note)
+
+
+def _side_by_side(runs: Sequence[_Run]) -> str:
+    measured = [run for run in runs if run.evaluation and run.evaluation.get("texts")]
+    if not measured:
+        return ""
+    texts = [run.evaluation["texts"] for run in measured if run.evaluation]
+    rows = []
+    for at in range(min(len(t["tuned"]) for t in texts)):
+        prompt = f"<em>{html.escape(texts[0]['prompt'][at])}</em>"
+        cells = [texts[0]["base"][at], *[t["tuned"][at] for t in texts]]
+        rows.append([prompt + html.escape(cell) for cell in cells])
+    header = ["base", *[run.name if len(measured) > 1 else "tuned" for run in measured]]
+    note = "<p class=note>Each row was drawn with the same random numbers.</p>"
+    return _section("Samples side by side", note + _table(header, rows, escape=False))
+
+
+def _settings(runs: Sequence[_Run]) -> str:
+    return "".join(
+        f"<details><summary>config.yaml of {html.escape(run.name)}</summary>"
+        f"<pre>{html.escape(run.config.dump())}</pre></details>"
+        for run in runs
+    )
+
+
+def _section(title: str, body: str) -> str:
+    heading = f"<h2>{html.escape(title)}</h2>" if title else ""
+    return f"<section>{heading}{body}</section>"
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, escape: bool = True) -> str:
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td>{html.escape(cell) if escape else cell}</td>" for cell in row)
+        + "</tr>"
+        for row in rows
+    )
+    kind = "numbers" if escape else "texts"
+    return f"<table class={kind}><tr>{head}</tr>{body}</table>"
+
+
+def _moments(run: _Run) -> list[str]:
+    prefix = "moment: "
+    return [key.removeprefix(prefix) for key in run.metrics[0] if key.startswith(prefix)]
+
+
+def _number(value: Any) -> float:
+    """A float from what JSON has for it: a number, "inf", "-inf" or null."""
+    number = math.nan if value is None else float(value)
+    return number if math.isfinite(number) else math.nan  # a plot has no place for infinity
+
+
+def _show(pair: Sequence[Any] | None) -> str:
+    """``0.312 ± 0.021`` from ``[value, standard error or null]``."""
+    if pair is None or pair[0] is None:
+        return ""
+    value, error = (float(pair[0]), pair[1])
+    if not math.isfinite(value):
+        return "∞" if value > 0 else "-∞"
+    if error is None:
+        return f"{value:.3f}"
+    return f"{value:.3f} ± {float(error):.3f}"
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px;
+        padding: 0 1rem; color: #1a1a1a; background: #fff; }}
+h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.1rem; margin-top: 2rem; }}
+table {{ border-collapse: collapse; }}
+th, td {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd; vertical-align: top; }}
+th {{ text-align: left; }}
+.numbers td + td, .numbers th + th {{ text-align: right; font-variant-numeric: tabular-nums; }}
+.texts {{ table-layout: fixed; width: 100%; }} .texts em {{ color: #888; font-style: normal; }}
+img {{ width: 380px; max-width: 100%; margin: .3rem; vertical-align: top; }}
+.note {{ color: #666; font-size: .9rem; }}
+pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto; }}
+</style></head><body><h1>{title}</h1>
+{body}
+</body></html>
+"""
