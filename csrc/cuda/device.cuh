@@ -1,0 +1,60 @@
+// device.cuh: the first include of every kernel header. Under nvcc it is CUDA; under g++ it is the
+// emulator of tests/csrc/simt, which runs the same kernels on the CPU. So kernels here are plain
+// CUDA, in an anonymous namespace (the emulator's sanitizer builds need that), without
+// cooperative_groups and CUB, and every launch goes through launch().
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <utility>
+
+#ifdef __CUDACC__
+#include <cuda_pipeline_primitives.h>  // __pipeline_memcpy_async: cp.async
+#include <cuda_runtime.h>
+// Dynamic shared memory. One symbol for all kernels: instances of templates cannot clash on its
+// type.
+#define FDPG_DYNAMIC_SHARED(T, name)                                   \
+  extern __shared__ __align__(16) unsigned char fdpg_dynamic_shared[]; \
+  T* name = reinterpret_cast<T*>(fdpg_dynamic_shared)
+#else
+#include "simt.h"
+#define FDPG_DYNAMIC_SHARED(T, name) T* name = static_cast<T*>(simt::dynamic_shared())
+#endif
+
+namespace fdpg::cuda {
+
+inline constexpr int kWarp = 32;
+inline constexpr int kVectorBytes = 16;  // the widest load and store of one thread
+
+// Grids are one-dimensional: x is the only dimension that may pass 65535.
+inline constexpr int64_t kMaxBlocks = 0x7fffffff;
+
+inline constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+// Enqueues kernel<<<blocks, threads, shared_bytes, stream>>>(args...). No blocks is no launch.
+template <class... Params, class... Args>
+cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, std::size_t shared_bytes,
+                   cudaStream_t stream, Args&&... args) {
+  static_assert(sizeof...(Params) == sizeof...(Args), "launch: wrong number of kernel arguments");
+  if (blocks == 0) return cudaSuccess;
+  if (blocks > kMaxBlocks) return cudaErrorInvalidConfiguration;
+  const dim3 grid(static_cast<unsigned>(blocks)), block(static_cast<unsigned>(threads));
+#ifdef __CUDACC__
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = block;
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(std::forward<Args>(args))...);
+#else
+  static_cast<void>(stream);
+  return simt::launch(kernel, grid, block, shared_bytes,
+                      std::tuple<Params...>(static_cast<Params>(std::forward<Args>(args))...));
+#endif
+}
+
+}  // namespace fdpg::cuda

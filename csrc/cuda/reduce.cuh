@@ -1,0 +1,51 @@
+// reduce.cuh: one value per thread -> one per block, in a fixed order. A value is any trivially
+// copyable struct with `void merge(const S& later)`; thread t's value counts as before thread
+// t + 1's. Two runs give the same bits.
+#pragma once
+
+#include "device.cuh"
+
+namespace fdpg::cuda {
+namespace {
+
+// The value of the lane `delta` above; garbage where there is none.
+template <class S>
+__device__ __forceinline__ S shuffle_down(const S& mine, int delta) {
+  static_assert(sizeof(S) % 4 == 0);
+  constexpr int kWords = sizeof(S) / 4;
+  uint32_t words[kWords];
+  memcpy(words, &mine, sizeof(S));
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) words[w] = __shfl_down_sync(0xffffffffu, words[w], delta);
+  S theirs;
+  memcpy(&theirs, words, sizeof(S));
+  return theirs;
+}
+
+// Lane 0 gets all 32 values, merged as a balanced tree over neighbours.
+template <class S>
+__device__ __forceinline__ S warp_merge(S mine) {
+#pragma unroll
+  for (int delta = 1; delta < kWarp; delta *= 2) mine.merge(shuffle_down(mine, delta));
+  return mine;
+}
+
+// Thread 0 gets all values of the block; the other threads' results mean nothing. At most 1024
+// threads, a multiple of 32. Ends with a barrier, so it can be called again at once.
+template <class S>
+__device__ S block_merge(S mine) {
+  alignas(16) __shared__ unsigned char storage[32 * sizeof(S)];  // bytes: S has a constructor
+  S* warps = reinterpret_cast<S*>(storage);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  mine = warp_merge(mine);
+  if (lane == 0) warps[warp] = mine;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int w = 1; w < static_cast<int>(blockDim.x / kWarp); ++w) mine.merge(warps[w]);
+  }
+  __syncthreads();  // `storage` may be written again
+  return mine;
+}
+
+}  // namespace
+}  // namespace fdpg::cuda

@@ -1,0 +1,286 @@
+// token_logprob.cuh: log p(target), log-sum-exp and entropy of each row of logits, and the
+// gradient.
+//
+// Forward. Fused: temperature, max, sum of exponentials, entropy, gather. Never written: anything
+// of size V. A row is cut into parts of at most 32 KiB; a block stages one part in shared memory
+// with 16-byte asynchronous copies, all in flight at once, and folds it into (max, sum). Where a
+// row has several parts they meet in a second kernel of one thread per row.
+//   bytes per row:  V * sizeof(T) read, 8 + 4 for the target and its logit, 8 (12) written;
+//                   per part 8 (12) written and read again: 0.1 % at 32 KiB
+//   floor:          N V sizeof(T) / bandwidth: [8192, 128256] in bf16 is 2.10 GB, 0.70 ms at 3 TB/s
+//
+// How a row is cut and which thread adds which elements is a function of V alone: not of N, nor of
+// the row's address. So a row gives the same bits in any batch, and few rows still fill the
+// machine. The detour through shared memory is what makes this possible with 16-byte loads, since
+// the rows of an odd vocabulary (50257) start at every alignment.
+//
+// Backward. One read and one write of each logit, nothing carried between elements; in place or
+// not.
+//   bytes per row:  2 V sizeof(T); V sizeof(T) for a row without gradient, which is not read
+//   floor:          [8192, 128256] in bf16: 4.20 GB, 1.40 ms at 3 TB/s
+//
+// Staging a whole row on chip is how quack's cross entropy reaches the memory's speed; the one-pass
+// (max, sum) is Milakov and Gimelshein's (online_logsumexp.h).
+#pragma once
+
+#include "device.cuh"
+//
+#include "fdpg/online_logsumexp.h"
+#include "fdpg/params.h"
+#include "fdpg/types.h"
+#include "reduce.cuh"
+#include "vec.cuh"
+
+namespace fdpg::cuda {
+
+// How a row of `vocab` elements of `element_bytes` is cut: a function of these two alone.
+struct Cut {
+  static constexpr int kPartBytes = 32 << 10;
+  static constexpr int kMaxThreads = 256;
+
+  int64_t part;   // elements of a part; the last one may be shorter
+  int64_t parts;  // of a row
+  int threads;    // of a block
+
+  Cut(int64_t vocab, int64_t element_bytes) {
+    const int64_t limit = kPartBytes / element_bytes;
+    part = round_up(divide_up(vocab, divide_up(vocab, limit)), 128);
+    parts = divide_up(vocab, part);
+    // A thread for every 16 elements of a small vocabulary: half as many would wait on a barrier.
+    threads = static_cast<int>(round_up(divide_up(part, 16), kWarp));
+    if (threads > kMaxThreads) threads = kMaxThreads;
+  }
+};
+
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634;
+
+// e^x. 2^y is one instruction of the GPU (in fp32); e^x by the library is seven.
+__device__ __forceinline__ float exponential(float x) {
+  return std::exp2(x * static_cast<float>(kLog2E));
+}
+__device__ __forceinline__ double exponential(double x) { return std::exp(x); }
+
+__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
+__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
+
+template <class A, bool kEntropy>
+struct StateOf {
+  using type = OnlineLogSumExp<A>;
+};
+template <class A>
+struct StateOf<A, true> {
+  using type = OnlineEntropy<A>;
+};
+
+// What a thread has seen of its elements: those at `threads` apart, eight at a time, so that the
+// running sum is rescaled once per eight.
+template <bool kEntropy, class T, class A = accumulate_t<T>>
+__device__ typename StateOf<A, kEntropy>::type fold(const T* elements, int n, A inv_temperature) {
+  constexpr int kGroup = 8;
+  constexpr A kNothing = -static_cast<A>(INFINITY);
+  const int threads = blockDim.x;
+  A max = kNothing, sum = 0, weighted = 0;
+  for (int first = threadIdx.x; first < n; first += kGroup * threads) {
+    A x[kGroup], top = kNothing;
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      const int i = first + k * threads;
+      x[k] = i < n ? load(elements[i]) : kNothing;
+      top = larger(top, x[k]);
+    }
+    top = larger(max, top * inv_temperature);
+    if (top == kNothing) {
+      // All -inf so far, but NaN has no maximum and must be kept.
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) sum += x[k] == kNothing ? A{0} : x[k];
+      continue;
+    }
+    const A shift = max - top;  // -inf for the first group, whose `sum` is 0
+    const A scale = exponential(shift);
+    if constexpr (kEntropy) weighted = max == kNothing ? A{0} : (weighted + sum * shift) * scale;
+    sum *= scale;
+    max = top;
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      // One rounding, of a number that is small where it matters.
+      const A distance = std::fma(x[k], inv_temperature, -max);
+      const A weight = exponential(distance);
+      sum += weight;
+      if constexpr (kEntropy) weighted += weight > 0 ? weight * distance : A{0};
+    }
+  }
+  if constexpr (kEntropy) {
+    return {max, sum, weighted};
+  } else {
+    return {max, sum};
+  }
+}
+
+template <class T>
+__device__ __forceinline__ bool masked(const T& p, int64_t row) {
+  return p.mask != nullptr && !p.mask[row];
+}
+
+// Row results from the state of the whole row.
+template <class T, class State, class A = accumulate_t<T>>
+__device__ void finish_row(const TokenLogprobParams& p, int64_t row, const State& state) {
+  const int64_t target = p.target[row];
+  A logp = static_cast<A>(NAN), lse = logp, entropy = logp;
+  if (target >= 0 && target < p.vocab) {
+    const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
+    const A inv_temperature = static_cast<A>(p.inv_temperature);
+    // Relative to the maximum: two large numbers would cancel in z - lse.
+    logp = std::fma(load(logits[target]), inv_temperature, -state.max) - std::log(state.sum);
+    lse = state.value();
+    if constexpr (std::is_same_v<State, OnlineEntropy<A>>) entropy = state.entropy();
+  }
+  static_cast<A*>(p.logp)[row] = logp;
+  static_cast<A*>(p.lse)[row] = lse;
+  if (p.entropy != nullptr) static_cast<A*>(p.entropy)[row] = entropy;
+}
+
+template <class A>
+__device__ void zero_row(const TokenLogprobParams& p, int64_t row) {
+  static_cast<A*>(p.logp)[row] = 0;
+  static_cast<A*>(p.lse)[row] = 0;
+  if (p.entropy != nullptr) static_cast<A*>(p.entropy)[row] = 0;
+}
+
+// Block b folds part b % parts of row b / parts. A row of one part is finished here; else its parts
+// go to `partial` (N, parts).
+template <class T, bool kEntropy>
+__global__ void __launch_bounds__(Cut::kMaxThreads)
+    token_logprob_parts(TokenLogprobParams p, int part, int parts,
+                        typename StateOf<accumulate_t<T>, kEntropy>::type* partial) {
+  FDPG_DYNAMIC_SHARED(T, stage);  // part + kPerVector<T>
+  const int64_t row = blockIdx.x / parts;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x % parts) * part;
+  if (masked(p, row)) {  // not read
+    if (parts == 1 && threadIdx.x == 0) zero_row<accumulate_t<T>>(p, row);
+    return;
+  }
+  const int n = static_cast<int>(min(static_cast<int64_t>(part), p.vocab - begin));
+  const T* from = static_cast<const T*>(p.logits) + row * p.row_stride + begin;
+  const T* elements = stage_in_shared(stage, from, n);
+  const auto inv_temperature = static_cast<accumulate_t<T>>(p.inv_temperature);
+  const auto state = block_merge(fold<kEntropy>(elements, n, inv_temperature));
+  if (threadIdx.x != 0) return;
+  if (parts == 1) {
+    finish_row<T>(p, row, state);
+  } else {
+    partial[blockIdx.x] = state;
+  }
+}
+
+// One thread per row, the row's parts in order.
+template <class T, class State>
+__global__ void token_logprob_rows(TokenLogprobParams p, int parts, const State* partial) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (row >= p.rows) return;
+  if (masked(p, row)) return zero_row<accumulate_t<T>>(p, row);
+  State state = partial[row * parts];
+  for (int k = 1; k < parts; ++k) state.merge(partial[row * parts + k]);
+  finish_row<T>(p, row, state);
+}
+
+// -------------------------------------------------------------------------------------------------
+
+// The gradient of one row as a function of its logits:
+//   d_j = c ((g_lse - g_logp) p_j - g_entropy p_j (log p_j + H)) + c g_logp [j = target]
+template <class A>
+struct RowGradient {
+  A inv_temperature, lse, all, entropy_slope, entropy, at_target;
+
+  __device__ __forceinline__ A operator()(A x) const {
+    const A log_p = std::fma(x, inv_temperature, -lse);
+    const A p = exponential(log_p);
+    A slope = all;
+    if (entropy_slope != 0) slope -= entropy_slope * (log_p + entropy);
+    return p == 0 ? A{0} : p * slope;  // 0 * inf where a logit is -inf; NaN stays NaN
+  }
+};
+
+template <class A>
+__device__ __forceinline__ A or_zero(const void* values, int64_t row) {
+  return values == nullptr ? A{0} : static_cast<const A*>(values)[row];
+}
+
+constexpr int kBackwardThreads = 256;
+constexpr int kBackwardVectors = 4;  // in flight per thread
+
+template <class T>
+constexpr int kBackwardPart = kBackwardThreads * kBackwardVectors * kPerVector<T>;
+
+// Block b writes part b % parts of row b / parts.
+template <class T>
+__global__ void __launch_bounds__(kBackwardThreads)
+    token_logprob_backward_parts(TokenLogprobBackwardParams p, int parts) {
+  using A = accumulate_t<T>;
+  const int64_t row = blockIdx.x / parts;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x % parts) * kBackwardPart<T>;
+  const int n = static_cast<int>(min(static_cast<int64_t>(kBackwardPart<T>), p.vocab - begin));
+  // Not __restrict__: `to` may be `from`. A thread writes an element only after it has read it, and
+  // nobody else reads it.
+  const T* from = static_cast<const T*>(p.logits) + row * p.row_stride + begin;
+  T* to = static_cast<T*>(p.grad_logits) + row * p.grad_row_stride + begin;
+  const int t = threadIdx.x;
+
+  const bool dead = masked(p, row);
+  const A g_logp = dead ? A{0} : or_zero<A>(p.grad_logp, row);
+  const A g_lse = dead ? A{0} : or_zero<A>(p.grad_lse, row);
+  const A g_entropy = dead ? A{0} : or_zero<A>(p.grad_entropy, row);
+  const bool zero = g_logp == 0 && g_lse == 0 && g_entropy == 0;
+
+  RowGradient<A> gradient{};
+  int target = -1;  // its place in this part, or anything outside [0, n)
+  if (!zero) {
+    const A c = static_cast<A>(p.inv_temperature);
+    gradient.inv_temperature = c;
+    gradient.lse = static_cast<const A*>(p.lse)[row];
+    gradient.all = c * (g_lse - g_logp);
+    gradient.entropy_slope = c * g_entropy;
+    gradient.entropy = or_zero<A>(p.entropy, row);
+    gradient.at_target = c * g_logp;
+    const int64_t offset = p.target[row] - begin;
+    if (offset >= 0 && offset < n) target = static_cast<int>(offset);
+  }
+  auto value = [&](T x, int i) {
+    A d = gradient(load(x));
+    if (i == target) d += gradient.at_target;
+    return store<T>(d);
+  };
+  auto one = [&](int i) { to[i] = zero ? store<T>(A{0}) : value(from[i], i); };
+
+  const Stretch s(to, n);
+  if (!zero && misalignment(from) != misalignment(to)) {  // two matrices of unlike strides
+    for (int i = t; i < n; i += kBackwardThreads) one(i);
+    return;
+  }
+  Vector<T> vectors[kBackwardVectors] = {};
+  auto place = [&](int k) { return s.head + (t + k * kBackwardThreads) * kPerVector<T>; };
+  auto exists = [&](int k) { return t + k * kBackwardThreads < s.vectors; };
+  if (!zero) {
+#pragma unroll
+    for (int k = 0; k < kBackwardVectors; ++k) {
+      if (exists(k)) vectors[k] = Vector<T>::read(from + place(k));
+    }
+#pragma unroll
+    for (int k = 0; k < kBackwardVectors; ++k) {
+#pragma unroll
+      for (int e = 0; e < kPerVector<T>; ++e) {
+        vectors[k].element[e] = value(vectors[k].element[e], place(k) + e);
+      }
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kBackwardVectors; ++k) {
+    if (exists(k)) vectors[k].write(to + place(k));
+  }
+  if (t < s.head) one(t);
+  if (t < s.tail) one(n - s.tail + t);
+}
+
+}  // namespace
+}  // namespace fdpg::cuda

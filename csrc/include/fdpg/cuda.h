@@ -1,0 +1,32 @@
+// cuda.h: the CUDA entry points, one per op. Each enqueues its kernels on `stream` and returns;
+// none synchronises, allocates or asks the device a question, so all of them can be captured in a
+// graph. Results are deterministic: fixed reduction order, no floating-point atomics, and a row's
+// result does not depend on the rows around it or on how it is aligned.
+//
+// Nothing on the device can raise. What the CPU reports as a bad row (cpu.h) is NaN in the outputs
+// here: the caller looks at the outputs.
+#pragma once
+
+#include <cstddef>
+
+#include "fdpg/params.h"
+
+struct CUstream_st;
+
+namespace fdpg::cuda {
+
+using Stream = CUstream_st*;  // cudaStream_t, which this spells without CUDA's headers
+using Status = int;           // cudaError_t, an enum that cannot be declared ahead; 0 is success
+
+// The workspaces need no initialisation, and may be null where their size is 0. They must be
+// aligned to 16 bytes.
+
+std::size_t token_logprob_workspace(const TokenLogprobParams& p);
+Status token_logprob(const TokenLogprobParams& p, void* workspace, Stream stream);
+
+Status token_logprob_backward(const TokenLogprobBackwardParams& p, Stream stream);
+
+std::size_t fdiv_weights_workspace(const FdivWeightsParams& p);
+Status fdiv_weights(const FdivWeightsParams& p, void* workspace, Stream stream);
+
+}  // namespace fdpg::cuda

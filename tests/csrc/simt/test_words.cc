@@ -1,0 +1,120 @@
+// test_words.cc: what the emulator's words mean. Values worked out by hand.
+#include "../../../csrc/cuda/device.cuh"
+#include "harness.h"
+
+namespace {
+
+using fdpg::cuda::launch;
+
+constexpr unsigned kAll = 0xffffffffu;
+
+// Each thread writes what one warp-wide word gave it.
+struct Words {
+  int xor3, down2, up1, at5, xor_of_width8;
+  unsigned ballot;
+  int any, all, sum, largest;
+};
+
+__global__ void say_words(Words* out) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  Words w;
+  w.xor3 = __shfl_xor_sync(kAll, lane, 3);
+  w.down2 = __shfl_down_sync(kAll, lane, 2);
+  w.up1 = __shfl_up_sync(kAll, lane, 1);
+  w.at5 = __shfl_sync(kAll, lane * 10, 5);
+  w.xor_of_width8 = __shfl_xor_sync(kAll, lane, 8, 8);  // beyond the segment: one's own
+  w.ballot = __ballot_sync(kAll, lane % 2);
+  w.any = __any_sync(kAll, lane == 7);
+  w.all = __all_sync(kAll, lane == 7);
+  w.sum = __reduce_add_sync(kAll, lane);
+  w.largest = __reduce_max_sync(kAll, lane);
+  out[blockIdx.x * blockDim.x + threadIdx.x] = w;
+}
+
+void warp_words() {
+  Buffer<Words> out(3 * 64);
+  for_each_schedule([&](int) {
+    run_on_device([&] { return launch(say_words, 3, 64, 0, nullptr, out.data()); });
+    for (int64_t i = 0; i < out.size(); ++i) {
+      const int lane = static_cast<int>(i % 32);
+      const Words& w = out[i];
+      CHECK(w.xor3 == (lane ^ 3));
+      CHECK(w.down2 == (lane < 30 ? lane + 2 : lane));
+      CHECK(w.up1 == (lane > 0 ? lane - 1 : 0));
+      CHECK(w.at5 == 50);
+      CHECK(w.xor_of_width8 == lane);
+      CHECK(w.ballot == 0xaaaaaaaau);
+      CHECK(w.any && !w.all);
+      CHECK(w.sum == 496 && w.largest == 31);
+    }
+  });
+}
+
+// The halves of a warp do different things at once.
+__global__ void half_warps(int* out) {
+  const int lane = static_cast<int>(threadIdx.x);
+  out[lane] = lane < 16 ? __reduce_add_sync(0x0000ffffu, 1) : __reduce_add_sync(0xffff0000u, lane);
+}
+
+void independent_halves() {
+  Buffer<int> out(32);
+  for_each_schedule([&](int) {
+    run_on_device([&] { return launch(half_warps, 1, 32, 0, nullptr, out.data()); });
+    CHECK(out[3] == 16);
+    CHECK(out[20] == 16 * 47 / 2);  // 16 + ... + 31
+  });
+}
+
+__global__ void vote(int* out, int n) {
+  if (static_cast<int>(threadIdx.x) >= n) return;  // a returned thread is not waited for
+  out[0] = __syncthreads_count(threadIdx.x % 2);
+  __syncthreads();
+  out[1] = __syncthreads_or(threadIdx.x == 5);
+  __syncthreads();
+  out[2] = __syncthreads_and(threadIdx.x != 5);
+}
+
+void block_votes() {
+  Buffer<int> out(3);
+#ifndef SIMT_RACE  // all threads write the same number to one place: a race, if a harmless one
+  for_each_schedule([&](int) {
+    run_on_device([&] { return launch(vote, 1, 96, 0, nullptr, out.data(), 50); });
+    CHECK(out[0] == 25);
+    CHECK(out[1] != 0);
+    CHECK(out[2] == 0);
+  });
+#endif
+}
+
+__global__ void count_threads(int* out) { atomicAdd(out, 1); }
+
+void atomics() {
+  for_each_schedule([&](int) {
+    Buffer<int> out(std::vector<int>{0});
+    run_on_device([&] { return launch(count_threads, 3, 70, 0, nullptr, out.data()); });
+    CHECK(out[0] == 210);
+  });
+}
+
+void limits() {
+  Buffer<int> out(std::vector<int>{0});
+  CHECK(launch(count_threads, 0, 32, 0, nullptr, out.data()) == cudaSuccess);
+  CHECK(out[0] == 0);
+  CHECK(launch(count_threads, 1, 2048, 0, nullptr, out.data()) != cudaSuccess);
+  CHECK(launch(count_threads, int64_t{1} << 31, 32, 0, nullptr, out.data()) != cudaSuccess);
+#ifdef FDPG_TEST_ON_GPU
+  cudaGetLastError();  // forget what was provoked
+#endif
+}
+
+}  // namespace
+
+int main() {
+  return run_tests([] {
+    warp_words();
+    independent_halves();
+    block_votes();
+    atomics();
+    limits();
+  });
+}
