@@ -11,8 +11,10 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import inspect
 import math
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -87,25 +89,29 @@ class TargetConfig:
         constrain: scorers every sample must satisfy, as in [{contains: dog}]
         moments: features and their wanted means, as in [{words: [she, her], moment: 0.5}]
         reward: a scorer and its temperature, as in {length: words, beta: 2.0}
-        smooth: floor of the constraints, so that no sample is impossible (for reverse_kl)
+        times: factors that are never negative, as in [{python: mine.py:politeness}]
+        smooth: floor of the constraints, such as 1e-6, so that no sample is impossible
         python: FILE.py:FUNCTION that takes a rollout and returns its log score, run as given
+        folder: where relative file names are looked up first; empty: beside the YAML file
         fit_samples: samples of the base that the moments are fitted on (as many again test the fit)
         built_in_python: written by a run whose target is a Python object: what that object was
     """
 
     constrain: list[dict[str, Any]] = field(default_factory=list)
     moments: list[dict[str, Any]] = field(default_factory=list)
-    reward: dict[str, Any] | None = None
+    reward: dict[str, Any] | list[dict[str, Any]] | None = None
+    times: list[dict[str, Any]] = field(default_factory=list)
     smooth: float | None = None
     python: str | None = None
+    folder: str | None = None
     fit_samples: int = 2048
     built_in_python: str | None = None
 
     def spec(self) -> dict[str, Any]:
         """The parts that were asked for, as :func:`fdpg_fast.targets.from_spec` reads them."""
-        given = dataclasses.asdict(self)
-        del given["fit_samples"], given["built_in_python"]
-        return {key: value for key, value in given.items() if value not in (None, [])}
+        parts = ("constrain", "moments", "reward", "times", "smooth", "python")
+        given = {part: getattr(self, part) for part in parts}
+        return {part: value for part, value in given.items() if value not in (None, [])}
 
 
 @dataclass(frozen=True)
@@ -133,8 +139,8 @@ class ObjectiveConfig:
     """What is minimised, and how its gradient is estimated.
 
     Attributes:
-        divergence: f-divergence between policy and target; the names are listed below
-        baseline: auto is loo with two or more samples per prompt, else ema(0.99); listed below
+        divergence: f-divergence between policy and target; the names are listed above
+        baseline: auto is loo with two or more samples per prompt, else ema(0.99); listed above
         log_z: normaliser from all samples so far, from each batch, or from the base before training
         log_z_samples: samples of the base per prompt that a frozen log_z is made from
         steps_per_batch: optimiser steps on each batch of samples
@@ -163,7 +169,8 @@ class OptimiserConfig:
         betas: of AdamW
         epsilon: of AdamW
         max_grad_norm: gradients are scaled down to this norm; .inf: never
-        micro_batch: samples per forward and backward pass; changes memory, not the gradient
+        micro_batch: samples per forward and backward pass; null: as many as make 4096 tokens;
+            changes memory, not the gradient
     """
 
     learning_rate: float = 3e-5
@@ -173,7 +180,7 @@ class OptimiserConfig:
     betas: tuple[float, float] = (0.9, 0.999)
     epsilon: float = 1e-8
     max_grad_norm: float = math.inf
-    micro_batch: int = 64
+    micro_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -190,7 +197,7 @@ class RunConfig:
         keep_checkpoints: newest checkpoints to keep
         evaluation_samples: fresh samples for the comparison of before and after; 0: no comparison
         max_gap: largest mean difference in nats per token between the log-prob of sampler and
-            trainer; empty: 1e-3 in fp32, 5e-2 in bf16
+            trainer; null: 1e-3 in fp32, 5e-2 in bf16
     """
 
     steps: int = 40
@@ -237,7 +244,7 @@ class Config:
         positive = ("learning_rate", "epsilon", "ratio_clip", "reward_clip", "max_grad_norm")
         for part, key, value in self._items():
             name = f"{part}.{key}"
-            if key in at_least_one and value < 1:
+            if key in at_least_one and value is not None and value < 1:
                 raise ConfigError(f"config: `{name}` expected at least 1, got {value}")
             if key in not_negative and value < 0:
                 raise ConfigError(f"config: `{name}` expected 0 or more, got {value}")
@@ -277,6 +284,8 @@ class Config:
             path = find(source)
             content, where = _load(path), path.name
         _check_keys(content, where)
+        if not isinstance(source, Mapping) and content.get("target"):
+            content["target"].setdefault("folder", str(path.resolve().parent))
         _check_options(overrides)
         parser = argument_parser()
         try:
@@ -369,6 +378,24 @@ def argument_parser() -> ArgumentParser:
     parser = ArgumentParser(exit_on_error=False, allow_abbrev=False, add_help=False)
     parser.add_class_arguments(Config, None)
     return parser
+
+
+def describe_keys() -> str:
+    """Every key with its default and meaning, part by part, for ``--help``."""
+    lines = []
+    for part, kind in _parts().items():
+        summary, _, attributes = inspect.cleandoc(str(kind.__doc__)).partition("\n\nAttributes:\n")
+        lines.append(summary)
+        meanings = re.sub(r"\n {8}\s*", " ", attributes)
+        default = kind()
+        for key, meaning in re.findall(r"^    (\w+): (.*)$", meanings, flags=re.MULTILINE):
+            value = getattr(default, key)
+            shown = yaml.safe_dump(list(value) if isinstance(value, tuple) else value)
+            shown = shown.removesuffix("...\n").strip().replace("\n", " ")
+            lines.append(f"  --{part}.{key} [{shown}]")
+            lines += textwrap.wrap(meaning, 88, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        lines.append("")
+    return "\n".join(lines)
 
 
 @functools.cache
@@ -482,10 +509,11 @@ def _type_name(key: str) -> str:
         "str": "text",
         "str | list[str]": "a text or a list of texts",
         "float | None": "a number or null",
+        "int | None": "a whole number or null",
         "str | None": "text or null",
         "tuple[float, float]": "a list of two numbers",
         "list[dict[str, Any]]": "a list of `{scorer: argument}`, as in [{contains: dog}]",
-        "dict[str, Any] | None": "`{scorer: argument, beta: number}` or null",
+        "dict[str, Any] | list[dict[str, Any]] | None": "`{scorer: argument, beta: number}`",
     }
     choices = re.fullmatch(r"Literal\[(.*)\]", declared.type)
     if choices:

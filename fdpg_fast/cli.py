@@ -1,0 +1,312 @@
+"""The `fdpg` command.
+
+Nothing heavy is imported until a command needs it, so help is quick. A mistake of the user gives
+one message and exit code 2; `--debug` shows where in the program it was found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fdpg_fast import config as configuration
+from fdpg_fast._version import __version__
+from fdpg_fast.config import Config, ConfigError
+
+if TYPE_CHECKING:
+    from fdpg_fast.run_directory import RunDirectory
+
+__all__ = ["main"]
+
+USAGE_ERROR = 2
+
+EPILOG = """examples:
+  fdpg train demo --out runs/demo                       a first run, two minutes on a laptop
+  fdpg train dog --model.name gpt2 --out runs/dog       another model
+  fdpg train my.yaml --optimiser.learning_rate 1e-5 --out runs/slow
+  fdpg train --resume --out runs/slow                   go on where it stopped
+  fdpg sample runs/dog -n 5
+  fdpg report runs/dog runs/slow
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [word for word in given if word != "--debug"]
+    parser = _parser()
+    try:
+        if not given:
+            parser.print_help()
+            return USAGE_ERROR
+        if given[0] == "train":  # its keys are the config's: another parser reads them
+            return train(given[1:])
+        known = parser.parse_args(given)
+        command: Callable[[argparse.Namespace], int] = known.run
+        return command(known)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # `fdpg sample ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if debug or not _is_explained(error):
+            raise
+        print(f"fdpg: {error}", file=sys.stderr)
+        return USAGE_ERROR
+
+
+def _is_explained(error: Exception) -> bool:
+    """Whether the message says what was wrong and what to do: this package's own errors do."""
+    if type(error).__module__.startswith("fdpg_fast."):
+        return True
+    # torch's own words for it name the size that did not fit.
+    return type(error).__name__ in ("OutOfMemoryError",) or (
+        isinstance(error, ValueError | OSError | ImportError) and _raised_by_package(error)
+    )
+
+
+def _raised_by_package(error: BaseException) -> bool:
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__", "")).startswith(
+        "fdpg_fast"
+    )
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------
+
+
+def train(words: Sequence[str]) -> int:
+    """`fdpg train`: a whole run, from a recipe or file to a report."""
+    # The recipe first, as everything after it may be a key and its value.
+    recipe = words[0] if words and not words[0].startswith("-") else None
+    parser = _Parser(prog="fdpg train", add_help=False, allow_abbrev=False)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("-h", "--help", action="store_true")
+    known, overrides = parser.parse_known_args(words[recipe is not None :])
+    if known.help:
+        print(_train_help())
+        return 0
+    from fdpg_fast.run_directory import RunDirectory
+
+    if recipe is None and not known.resume:
+        raise ConfigError(
+            f"train: expected a recipe or a YAML file. {configuration.nearest('', _names())}"
+        )
+    if known.out is None:
+        raise ConfigError("train: expected --out DIR, the folder that the run is written to")
+    if recipe is None:
+        config = _resumed(RunDirectory.open(known.out).config(), overrides)
+    else:
+        config = Config.read(recipe, overrides)
+
+    from fdpg_fast.trainer import Trainer
+
+    trainer = Trainer.from_config(config, out=known.out, resume=known.resume)
+    evaluation = trainer.train()
+    run = RunDirectory(known.out)
+    if evaluation is not None:
+        _show_evaluation(evaluation)
+    print(f"model   {run.model}")
+    print(f"report  {run.report}")
+    return 0
+
+
+def sample(known: argparse.Namespace) -> int:
+    """`fdpg sample`: texts from a tuned model."""
+    from fdpg_fast.evaluation import draw_texts
+    from fdpg_fast.run_directory import RunDirectory
+
+    run = RunDirectory.open(known.folder)
+    texts = draw_texts(
+        run, prompt=known.prompt, count=known.n, max_new_tokens=known.tokens, seed=known.seed
+    )
+    for prompt, text in texts:
+        if known.jsonl:
+            import json
+
+            print(json.dumps({"prompt": prompt, "sample": text}, ensure_ascii=False))
+        else:
+            print(f"{prompt}{text}\n")
+    return 0
+
+
+def evaluate(known: argparse.Namespace) -> int:
+    """`fdpg evaluate`: measures base and tuned model on fresh samples."""
+    from fdpg_fast.evaluation import evaluate_run
+    from fdpg_fast.run_directory import RunDirectory
+
+    run = RunDirectory.open(known.folder)
+    evaluation = evaluate_run(run, samples=known.samples, seed=known.seed)
+    _show_evaluation(evaluation)
+    print(f"written to {run.evaluation}")
+    return 0
+
+
+def report(known: argparse.Namespace) -> int:
+    """`fdpg report`: the plots of one run, or of several in one file."""
+    from fdpg_fast.report import write_report
+    from fdpg_fast.run_directory import RunDirectory
+
+    runs: list[RunDirectory] = [RunDirectory.open(folder) for folder in known.folders]
+    path = known.to or (runs[0].report if len(runs) == 1 else Path("comparison.html"))
+    print(write_report(runs, path))
+    return 0
+
+
+def env(known: argparse.Namespace) -> int:
+    """`fdpg env`: what is installed, what is used, and why."""
+    from fdpg_fast.environment import describe
+
+    for name, value in describe():
+        print(f"{name:<18} {value}")
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------
+# Words
+# ---------------------------------------------------------------------------------------------
+
+
+class _Parser(argparse.ArgumentParser):
+    """Argparse, whose complaints are one line like all others of this program."""
+
+    def error(self, message: str) -> Any:
+        raise ConfigError(f"{message}. Way out: `{self.prog} --help`")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="fdpg",
+        description="Tune a language model toward any distribution you can describe.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"fdpg-fast {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show tracebacks")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
+
+    commands.add_parser("train", help="tune a model, as a recipe or a YAML file says")
+    part = _command(commands, "sample", sample, "draw texts from the tuned model of a run")
+    part.add_argument("folder", metavar="DIR", type=Path)
+    part.add_argument("-n", type=_positive, default=3, help="texts (default: 3)")
+    part.add_argument("--prompt", help="what they continue (default: the run's own prompts)")
+    part.add_argument("--tokens", type=_positive, help="longest text (default: the run's)")
+    part.add_argument("--seed", type=int, help="for the same texts again (default: new ones)")
+    part.add_argument("--jsonl", action="store_true", help="one JSON object per text")
+
+    part = _command(commands, "evaluate", evaluate, "measure base and tuned model of a run")
+    part.add_argument("folder", metavar="DIR", type=Path)
+    part.add_argument("--samples", type=_positive, help="fresh samples (default: the run's)")
+    part.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+
+    part = _command(commands, "report", report, "plots and samples of runs, as one HTML file")
+    part.add_argument("folders", metavar="DIR", type=Path, nargs="+")
+    part.add_argument(
+        "--to", type=Path, help="file (default: DIR/report.html, or comparison.html for several)"
+    )
+
+    _command(commands, "env", env, "what is installed, what is used, and why")
+    return parser
+
+
+def _command(
+    commands: Any, name: str, run: Callable[[argparse.Namespace], int], about: str
+) -> argparse.ArgumentParser:
+    part: argparse.ArgumentParser = commands.add_parser(
+        name, help=about, description=about, allow_abbrev=False
+    )
+    part.set_defaults(run=run)
+    return part
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError(text)
+    return number
+
+
+_positive.__name__ = "whole number above 0"  # argparse puts it into its message
+
+
+def _names() -> dict[str, Path]:
+    return configuration.recipes()
+
+
+def _train_help() -> str:
+    from fdpg_fast.baselines import describe_baselines
+    from fdpg_fast.divergences import describe_divergences
+
+    listed = "\n".join(f"  {n:<14} {configuration.describe(p)}" for n, p in _names().items())
+    return f"""usage: fdpg train RECIPE|FILE.yaml [--part.key value ...] --out DIR [--resume]
+
+A run: draws samples, weighs them by the target, moves the model; ends with a comparison of before
+and after, a model that transformers loads, and a report. Ctrl-C saves first.
+
+  RECIPE|FILE.yaml  a recipe below, or a file of the same form
+  --out DIR         where everything is written
+  --resume          go on with the run in DIR from its newest checkpoint
+
+recipes:
+{listed}
+
+divergences (--objective.divergence), between policy pi and target p:
+{_indent(describe_divergences())}
+
+baselines (--objective.baseline):
+{_indent(describe_baselines())}
+
+keys, with their defaults:
+
+{configuration.describe_keys()}"""
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" for line in text.splitlines())
+
+
+def _resumed(config: Config, overrides: Sequence[str]) -> Config:
+    """A saved config with changes from the command line."""
+    import dataclasses
+
+    return Config.read(dataclasses.asdict(config), overrides) if overrides else config
+
+
+def _show_evaluation(evaluation: dict[str, Any]) -> None:
+    """The table of before and after, and three samples of each."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    from fdpg_fast.progress import one_line
+    from fdpg_fast.report import evaluation_table
+
+    console = Console()
+    table = Table(title=f"{evaluation['samples']} fresh samples", title_justify="left")
+    for name in ("", "base", "tuned", "goal"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    for row in evaluation_table(evaluation):
+        table.add_row(*row)
+    console.print(table)
+    for name in ("base", "tuned"):
+        console.print(Text(f"{name}:", style="bold"))
+        for prompt, text in list(
+            zip(evaluation["texts"]["prompt"], evaluation["texts"][name], strict=True)
+        )[:3]:
+            console.print(Text.assemble("  ", (one_line(prompt), "dim"), " ", one_line(text)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

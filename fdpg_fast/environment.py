@@ -1,0 +1,63 @@
+"""What `fdpg env` prints: what is installed, what is used, and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+
+import torch
+
+from fdpg_fast._build import load
+from fdpg_fast._version import __version__
+from fdpg_fast.models import attention_report
+
+__all__ = ["describe", "device_name", "versions"]
+
+PACKAGES = ("torch", "transformers", "safetensors", "numpy", "jsonargparse", "rich", "matplotlib")
+
+
+def versions() -> dict[str, str]:
+    """Of the package, of Python, and of what decides a run's numbers."""
+    return {
+        "fdpg_fast": __version__,
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "transformers": metadata.version("transformers"),
+    }
+
+
+def device_name(device: torch.device) -> str:
+    """``cpu, avx512, 2 threads`` or the GPU's name."""
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    return f"{device.type}, {load().cpu_isa()}, {torch.get_num_threads()} threads"
+
+
+def describe() -> Iterator[tuple[str, str]]:
+    """Rows ``(what, how it is)``."""
+    compiled = load()
+    yield "fdpg_fast", __version__
+    yield "python", f"{platform.python_version()}, {platform.system()} {platform.machine()}"
+    for package in PACKAGES:
+        try:
+            yield package, metadata.version(package)
+        except metadata.PackageNotFoundError:
+            yield package, "not installed"
+    for name, value in compiled.build_info().items():
+        yield f"build: {name}", str(value)
+    lowered = os.environ.get("FDPG_CPU_ISA")
+    why = f"by FDPG_CPU_ISA={lowered}" if lowered else "chosen at run time"
+    yield "CPU instructions", f"{compiled.cpu_isa()}, {why}"
+    yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            yield f"cuda:{index}", torch.cuda.get_device_name(index)
+        yield "bf16", "used" if torch.cuda.is_bf16_supported() else "not used: the GPU has none"
+    else:
+        reason = "torch was built without CUDA" if torch.version.cuda is None else "no GPU found"
+        yield "CUDA", f"not used: {reason}"
+        yield "bf16", "not used on CPUs unless --model.compute bf16 asks for it"
+    for name, available, why in attention_report():
+        yield f"attention: {name}", f"{'available' if available else 'not available'}: {why}"
