@@ -29,10 +29,14 @@ FDPG_HOST_DEVICE inline double fdiv_term(const Divergence& divergence, double lo
   }
   const double log_target_ratio = log_p - log_q;
   if (log_pi == -INFINITY) return std::exp(log_target_ratio) * (divergence.f_zero() + slope);
+  // Ratios beyond double are divided out until the end, else inf - inf would make NaN of inf.
   const double log_t = log_pi - log_p;
-  const double term =
-      divergence.f(log_t, log_target_ratio) - slope * scaled_expm1(log_t, log_target_ratio);
-  return term < 0.0 ? 0.0 : term;  // rounding, near t = 1; NaN stays NaN
+  const double log_ratio = log_pi - log_q;
+  const double log_largest = log_ratio > log_target_ratio ? log_ratio : log_target_ratio;
+  const double excess = log_largest > 0.0 ? log_largest : 0.0;
+  const double log_s = log_target_ratio - excess;
+  const double term = divergence.f(log_t, log_s) - slope * scaled_expm1(log_t, log_s);
+  return term <= 0.0 ? 0.0 : term * std::exp(excess);  // below 0 by rounding; NaN stays NaN
 }
 
 // What fdiv_weights knows of one sample before it knows the others.

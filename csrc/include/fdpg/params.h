@@ -105,8 +105,8 @@ struct LogPartitionParams {
 //   grad D_f(pi || p)  =  -(1/B) sum_i weight_i grad log pi(x_i)
 //   weight_i = ratio_i (r_i - b_i),   r = -f'(log_t),   log_t = log pi - (log P - log Z)
 //   ratio = min(pi / q, ratio_clip);  r clamped to [-reward_clip, reward_clip]
-// (f-DPG, arXiv 2302.08215, Theorem 1 and Fact 1.) A sample of a prompt with log Z = -inf is
-// skipped: weight 0, counted, left out of every statistic and baseline.
+// (f-DPG, arXiv 2302.08215, Theorem 1 and Fact 1.) A sample of a prompt with log Z = -inf, or one
+// with log pi = -inf, is skipped: weight 0, counted, left out of every statistic and baseline.
 struct FdivWeightsParams {
   const double* log_pi;     // (B,)
   const double* log_q;      // (B,)

@@ -7,7 +7,7 @@
 namespace fdpg {
 
 #define FDPG_STATISTICS(X)                                                                 \
-  X(n_used)        /* samples whose prompt has log Z > -inf */                             \
+  X(n_used)        /* samples with log pi > -inf whose prompt has log Z > -inf */          \
   X(n_skipped)     /* the others: weight 0 */                                              \
   X(n_off_support) /* used samples with P(x) = 0 */                                        \
   X(reward_mean)   /* of the pseudo-reward -f'(pi/p), after clipping, over used samples */ \
