@@ -6,6 +6,7 @@ library at the top.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import os
@@ -37,6 +38,7 @@ def source_hash(csrc: Path, *, cuda: bool) -> str:
     return digest.hexdigest()[:16]
 
 
+@functools.cache
 def load() -> ModuleType:
     """The compiled module; importing it registers the CPU ops. Loads the CUDA ops where they exist.
 

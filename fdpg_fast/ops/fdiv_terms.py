@@ -1,0 +1,57 @@
+"""fdiv_terms: each sample's term in the estimate of an f-divergence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdpg_fast import _build
+from fdpg_fast.divergences import Divergence
+from fdpg_fast.ops import custom_divergence
+
+__all__ = ["fdiv_terms"]
+
+_build.load()
+
+
+def fdiv_terms(
+    log_pi: Tensor,
+    log_q: Tensor,
+    log_score: Tensor,
+    log_z: Tensor,
+    prompt: Tensor,
+    *,
+    divergence: Divergence,
+) -> Tensor:
+    """Terms whose mean over samples x ~ q of a prompt estimates D_f(pi || p) for that prompt.
+
+        (p/q) f~(t) on the support, (pi/q) f~'(inf) off it,   f~(t) = f(t) - f'(1) (t - 1)
+
+    f~ has the same divergence as f; its terms are never negative and vary less.
+
+    Args:
+        log_pi, log_q, log_score: ``[B]`` fp64, as for :func:`fdiv_weights`.
+        log_z: ``[G]`` fp64.
+        prompt: ``[B]`` int64, in [0, G).
+        divergence: which f. A custom one is evaluated in PyTorch; without its ``f``, f~ is the
+            integral of f', taken numerically.
+
+    Returns:
+        ``[B]`` fp64, nats for the KL family; NaN for a prompt with log Z = -inf.
+
+    Raises:
+        RuntimeError: a shape, dtype, device, prompt or parameter that the op cannot take.
+    """
+    if divergence.is_custom:
+        return custom_divergence.terms(log_pi, log_q, log_score, log_z, prompt, divergence)
+    result: Tensor = torch.ops.fdpg.fdiv_terms(
+        log_pi, log_q, log_score, log_z, prompt, divergence.id, divergence.param or 0.0
+    )
+    return result
+
+
+@torch.library.register_fake("fdpg::fdiv_terms")
+def _fake(log_pi: Tensor, *others: Any) -> Tensor:
+    return log_pi.new_empty(log_pi.shape[0])

@@ -1,0 +1,108 @@
+"""sample_logprob: draw a token and say its log-probability, in one read of the logits."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdpg_fast import _build
+from fdpg_fast.ops.token_logprob import result_dtype
+
+__all__ = ["Sampled", "random_key", "sample_logprob"]
+
+_build.load()
+
+
+class Sampled(NamedTuple):
+    """One drawn token per row.
+
+    Attributes:
+        token: ``[N]`` int64.
+        logp: ``[N]`` its log-probability, nats.
+        lse: ``[N]`` log-sum-exp of the (tempered) logits; NaN where no token could be drawn.
+    """
+
+    token: Tensor
+    logp: Tensor
+    lse: Tensor
+
+
+def sample_logprob(
+    logits: Tensor,
+    seed: int | Tensor,
+    sample_id: Tensor,
+    position: Tensor,
+    *,
+    inv_temperature: float = 1.0,
+) -> Sampled:
+    """Draws from softmax(logits * inv_temperature), row by row.
+
+    The random number of a row is a function of (seed, sample_id, position) alone, so a sample does
+    not depend on the batch it is drawn in, nor on how many devices draw. Not differentiable.
+
+    Args:
+        logits: ``[N, V]`` fp32, bf16, fp16 or fp64, contiguous along the vocabulary.
+        seed: an int (see :func:`random_key`), or ``[1]`` int64 on the device of the logits.
+        sample_id: ``[N]`` int64, which sample a row belongs to.
+        position: ``[N]`` int64, how many tokens of that sample have been drawn.
+        inv_temperature: 1 / temperature.
+
+    Returns:
+        token, logp and lse. A row that holds NaN or +inf, or is -inf throughout, gives token 0 and
+        logp = lse = NaN: nothing on a device can raise, so look at ``lse``.
+
+    Raises:
+        RuntimeError: a shape, dtype, device or stride that the op cannot take.
+    """
+    if not isinstance(seed, Tensor):
+        seed = torch.full((1,), seed, dtype=torch.int64, device=logits.device)
+    return Sampled(
+        *torch.ops.fdpg.sample_logprob(logits.detach(), seed, sample_id, position, inv_temperature)
+    )
+
+
+@torch.library.register_fake("fdpg::sample_logprob")
+def _fake(
+    logits: Tensor,
+    seed: Tensor,
+    sample_id: Tensor,
+    position: Tensor,
+    inv_temperature: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = logits.shape[0], result_dtype(logits.dtype)
+    return (
+        logits.new_empty(rows, dtype=torch.int64),
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+    )
+
+
+def random_key(seed: int, step: int, stream: int = 0) -> int:
+    """One int64 for ``seed`` of :func:`sample_logprob` from a run's seed, the step and a purpose.
+
+    Args:
+        seed: of the run, any int.
+        step: of the run, >= 0.
+        stream: what the samples are for (training, evaluation, fitting): equal steps of different
+            streams draw different numbers.
+
+    Returns:
+        A signed 64-bit int; the same arguments always give the same one.
+    """
+    key = 0
+    for word in (seed, step, stream):
+        key = _mix((key ^ (word & _MASK)) + 0x9E3779B97F4A7C15)
+    return key - (1 << 64) if key >> 63 else key
+
+
+_MASK = (1 << 64) - 1
+
+
+def _mix(x: int) -> int:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood 2014): a bijection of 64-bit words."""
+    x &= _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)

@@ -1,0 +1,53 @@
+"""sequence_logprob: sums over the tokens of sequences of unequal length."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdpg_fast import _build
+
+__all__ = ["sequence_logprob"]
+
+_build.load()
+
+
+def sequence_logprob(values: Tensor, lengths: Tensor) -> Tensor:
+    """sum over t < lengths[b] of values[b, t], in fp64 and in the order of t.
+
+    Args:
+        values: ``[B, T]`` fp32 or fp64, such as token log-probabilities; what stands past a
+            length is not read. Differentiable.
+        lengths: ``[B]`` int64, in [0, T].
+
+    Returns:
+        ``[B]`` fp64.
+
+    Raises:
+        RuntimeError: a shape, dtype, device, stride or length that the op cannot take.
+    """
+    result: Tensor = torch.ops.fdpg.sequence_logprob(values, lengths)
+    return result
+
+
+@torch.library.register_fake("fdpg::sequence_logprob")
+def _fake(values: Tensor, lengths: Tensor) -> Tensor:
+    return values.new_empty(values.shape[0], dtype=torch.float64)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+    values, lengths = inputs
+    ctx.tokens, ctx.dtype = values.shape[1], values.dtype
+    ctx.save_for_backward(lengths)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+    (lengths,) = ctx.saved_tensors
+    column = torch.arange(ctx.tokens, device=lengths.device)
+    inside = column < lengths[:, None]
+    return torch.where(inside, grad[:, None], 0.0).to(ctx.dtype), None
+
+
+torch.library.register_autograd("fdpg::sequence_logprob", _backward, setup_context=_setup_context)

@@ -1,0 +1,190 @@
+"""token_logprob: log-probabilities of chosen tokens, straight from the logits."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdpg_fast import _build
+
+__all__ = ["TokenLogprob", "result_dtype", "token_logprob"]
+
+_build.load()
+
+
+class TokenLogprob(NamedTuple):
+    """What a softmax over the vocabulary says of its targets; all of the targets' shape.
+
+    Attributes:
+        logp: log-probability of the target, nats.
+        lse: log-sum-exp of the (tempered) logits.
+        entropy: of the distribution, nats; None if it was not asked for.
+    """
+
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+
+
+def result_dtype(*inputs: torch.dtype) -> torch.dtype:
+    """fp64 if an input is fp64, else fp32: bf16 logits alone cost 0.7 nats per 512 tokens."""
+    return torch.float64 if torch.float64 in inputs else torch.float32
+
+
+def token_logprob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    inv_temperature: float = 1.0,
+    mask: Tensor | None = None,
+    entropy: bool = False,
+    inplace_backward: bool = False,
+) -> TokenLogprob:
+    """Log-probability of each target under softmax(logits * inv_temperature), in one read.
+
+        logp = z[target] - lse,   lse = log sum_j exp z_j,   z = logits * inv_temperature
+
+    The same as ``log_softmax(z, -1).gather(-1, target)``, without the ``[..., V]`` result.
+    Differentiable once in ``logits``, through all three results. The result does not depend on how
+    rows are batched.
+
+    Args:
+        logits: ``[..., V]`` fp32, bf16, fp16 or fp64; contiguous along the vocabulary. Entries
+            may be -inf. Leading dimensions that do not flatten to one stride are copied.
+        target: ``[...]`` int64, in [0, V).
+        inv_temperature: 1 / temperature; not differentiated.
+        mask: ``[...]`` bool; where False, nothing is read, all results are 0 and so is the
+            gradient (the target there may be anything).
+        entropy: whether to return the entropy too.
+        inplace_backward: the gradient overwrites ``logits``, which saves one ``[..., V]`` buffer.
+            Only for contiguous logits that nobody else looks at: not a leaf, not saved by another
+            function's backward, and gone after one backward pass.
+
+    Returns:
+        logp, lse and entropy, each ``[...]``, fp32 (fp64 for fp64 logits).
+
+    Raises:
+        ValueError: shapes do not match, or ``inplace_backward`` is not possible.
+        RuntimeError: a dtype, device, stride or target that the op cannot take.
+    """
+    if logits.dim() < 1 or logits.shape[:-1] != target.shape:
+        raise ValueError(
+            "token_logprob: `target` must have the shape of `logits` without its last dimension, "
+            f"{list(logits.shape[:-1])}, got {list(target.shape)}"
+        )
+    if mask is not None and mask.shape != target.shape:
+        raise ValueError(
+            f"token_logprob: `mask` must have shape {list(target.shape)}, got {list(mask.shape)}"
+        )
+    shape = target.shape
+    flat = logits if logits.dim() == 2 else logits.reshape(target.numel(), logits.shape[-1])
+    flat_target = target.reshape(-1)
+    flat_mask = None if mask is None else mask.reshape(-1)
+    if inplace_backward and logits.requires_grad:
+        if logits.is_leaf or not logits.is_contiguous():
+            what = "a leaf" if logits.is_leaf else f"strides {list(logits.stride())}"
+            raise ValueError(
+                "token_logprob: `logits` must be a contiguous intermediate result for "
+                f"inplace_backward, got {what}. Leave inplace_backward off"
+            )
+        logp, lse, ent = _InplaceBackward.apply(
+            flat, flat_target, inv_temperature, flat_mask, entropy
+        )
+    else:
+        logp, lse, ent = torch.ops.fdpg.token_logprob(
+            flat, flat_target, inv_temperature, flat_mask, entropy
+        )
+    return TokenLogprob(
+        logp.reshape(shape), lse.reshape(shape), ent.reshape(shape) if entropy else None
+    )
+
+
+@torch.library.register_fake("fdpg::token_logprob")
+def _fake(
+    logits: Tensor,
+    target: Tensor,
+    inv_temperature: float = 1.0,
+    mask: Tensor | None = None,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, dtype = logits.shape[0], result_dtype(logits.dtype)
+    return (
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows if entropy else 0, dtype=dtype),
+    )
+
+
+@torch.library.register_fake("fdpg::token_logprob_backward")
+def _fake_backward(logits: Tensor, *others: Any) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+@torch.library.register_fake("fdpg::token_logprob_backward_")
+def _fake_backward_(logits: Tensor, *others: Any) -> None:
+    return None
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    logits, target, ctx.inv_temperature, mask, entropy = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(logits, target, output[1], output[2] if entropy else None, mask)
+
+
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+    grad_logp, grad_lse, grad_entropy = grads
+    if grad_logp is None and grad_lse is None and grad_entropy is None:
+        return None, None, None, None, None
+    logits, target, lse, entropy, mask = ctx.saved_tensors
+    grad_entropy = None if entropy is None else grad_entropy
+    grad = torch.ops.fdpg.token_logprob_backward(
+        logits, target, lse, entropy, grad_logp, grad_lse, grad_entropy, ctx.inv_temperature, mask
+    )
+    return grad, None, None, None, None
+
+
+torch.library.register_autograd("fdpg::token_logprob", _backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError(
+        "token_logprob: second derivatives are not implemented. "
+        "Use log_softmax and gather where you need them"
+    )
+
+
+torch.library.register_autograd("fdpg::token_logprob_backward", _no_second_derivative)
+
+
+class _InplaceBackward(torch.autograd.Function):
+    """token_logprob whose gradient is written over its logits."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+        output: tuple[Tensor, Tensor, Tensor] = torch.ops.fdpg.token_logprob(*inputs)
+        _setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+        grad_logp, grad_lse, grad_entropy = grads
+        # A second pass would find gradients where logits were: the version counter, which the
+        # next line reads and increment_version moves, makes that an error.
+        logits, target, lse, entropy, mask = ctx.saved_tensors
+        grad_entropy = None if entropy is None else grad_entropy
+        torch.ops.fdpg.token_logprob_backward_(
+            logits,
+            target,
+            lse,
+            entropy,
+            grad_logp,
+            grad_lse,
+            grad_entropy,
+            ctx.inv_temperature,
+            mask,
+        )
+        torch.autograd.graph.increment_version(logits)
+        return logits.detach(), None, None, None, None
