@@ -1,0 +1,192 @@
+"""Prompts, and which of them come at which step: a function of the step alone.
+
+So a run that is stopped and resumed, or that has other processes beside it, sees the same prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from fdpg_fast.rollout import PromptBatch
+
+if TYPE_CHECKING:
+    from fdpg_fast.models import LanguageModel
+
+__all__ = ["PromptError", "Prompts"]
+
+
+class PromptError(ValueError):
+    """Prompts that cannot be used; the message names the prompt and the way out."""
+
+
+class Prompts:
+    """A set of prompts, visited ``per_step`` at a time.
+
+    Every epoch visits each prompt once, in an order of its own if ``shuffle``. When the number of
+    prompts is no multiple of ``per_step``, the last step of an epoch is filled up from its first.
+
+    Args:
+        texts: the prompts as the user wrote them.
+        encode: text to token ids, as ``LanguageModel.encode``.
+        per_step: G, prompts in each batch; no more than there are prompts.
+        shuffle: a new order every epoch; else the given one.
+        seed: of the orders.
+
+    Raises:
+        PromptError: no prompts, a prompt without tokens, or ``per_step`` out of range.
+    """
+
+    def __init__(
+        self,
+        texts: Sequence[str],
+        encode: Callable[[str], Sequence[int]],
+        *,
+        per_step: int = 1,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> None:
+        self.texts = tuple(texts)
+        if not self.texts:
+            raise PromptError("prompts: expected at least one, got none")
+        if not 1 <= per_step <= len(self.texts):
+            raise PromptError(
+                f"prompts: expected prompts_per_step in 1..{len(self.texts)} (the number of "
+                f"prompts), got {per_step}. More samples of a prompt: samples_per_prompt."
+            )
+        self.tokens = tuple(tuple(encode(text)) for text in self.texts)
+        for number, (text, tokens) in enumerate(zip(self.texts, self.tokens, strict=True)):
+            if not tokens:
+                raise PromptError(f"prompts: prompt {number}, {text!r}, has no tokens")
+        self.per_step, self.shuffle, self.seed = per_step, shuffle, seed
+
+    @classmethod
+    def load(
+        cls,
+        source: str | os.PathLike[str] | Sequence[str] | None,
+        model: LanguageModel,
+        per_step: int = 1,
+        *,
+        max_new_tokens: int = 0,
+        shuffle: bool = True,
+        seed: int = 0,
+    ) -> Prompts:
+        """Read prompts from what a user gives.
+
+        Args:
+            source: None or ``""``: one empty prompt, that is the model's ``bos_prompt``; a text; a
+                path of a ``.txt`` file (a prompt per line) or ``.jsonl`` file (objects with a
+                ``"prompt"``); or a list of texts.
+            model: gives tokenizer, context length and vocabulary.
+            per_step: prompts in each batch.
+            max_new_tokens: sample length that must fit behind every prompt.
+            shuffle: visit them in a new order every epoch.
+            seed: of the orders.
+
+        Raises:
+            PromptError: names the prompt or the line, and what is wrong with it.
+        """
+        texts = _read(source)
+
+        def encode(text: str) -> Sequence[int]:
+            return model.encode(text) if text else model.bos_prompt
+
+        prompts = cls(texts, encode, per_step=per_step, shuffle=shuffle, seed=seed)
+        for number, (text, tokens) in enumerate(zip(prompts.texts, prompts.tokens, strict=True)):
+            if len(tokens) + max_new_tokens > model.context_length:
+                raise PromptError(
+                    f"prompts: prompt {number}, {_short(text)}, of {len(tokens)} tokens and "
+                    f"{max_new_tokens} new ones do not fit the {model.context_length} tokens that "
+                    f"{model.name} can read. Shorten it, or set a smaller max_new_tokens."
+                )
+            outside = [token for token in tokens if not 0 <= token < model.vocab_size]
+            if outside:
+                raise PromptError(
+                    f"prompts: prompt {number}, {_short(text)}, has token id {outside[0]}, expected "
+                    f"0..{model.vocab_size - 1}: the tokenizer does not belong to {model.name}."
+                )
+        return prompts
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def batch(self, step: int) -> PromptBatch:
+        """The prompts of a step, a pure function of it; ``step`` counts from 0."""
+        if step < 0:
+            raise ValueError(f"prompts: `step` must be at least 0, got {step}")
+        count = len(self)
+        epoch, place = divmod(step, -(-count // self.per_step))
+        if self.shuffle:
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
+            order = torch.randperm(count, generator=generator)
+        else:
+            order = torch.arange(count)
+        return self._pick(order[torch.arange(place * self.per_step, (place + 1) * self.per_step) % count])
+
+    def all(self) -> PromptBatch:
+        """Every prompt, in the given order."""
+        return self._pick(torch.arange(len(self)))
+
+    def _pick(self, ids: torch.Tensor) -> PromptBatch:
+        rows = ids.tolist()
+        return PromptBatch(
+            ids=ids,
+            tokens=tuple(self.tokens[i] for i in rows),
+            texts=tuple(self.texts[i] for i in rows),
+        )
+
+
+def _read(source: str | os.PathLike[str] | Sequence[str] | None) -> list[str]:
+    if source is None or source == "":
+        return [""]
+    if not isinstance(source, (str, os.PathLike)):
+        texts = list(source)
+        for number, text in enumerate(texts):
+            if not isinstance(text, str) or not text.strip():
+                raise PromptError(
+                    f"prompts: prompt {number} of the list must be a text, got {text!r}. For no "
+                    "prompt at all leave prompts empty."
+                )
+        return texts
+    path = Path(source)
+    if path.suffix not in READERS:
+        if isinstance(source, str):
+            return [source]
+        raise PromptError(f"prompts: {path}: expected one of {', '.join(READERS)}")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"prompts: cannot read {path}: {error}") from error
+    if not lines:
+        raise PromptError(f"prompts: {path} is empty")
+    return [READERS[path.suffix](line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
+
+
+def _text_line(line: str, where: str) -> str:
+    if not line.strip():
+        raise PromptError(f"prompts: {where} is empty. Remove the line.")
+    return line
+
+
+def _json_line(line: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptError(f"prompts: {where} is not JSON: {error}") from error
+    text = record.get("prompt") if isinstance(record, dict) else None
+    if not isinstance(text, str) or not text.strip():
+        raise PromptError(f'prompts: {where}: expected {{"prompt": "some text"}}, got {line[:80]}')
+    return text
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+# File kinds that prompts are read from: ending -> what a line means.
+READERS: dict[str, Callable[[str, str], str]] = {".txt": _text_line, ".jsonl": _json_line}

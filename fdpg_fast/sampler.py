@@ -1,0 +1,229 @@
+"""Draw samples from a language model: fixed shapes, each prompt read once, log-probs as drawn.
+
+A draw is B = prompts x samples_per_prompt samples on a fixed number of slots. Every slot writes one
+sample at a time; when a sample ends its slot takes the next one. The random number of a token is a
+function of (key, sample id, place in the sample), so samples depend neither on the slot nor on the
+batch size, beyond ties that floating-point rounding decides.
+
+Samples are draws from the model itself: temperature 1, nothing truncated. A sample ends with its
+first end-of-text token, which belongs to it, or at ``max_new_tokens``.
+
+Shape legend: B samples, G prompts, P longest prompt, S ``max_new_tokens``, T = P + S.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fdpg_fast import ops
+from fdpg_fast.attention import Decoder
+from fdpg_fast.models import LanguageModel
+from fdpg_fast.rollout import PromptBatch, Rollout
+
+__all__ = ["Sampler", "SamplingError"]
+
+
+class SamplingError(RuntimeError):
+    """No sample can be drawn; the message names the prompt and the way out."""
+
+
+class Sampler:
+    """Draws rollouts; keeps its memory from one draw to the next.
+
+    Args:
+        max_new_tokens: S, the longest sample.
+        batch_size: most samples in work at a time; speed and memory, not the samples, depend on it.
+        check_every: steps between looks at which samples have ended (the only times the device is
+            asked anything).
+    """
+
+    def __init__(self, max_new_tokens: int, batch_size: int = 256, check_every: int = 8) -> None:
+        for name, value in (
+            ("max_new_tokens", max_new_tokens),
+            ("batch_size", batch_size),
+            ("check_every", check_every),
+        ):
+            if value < 1:
+                raise ValueError(f"Sampler: `{name}` must be at least 1, got {value}")
+        self.max_new_tokens = max_new_tokens
+        self.batch_size = batch_size
+        self.check_every = check_every
+        self._decoder: Decoder | None = None
+
+    @torch.no_grad()
+    def draw(
+        self,
+        model: LanguageModel,
+        prompts: PromptBatch,
+        samples_per_prompt: int,
+        key: int,
+        *,
+        first_sample_id: int = 0,
+    ) -> Rollout:
+        """Draw ``samples_per_prompt`` samples of each prompt.
+
+        Args:
+            model: what to draw from.
+            prompts: G prompts of any lengths.
+            samples_per_prompt: K; the samples of a prompt stand together.
+            key: of the random numbers, as ``ops.random_key(seed, step)`` makes it.
+            first_sample_id: samples are numbered from here; a process of many gives its own range.
+
+        Raises:
+            ValueError: a prompt is empty, too long for the model, or has ids the model lacks.
+            SamplingError: logits are NaN or infinite.
+        """
+        self._check(model, prompts, samples_per_prompt)
+        work = _Work(model, prompts, samples_per_prompt, self.max_new_tokens, key, first_sample_id)
+        slots = min(self.batch_size, work.count)
+        decoder = model.decoder(slots, work.width, reuse=self._decoder)
+        # Not kept while in use: after an error its memory may hold NaN, which masks do not hide.
+        self._decoder = None
+        self._run(model, work, decoder, slots)
+        rollout = work.rollout(model)
+        self._decoder = decoder
+        return rollout
+
+    def _run(self, model: LanguageModel, work: _Work, decoder: Decoder, slots: int) -> None:
+        """Fill the rows of ``work``, ``slots`` at a time."""
+        device, idle = model.device, work.count
+        decoder.prefill(work.prompts.tokens)
+        row = torch.full((slots,), idle, dtype=torch.int64, device=device)  # whose sample; idle: none
+        last = work.last_position.tolist()
+        occupant, position = [idle] * slots, [0] * slots
+        begun = 0
+        while True:
+            free = [slot for slot in range(slots) if occupant[slot] == idle]
+            fresh = range(begun, min(begun + len(free), work.count))
+            if fresh:
+                taken = torch.tensor(free[: len(fresh)])
+                rows = torch.tensor(fresh)
+                decoder.assign(taken, work.prompt_index[rows])
+                row[taken.to(device)] = rows.to(device)
+                for slot, sample in zip(free, fresh, strict=False):
+                    occupant[slot], position[slot] = sample, work.prompt_length[sample] - 1
+                begun += len(fresh)
+            live = [slot for slot in range(slots) if occupant[slot] != idle]
+            if not live:
+                return
+            reach = 1 + max(position[slot] for slot in live)
+            steps = min(
+                self.check_every, max(last[occupant[slot]] - position[slot] + 1 for slot in live)
+            )
+            for step in range(steps):
+                work.step(decoder, row, min(reach + step, work.width))
+            occupant, position = torch.stack((row, decoder.positions)).tolist()
+
+    def _check(self, model: LanguageModel, prompts: PromptBatch, samples_per_prompt: int) -> None:
+        if samples_per_prompt < 1:
+            raise ValueError(
+                f"draw: `samples_per_prompt` must be at least 1, got {samples_per_prompt}"
+            )
+        if len(prompts) == 0:
+            raise ValueError("draw: `prompts` must hold at least one prompt, got none")
+        for text, tokens in zip(prompts.texts, prompts.tokens, strict=True):
+            if not tokens:
+                raise ValueError(
+                    f"draw: prompt {text!r} has no tokens. Start it with the model's bos_prompt."
+                )
+            if len(tokens) + self.max_new_tokens > model.context_length:
+                raise ValueError(
+                    f"draw: prompt {text!r} of {len(tokens)} tokens and {self.max_new_tokens} new "
+                    f"ones do not fit the {model.context_length} tokens that {model.name} can "
+                    "read. Shorten the prompt or set a smaller max_new_tokens."
+                )
+            outside = [token for token in tokens if not 0 <= token < model.vocab_size]
+            if outside:
+                raise ValueError(
+                    f"draw: prompt {text!r} has token id {outside[0]}, expected "
+                    f"0..{model.vocab_size - 1}. Is it encoded with the tokenizer of {model.name}?"
+                )
+
+
+class _Work:
+    """The samples of one draw while they are written, on the device.
+
+    One row more than there are samples: idle slots write to the last row, which is thrown away, so
+    that a step has one shape whoever has finished.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompts: PromptBatch,
+        samples_per_prompt: int,
+        max_new_tokens: int,
+        key: int,
+        first_sample_id: int,
+    ) -> None:
+        device = model.device
+        self.prompts = prompts
+        self.key = torch.tensor([key], dtype=torch.int64, device=device)
+        self.prompt_index = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
+        self.count = len(self.prompt_index)
+        lengths = torch.tensor([len(tokens) for tokens in prompts.tokens])
+        self.prompt_length: list[int] = lengths[self.prompt_index].tolist()
+        self.width = int(lengths.max()) + max_new_tokens
+        self.last_position = lengths[self.prompt_index] + max_new_tokens - 2  # last one that is read
+
+        padded = torch.zeros(len(prompts), self.width, dtype=torch.int64)
+        for g, tokens in enumerate(prompts.tokens):
+            padded[g, : len(tokens)] = torch.tensor(tokens)
+        rows = self.count + 1
+        idle_index = torch.cat((self.prompt_index, self.prompt_index[:1]))
+        self.tokens = padded[idle_index].to(device)
+        self.start = lengths[idle_index].to(device)  # position of the first sampled token
+        self.sample_id = torch.arange(first_sample_id, first_sample_id + rows, device=device)
+        self.logp = torch.zeros(rows, max_new_tokens, device=device)
+        self.lse = torch.zeros(rows, max_new_tokens, device=device)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.eos = torch.tensor(model.eos_ids, dtype=torch.int64, device=device)
+
+    def step(self, decoder: Decoder, row: Tensor, reach: int) -> None:
+        """One token for every slot; ``row`` ``(slots,)`` is updated: idle where a sample ended."""
+        position = decoder.positions
+        logits = decoder.step(self.tokens[row, position], reach)
+        # Place in the sample; the clamp is for idle slots, whose prompt had another length.
+        place = (position + 1 - self.start[row]).clamp_(0, self.logp.shape[1] - 1)
+        drawn = ops.sample_logprob(logits, self.key, self.sample_id[row], place)
+        self.tokens[row, position + 1] = drawn.token
+        self.logp[row, place] = drawn.logp.float()
+        self.lse[row, place] = drawn.lse.float()
+        self.lengths[row] = place + 1
+        ended = (drawn.token[:, None] == self.eos).any(dim=1)
+        self.finished[row] = ended
+        idle = (row == self.count) | ended | (place + 1 == self.logp.shape[1])
+        row.masked_fill_(idle, self.count)
+        position.add_(~idle)
+
+    def rollout(self, model: LanguageModel) -> Rollout:
+        """What was drawn, once no slot is live."""
+        n = self.count
+        bad = ~torch.isfinite(self.lse[:n])
+        if bool(bad.any()):
+            sample, place = bad.nonzero()[0].tolist()
+            text = self.prompts.texts[int(self.prompt_index[sample])]
+            raise SamplingError(
+                f"draw: the logits of {model.name} are not finite: prompt {text!r}, sample "
+                f"{int(self.sample_id[sample])}, token {place}. The weights have diverged or are "
+                "corrupt: go back to an earlier checkpoint and lower the learning rate."
+            )
+        lengths = self.lengths[:n]
+        words = self.tokens[:n].tolist()
+        ends = [p + s for p, s in zip(self.prompt_length, lengths.tolist(), strict=True)]
+        samples = [w[p:e] for w, p, e in zip(words, self.prompt_length, ends, strict=True)]
+        return Rollout(
+            tokens=self.tokens[:n],
+            prompt_lengths=self.start[:n],
+            lengths=lengths,
+            prompt_index=self.prompt_index.to(model.device),
+            sample_ids=self.sample_id[:n],
+            token_logprob=self.logp[:n],
+            lse=self.lse[:n],
+            log_q=ops.sequence_logprob(self.logp[:n], lengths),
+            finished=self.finished[:n],
+            prompts=self.prompts,
+            texts=tuple(model.decode(samples)),
+        )
