@@ -1,0 +1,420 @@
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import optimize
+from toy_language import TEXTS, ToyModel, toy_model
+
+from fdpg_fast.moment_fit import FitReport
+from fdpg_fast.scorers import contains, function, length, words
+from fdpg_fast.targets import Base, FitError, Target, TargetError, from_spec
+
+DOG = contains("dog")
+SHE = contains("she", name="she")
+HE = contains("he", name="he")
+WORDS = length("words")
+
+
+def probability(target: Target, prompts: int = 1) -> torch.Tensor:
+    """p, exactly: (G, X)."""
+    model = target.base.model
+    return target.log_score(model.everything(prompts)).view(prompts, -1).softmax(-1)
+
+
+def feature(scorer, model: ToyModel) -> torch.Tensor:
+    return scorer(model.texts)
+
+
+@pytest.fixture
+def base() -> Base:
+    return Base(toy_model())
+
+
+# -- the algebra ---------------------------------------------------------------------------------
+
+
+def test_pointwise_is_the_base_restricted(base):
+    target = base.constrain({DOG: 1.0})
+    has_dog = torch.tensor(["dog" in text for text in TEXTS])
+    a = base.model.log_prob[0].exp()
+    expected = torch.where(has_dog, a, 0) / a[has_dog].sum()
+    torch.testing.assert_close(probability(target)[0], expected)
+    scores = target.score(base.model.everything())
+    assert torch.equal(scores.log_score[~has_dog], torch.full((5,), -math.inf).double())
+    assert torch.equal(scores.log_score[has_dog], scores.log_base[has_dog])
+    assert torch.equal(scores.features["contains 'dog'"], has_dog.double())
+    assert (target.can_be_zero, target.needs_fit, target.pointwise) == (True, False, True)
+    assert target.moments == {"contains 'dog'": 1.0}
+    assert str(target) == "a(x) · [contains 'dog']"
+
+
+def test_constraint_is_the_product_with_its_indicator(base):
+    rollout = base.model.everything()
+    one, other = base.constrain({DOG: 1.0}), DOG * base
+    assert torch.equal(one.log_score(rollout), other.log_score(rollout))
+    assert one.moments == other.moments
+    assert str(one) == str(other)
+
+
+def test_never_is_the_constraint_on_its_negation(base):
+    rollout = base.model.everything()
+    never = base.constrain({DOG: 0.0})
+    assert torch.equal(never.log_score(rollout), (base * ~DOG).log_score(rollout))
+    assert never.moments == {"contains 'dog'": 0.0}
+
+
+def test_reward_tilts_the_base(base):
+    target = base.reward(WORDS, beta=0.5)
+    expected = (base.model.log_prob[0] + feature(WORDS, base.model) / 0.5).softmax(-1)
+    torch.testing.assert_close(probability(target)[0], expected)
+    assert not target.can_be_zero
+    assert target.moments == {}
+    assert str(target) == "a(x) · exp(length in words / 0.5)"
+
+
+def test_order_of_products_does_not_matter(base):
+    rollout = base.model.everything()
+    reward, weight = base.reward(WORDS, beta=2), function(lambda t: [len(x) for x in t], name="len")
+    one = (reward * DOG * weight).log_score(rollout)
+    other = (base * weight * (DOG * base) * reward).log_score(rollout)
+    torch.testing.assert_close(one, other)
+
+
+def test_base_and_scorers_are_asked_once(base):
+    calls = []
+    counted = function(lambda t: calls.append(1) or [0.5] * len(t), name="counted")
+    target = base.reward(counted, beta=1) * counted * base.reward(counted, beta=2)
+    target.score(base.model.everything())
+    assert base.model.calls == 1
+    assert len(calls) == 1
+
+
+def test_smooth_floors_the_conditions_only(base):
+    hard = base.reward(WORDS, beta=1) * DOG * SHE
+    soft = hard.smooth(1e-3)
+    rollout = base.model.everything()
+    allowed = hard.log_score(rollout) > -math.inf
+    reward = base.reward(WORDS, beta=1).log_score(rollout)
+    expected = torch.where(allowed, reward, reward + math.log(1e-3))
+    torch.testing.assert_close(soft.log_score(rollout), expected)
+    assert not soft.can_be_zero
+    assert soft.moments == {"contains 'dog'": 1.0, "she": 1.0}
+    assert "max([contains 'dog'] · [she], 0.001)" in str(soft)
+    assert (soft * HE).can_be_zero  # a new condition is not smoothed by an old floor
+
+
+def test_smooth_share_of_violations_is_the_stated_one(base):
+    a = base.model.log_prob[0].exp()
+    z = a[feature(DOG, base.model) == 1].sum()
+    violating = probability(base.constrain({DOG: 1}).smooth(0.01))[0][feature(DOG, base.model) == 0]
+    assert violating.sum().item() == pytest.approx((0.01 * (1 - z) / (z + 0.01 * (1 - z))).item())
+
+
+def test_positive_weight_never_forbids(base):
+    positive = function(lambda t: [0.5 + len(x) for x in t], name="w", kind="positive")
+    assert not (base * positive).can_be_zero
+    assert (base * function(lambda t: [0.5] * len(t), name="w")).can_be_zero
+
+
+def test_custom_log_score_replaces_the_base(base):
+    def mine(rollout):
+        return rollout.tokens[:, 1].double()
+
+    target = base.custom(mine, can_be_zero=False) * DOG
+    scores = target.score(base.model.everything())
+    index = torch.arange(len(TEXTS)).double()
+    expected = torch.where(feature(DOG, base.model) == 1, index, -math.inf)
+    assert torch.equal(scores.log_score, expected)
+    assert torch.equal(scores.log_base, base.model.log_prob[0])
+    assert str(target) == "exp(mine(x)) · [contains 'dog']"
+    assert not base.custom(mine, can_be_zero=False).can_be_zero
+    assert base.custom(mine).can_be_zero
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda b: b.constrain({}), "got nothing"),
+        (lambda b: b.constrain({DOG: 1.5}), "contains 'dog' expected 0 to 1"),
+        (lambda b: b.constrain({DOG: math.nan}), "finite number, got nan"),
+        (lambda b: b.constrain({"dog": 1.0}), "expected a scorer"),
+        (lambda b: b.constrain({len: 1.0}), "kind='boolean'"),
+        (lambda b: b.constrain({DOG: 0.4}).constrain({DOG: 0.5}), "two moments, 0.4 and 0.5"),
+        (lambda b: b.constrain({DOG: 0}) * DOG, "both always and never"),
+        (lambda b: b.reward(WORDS, beta=0), "`beta` expected above 0"),
+        (lambda b: b.reward(WORDS, beta=-0.1), "`beta` expected above 0"),
+        (lambda b: (b * DOG).smooth(0), "`epsilon` expected above 0"),
+        (lambda b: b.custom(len).smooth(0.1), "can_be_zero=False"),
+        (lambda b: b.custom(len) * b.custom(max), "keep one"),
+        (lambda b: (b * DOG) * (Base(toy_model()) * DOG), "different bases"),
+        (lambda b: b * function(len, name="f") * function(max, name="f"), "both called 'f'"),
+        (lambda b: b.constrain({WORDS: 3}).score(b.model.everything()), "not fitted yet"),
+    ],
+)
+def test_wrong_targets_are_refused(base, build, message):
+    with pytest.raises(TargetError, match=message):
+        build(base)
+
+
+def test_negative_factor_names_scorer_and_text(base):
+    target = base * function(lambda t: [-1.0 if "cat" in x else 1.0 for x in t], name="mood")
+    with pytest.raises(TargetError, match=r"mood: .* got -1 for sample 1, 'a cat sat'.*reward"):
+        target.score(base.model.everything())
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda n: torch.zeros(n, 1), r"expected a tensor of shape \[8\], got \[8, 1\]"),
+        (lambda n: [0.0] * n, "got list"),
+        (lambda n: torch.full((n,), math.nan), "got nan for sample 0, 'the dog ran'"),
+        (lambda n: torch.full((n,), math.inf), "got inf"),
+        (lambda n: torch.full((n,), -math.inf), "can_be_zero=False promises, got -inf"),
+    ],
+)
+def test_custom_log_score_is_checked(base, returned, message):
+    target = base.custom(lambda r: returned(len(r)), can_be_zero=False, name="mine")
+    with pytest.raises(TargetError, match="mine: .*" + message):
+        target.score(base.model.everything())
+
+
+# -- the fit -------------------------------------------------------------------------------------
+
+
+def exact_lambdas(base: Base, start: Target, scorers: list, goals: list[float]) -> list[float]:
+    """By scipy, on the whole language."""
+    log_p = start.log_score(base.model.everything()).numpy()
+    phi = np.stack([feature(s, base.model).numpy() for s in scorers], axis=1)
+
+    def dual(lambdas):
+        return np.logaddexp.reduce(log_p + phi @ lambdas) - lambdas @ goals
+
+    def excess(lambdas):
+        logits = log_p + phi @ lambdas
+        p = np.exp(logits - logits.max())
+        return (p / p.sum()) @ phi - goals
+
+    near = optimize.minimize(dual, np.zeros(len(scorers))).x
+    return optimize.root(excess, near, tol=1e-12).x.tolist()
+
+
+def fit_exactly(target: Target) -> FitReport:
+    """On every text equally often, weighted by a/q: sums over samples are sums over texts."""
+    rollout = target.base.model.everything()
+    often = torch.arange(len(rollout)).repeat(50)
+    log_q = torch.full_like(rollout.log_q, -math.log(len(rollout)))
+    uniform = dataclasses.replace(rollout, log_q=log_q).select(often)
+    return target.fit(uniform, uniform, sampled_from_base=False)
+
+
+@pytest.mark.parametrize(
+    ("start", "scorers", "goals"),
+    [
+        (lambda b: b, [SHE], [0.5]),
+        (lambda b: b, [WORDS], [3.2]),
+        (lambda b: b, [SHE, DOG], [0.7, 0.2]),
+        (lambda b: b * ~contains("nothing"), [SHE, WORDS], [0.5, 3.5]),
+        (lambda b: b * DOG, [SHE], [0.9]),
+        (lambda b: b.reward(WORDS, beta=1.0), [SHE], [0.1]),
+    ],
+    ids=["one", "real", "two", "hybrid", "hybrid-rare", "with-reward"],
+)
+def test_fit_finds_the_exact_lambdas(base, start, scorers, goals):
+    target = start(base).constrain(dict(zip(scorers, goals, strict=True)))
+    assert target.needs_fit
+    report = fit_exactly(target)
+    expected = exact_lambdas(base, start(base), scorers, goals)
+    assert [target.lambdas[s.name] for s in scorers] == pytest.approx(expected, abs=1e-7)
+    assert [m.fit for m in report.moments] == pytest.approx(goals, abs=1e-8)
+    assert report.problems == ()
+    assert report.iterations <= 12
+    # Under the target itself, exactly, the moments are the goals.
+    p = probability(target)[0]
+    moments = [float(p @ feature(s, base.model)) for s in scorers]
+    assert moments == pytest.approx(goals, abs=1e-8)
+    a = base.model.log_prob[0]
+    exact_kl = torch.nan_to_num(p * (p.log() - a), nan=0.0).sum()
+    assert report.kl_to_base == pytest.approx(exact_kl.item(), abs=1e-9)
+
+
+def test_held_out_moments_agree_within_their_error(base):
+    target = base.constrain({SHE: 0.6, WORDS: 3.0})
+    errors = []
+    for seed in range(40):
+        report = target.fit(base.model.draw(1000, seed), base.model.draw(1000, 100 + seed))
+        errors += [(m.holdout - m.goal) / m.holdout_se for m in report.moments]
+    # Two independent samples of equal size err: variance 2 in units of the held-out error.
+    assert np.var(errors) == pytest.approx(2.0, rel=0.5)
+    assert abs(np.mean(errors)) < 4 * math.sqrt(2 / len(errors))
+
+
+def test_held_out_samples_that_disagree_are_a_problem(base):
+    other = ToyModel(base.model.log_prob + 2.0 * feature(SHE, base.model))
+    target = base.constrain({SHE: 0.5})
+    report = target.fit(base.model.draw(4000, 0), other.draw(4000, 1))
+    assert any("she is 0." in problem and "not 0.5" in problem for problem in report.problems)
+    assert "WARNING: she is" in str(report)
+
+
+def test_few_effective_samples_are_a_problem(base):
+    target = base.constrain({SHE: 0.5})
+    report = target.fit(base.model.draw(20, 3), base.model.draw(20, 4))
+    assert any("ESS" in problem for problem in report.problems)
+
+
+def test_each_prompt_has_its_own_z_in_the_fit():
+    """E over prompts of the moments is the goal, although the prompts' own bases differ widely."""
+    base = Base(toy_model(prompts=3, seed=5))
+    target = base.constrain({SHE: 0.6})
+    samples = base.model.draw(5_000, 0, prompts=3)
+    report = target.fit(samples, base.model.draw(5_000, 1, prompts=3))
+    p = probability(target, prompts=3)
+    per_prompt = p @ feature(SHE, base.model)
+    assert per_prompt.std() > 0.05
+    assert per_prompt.mean().item() == pytest.approx(0.6, abs=0.02)
+    assert report.moments[0].fit == pytest.approx(0.6, abs=1e-8)
+    pooled_base = base.model.log_prob.exp() @ feature(SHE, base.model)
+    assert report.moments[0].base == pytest.approx(pooled_base.mean().item(), abs=0.01)
+
+
+def test_a_prompt_without_a_possible_sample_is_skipped_and_counted():
+    logits = torch.zeros(2, len(TEXTS))
+    logits[1, [i for i, text in enumerate(TEXTS) if "dog" in text]] = -1e3
+    base = Base(ToyModel(logits))
+    target = (base * DOG).constrain({SHE: 0.5})
+    report = target.fit(base.model.draw(500, 0, prompts=2), base.model.draw(500, 1, prompts=2))
+    assert report.prompts_skipped == 1
+    assert probability(target, prompts=2)[0] @ feature(SHE, base.model) == pytest.approx(
+        0.5, abs=0.1
+    )
+
+
+def test_fit_from_another_proposal_weighs_by_a_over_q(base):
+    q = toy_model(seed=9)
+    target = base.constrain({SHE: 0.5})
+    report = target.fit(q.draw(20_000, 0), q.draw(20_000, 1), sampled_from_base=False)
+    assert target.lambdas["she"] == pytest.approx(
+        exact_lambdas(base, base, [SHE], [0.5])[0], abs=0.1
+    )
+    assert report.problems == ()
+
+
+def test_a_feature_twice_is_no_trouble(base):
+    """Two names for one feature leave the Hessian singular."""
+    again = contains("she", name="again")
+    target = base.constrain({SHE: 0.5, again: 0.5})
+    fit_exactly(target)
+    both = sum(target.lambdas.values())
+    assert both == pytest.approx(exact_lambdas(base, base, [SHE], [0.5])[0], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda b: b.constrain({contains("zebra"): 0.5}), "contains 'zebra' was never seen"),
+        (lambda b: b.constrain({regex_all(): 0.5}), "everything was always seen"),
+        (
+            lambda b: (b * contains("cat")).constrain({SHE: 0.5}),
+            r"she was never seen .* in the \d+ of 4000 samples .* other factors allow",
+        ),
+        (lambda b: (b * contains("zebra")).constrain({SHE: 0.5}), "allow none of 4000 samples"),
+        (
+            lambda b: b.constrain({WORDS: 40}),
+            "length in words cannot have the mean 40: .* went from 1 to 5",
+        ),
+        # Each alone is possible, both at once are not: no text has "he" without "she" and ...
+        (
+            lambda b: b.constrain({contains("cat"): 0.8, SHE: 0.5}),
+            r"contains 'cat' = 0.8 .*; she = 0.5 .* at once",
+        ),
+        (
+            lambda b: b.constrain({SHE: 0.5, contains("she", name="again"): 0.6}),
+            "she = 0.5 .*; again = 0.6 .* at once",
+        ),
+    ],
+    ids=["never", "always", "never-together", "impossible", "range", "joint", "contradiction"],
+)
+def test_infeasible_moments_are_named(base, build, message):
+    target = build(base)
+    with pytest.raises(FitError, match=message) as raised:
+        target.fit(base.model.draw(4000, 0), base.model.draw(4000, 1))
+    assert "Way out" in str(raised.value)
+    assert target.needs_fit  # and nothing was half-fitted
+
+
+def regex_all():
+    return function(lambda t: [1.0] * len(t), name="everything", kind="boolean")
+
+
+def test_extreme_but_feasible_moments(base):
+    target = base.constrain({SHE: 0.999})
+    fit_exactly(target)
+    assert float(probability(target)[0] @ feature(SHE, base.model)) == pytest.approx(
+        0.999, abs=1e-5
+    )
+
+
+def test_state_round_trip(base):
+    target = base.constrain({SHE: 0.5}) * DOG
+    target.fit(base.model.draw(2000, 0), base.model.draw(2000, 1))
+    state = target.state_dict()
+    again = base.constrain({SHE: 0.5}) * DOG
+    again.load_state_dict(state)
+    rollout = base.model.everything()
+    assert torch.equal(again.log_score(rollout), target.log_score(rollout))
+    with pytest.raises(TargetError, match="another target"):
+        base.constrain({HE: 0.5}).load_state_dict(state)
+
+
+# -- from YAML -----------------------------------------------------------------------------------
+
+
+def test_spec_builds_the_same_target(base, tmp_path):
+    (tmp_path / "mine.py").write_text("def polite(texts):\n    return [len(x) for x in texts]\n")
+    spec = {
+        "constrain": [{"contains": "dog"}],
+        "moments": [{"words": ["she", "her"], "name": "female", "moment": 0.5}],
+        "reward": {"length": "words", "beta": 2.0},
+        "times": [{"python": "mine.py:polite"}],
+        "smooth": 1e-6,
+    }
+    target = from_spec(spec, base, tmp_path)
+    female = words(["she", "her"], name="female")
+    polite = function(lambda t: [len(x) for x in t], name="polite")
+    expected = base.constrain({DOG: 1.0, female: 0.5}).reward(WORDS, beta=2.0) * polite
+    expected = expected.smooth(1e-6)
+    fit_exactly(target)
+    fit_exactly(expected)
+    rollout = base.model.everything()
+    torch.testing.assert_close(target.log_score(rollout), expected.log_score(rollout))
+    assert target.moments == {"contains 'dog'": 1.0, "female": 0.5}
+    assert target.state_dict().keys() == {"female"}
+
+
+def test_spec_of_a_log_score(base, tmp_path):
+    (tmp_path / "mine.py").write_text("def score(rollout):\n    return rollout.lengths.double()\n")
+    target = from_spec({"python": "mine.py:score"}, base, tmp_path)
+    assert torch.equal(target.log_score(base.model.everything()), torch.ones(8).double())
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({}, "nothing is wanted"),
+        ({"smooth": 0.1}, "nothing is wanted"),
+        ({"constrian": []}, "unknown key 'constrian'. Did you mean 'constrain'"),
+        ({"constrain": [{"length": "words"}]}, "0 or 1"),
+        ({"constrain": "dog"}, "expected a list of scorers"),
+        ({"moments": [{"contains": "dog"}]}, "expected a scorer and its `moment`"),
+        ({"reward": {"length": "words"}}, "expected a scorer and its `beta`"),
+        ({"reward": {"length": "words", "beta": "big"}}, "expected a finite number, got 'big'"),
+        ("dog", "expected a mapping"),
+    ],
+)
+def test_wrong_specs_are_named(base, spec, message):
+    with pytest.raises(TargetError, match=message):
+        from_spec(spec, base)
