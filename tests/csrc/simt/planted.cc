@@ -133,7 +133,7 @@ void two_blocks_write(bool bug) {
 
 // Asynchronous copies are read before they are waited for.
 __global__ void stage_and_add(const float* from, float* out, bool bug) {
-  __shared__ float stage[4 * kThreads];
+  alignas(16) __shared__ float stage[4 * kThreads];
   const int i = 4 * static_cast<int>(threadIdx.x);
   __pipeline_memcpy_async(stage + i, from + i, 16);
   __pipeline_commit();

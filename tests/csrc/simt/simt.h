@@ -104,13 +104,15 @@ extern uint3 thread_index, block_index;
 extern dim3 block_size, grid_size;
 void* dynamic_shared();
 
-// Source position of a rendezvous, by default arguments: kernels stay as they are.
+// Source position of a rendezvous, by default arguments: kernels stay as they are. (Braces around
+// __builtin_LINE() would give the line of the braces.)
 struct Site {
   const char* file;
   int line;
 };
-#define SIMT_SITE \
-  simt::Site site = simt::Site { __builtin_FILE(), __builtin_LINE() }
+#define SIMT_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+#define SIMT_HERE \
+  simt::Site { file, line }
 
 enum class Barrier { kSync, kCount, kAnd, kOr };
 int block_barrier(Barrier kind, int predicate, Site site);
@@ -206,31 +208,31 @@ using identity_t = typename Identity<T>::type;  // takes a parameter out of temp
 // -------------------------------------------------------------------------------------------------
 // Barriers and warp-wide operations
 
-inline void __syncthreads(SIMT_SITE) { simt::block_barrier(simt::Barrier::kSync, 0, site); }
+inline void __syncthreads(SIMT_SITE) { simt::block_barrier(simt::Barrier::kSync, 0, SIMT_HERE); }
 inline int __syncthreads_count(int predicate, SIMT_SITE) {
-  return simt::block_barrier(simt::Barrier::kCount, predicate, site);
+  return simt::block_barrier(simt::Barrier::kCount, predicate, SIMT_HERE);
 }
 inline int __syncthreads_and(int predicate, SIMT_SITE) {
-  return simt::block_barrier(simt::Barrier::kAnd, predicate, site);
+  return simt::block_barrier(simt::Barrier::kAnd, predicate, SIMT_HERE);
 }
 inline int __syncthreads_or(int predicate, SIMT_SITE) {
-  return simt::block_barrier(simt::Barrier::kOr, predicate, site);
+  return simt::block_barrier(simt::Barrier::kOr, predicate, SIMT_HERE);
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu, SIMT_SITE) {
-  simt::warp_rendezvous("__syncwarp", [](simt::Slot*, unsigned) {}, mask, site);
+  simt::warp_rendezvous("__syncwarp", [](simt::Slot*, unsigned) {}, mask, SIMT_HERE);
 }
 
 // `a` is the operation's argument, `i` the lane, `first` the first lane of its segment of `width`.
-#define SIMT_SHUFFLE(NAME, ARGUMENT, SOURCE)                                         \
-  template <class T>                                                                 \
-  T NAME(unsigned mask, T value, ARGUMENT argument, int width = 32, SIMT_SITE) {     \
-    simt::WarpFunction fn = [](simt::Slot* slots, unsigned active) {                 \
-      simt::for_each_lane(active, [&](int i) {                                       \
-        [[maybe_unused]] int a = slots[i].a, w = slots[i].b, first = i & ~(w - 1);   \
-        simt::shuffle(slots, active, i, (SOURCE));                                   \
-      });                                                                            \
-    };                                                                               \
-    return simt::warp_operation(#NAME, fn, mask, value, int(argument), width, site); \
+#define SIMT_SHUFFLE(NAME, ARGUMENT, SOURCE)                                              \
+  template <class T>                                                                      \
+  T NAME(unsigned mask, T value, ARGUMENT argument, int width = 32, SIMT_SITE) {          \
+    simt::WarpFunction fn = [](simt::Slot* slots, unsigned active) {                      \
+      simt::for_each_lane(active, [&](int i) {                                            \
+        [[maybe_unused]] int a = slots[i].a, w = slots[i].b, first = i & ~(w - 1);        \
+        simt::shuffle(slots, active, i, (SOURCE));                                        \
+      });                                                                                 \
+    };                                                                                    \
+    return simt::warp_operation(#NAME, fn, mask, value, int(argument), width, SIMT_HERE); \
   }
 SIMT_SHUFFLE(__shfl_sync, int, first + (a & (w - 1)))
 SIMT_SHUFFLE(__shfl_xor_sync, int, (i ^ a) < first + w ? i ^ a : i)
@@ -247,7 +249,7 @@ SIMT_SHUFFLE(__shfl_up_sync, unsigned, i - a >= first ? i - a : i)
       });                                                                                         \
       simt::for_each_lane(active, [&](int i) { simt::put<int>(slots[i].out, int(EXPRESSION)); }); \
     };                                                                                            \
-    return RESULT(simt::warp_operation<int>(#NAME, fn, mask, predicate, 0, 0, site));             \
+    return RESULT(simt::warp_operation<int>(#NAME, fn, mask, predicate, 0, 0, SIMT_HERE));        \
   }
 SIMT_VOTE(__ballot_sync, unsigned, votes)
 SIMT_VOTE(__any_sync, int, votes != 0)
@@ -261,13 +263,14 @@ SIMT_VOTE(__all_sync, int, votes == active)
     simt::WarpFunction fn = [](simt::Slot* slots, unsigned active) {            \
       simt::reduce<T>(slots, active, [](T x, T y) -> T { return EXPRESSION; }); \
     };                                                                          \
-    return simt::warp_operation(#NAME, fn, mask, value, 0, 0, site);            \
+    return simt::warp_operation(#NAME, fn, mask, value, 0, 0, SIMT_HERE);       \
   }
 SIMT_REDUCE(__reduce_add_sync, T(unsigned(x) + unsigned(y)))
 SIMT_REDUCE(__reduce_min_sync, x < y ? x : y)
 SIMT_REDUCE(__reduce_max_sync, x < y ? y : x)
 #undef SIMT_REDUCE
 #undef SIMT_SITE
+#undef SIMT_HERE
 
 // -------------------------------------------------------------------------------------------------
 // Memory

@@ -1,0 +1,366 @@
+// token_logprob and its gradient on CUDA: against fp64, bit for bit under every schedule and in any
+// batch, on sizes that cut rows into heads, tails and parts.
+#include <algorithm>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "fdpg/cuda.h"
+#include "fdpg/types.h"
+#include "harness.h"
+
+using namespace fdpg;
+
+namespace {
+
+constexpr double kInf = INFINITY;
+
+template <class T>
+constexpr Dtype dtype();
+template <>
+constexpr Dtype dtype<float>() {
+  return Dtype::kFloat32;
+}
+template <>
+constexpr Dtype dtype<BFloat16>() {
+  return Dtype::kBFloat16;
+}
+template <>
+constexpr Dtype dtype<Float16>() {
+  return Dtype::kFloat16;
+}
+template <>
+constexpr Dtype dtype<double>() {
+  return Dtype::kFloat64;
+}
+
+// Half a unit in the last place of 1.
+template <class T>
+constexpr double kRounding = 0x1p-24;
+template <>
+constexpr double kRounding<BFloat16> = 0x1p-8;
+template <>
+constexpr double kRounding<Float16> = 0x1p-11;
+template <>
+constexpr double kRounding<double> = 0x1p-53;
+
+struct Shape {
+  int64_t rows, vocab;
+  int64_t padding = 0;  // row stride - vocab
+  int offset = 0;       // of the first logit, in elements past a 16-byte boundary
+  double inv_temperature = 1;
+};
+
+// Elements of a matrix whose last row ends with the allocation: it has no padding.
+int64_t extent(int64_t rows, int64_t stride, int64_t vocab) {
+  return rows ? (rows - 1) * stride + vocab : 0;
+}
+
+struct Row {
+  double logp, lse, entropy;
+};
+
+// Logits, targets and a mask as a model would make them, and the truth about them.
+template <class T>
+struct Case {
+  using A = accumulate_t<T>;
+  Shape shape;
+  int64_t stride;
+  Buffer<T> logits;
+  Buffer<int64_t> target;
+  Buffer<bool> mask;
+  std::vector<double> z;  // (N, V) logits * inv_temperature
+  std::vector<Row> truth;
+
+  explicit Case(const Shape& shape)
+      : shape(shape),
+        stride(shape.vocab + shape.padding),
+        logits(extent(shape.rows, stride, shape.vocab), shape.offset),
+        target(shape.rows),
+        mask(shape.rows),
+        z(shape.rows * shape.vocab) {
+    std::mt19937 random(static_cast<unsigned>(shape.vocab));
+    std::normal_distribution<double> normal(0, 3);
+    for (int64_t row = 0; row < shape.rows; ++row) {
+      const int64_t first = row * stride;
+      const double level = row % 3 == 1 ? 60.0 : 0.0;  // log-softmax does not care
+      for (int64_t j = 0; j < shape.vocab; ++j) {
+        const bool banned = row % 4 == 2 && j % 3 == 1;
+        logits[first + j] = store<T>(static_cast<A>(banned ? -kInf : normal(random) + level));
+      }
+      mask[row] = row % 5 != 3;
+      target[row] = mask[row] ? static_cast<int64_t>(random() % shape.vocab) : -100;
+      if (row % 4 == 2 && shape.vocab > 1) target[row] -= target[row] % 3 == 1;  // not a banned one
+    }
+    state_truth();
+    forbid();
+  }
+  ~Case() { logits.allow(0, logits.size()); }
+
+  // What no kernel may read: padding, and rows that the mask leaves out.
+  void forbid() {
+    for (int64_t row = 0; row < shape.rows; ++row) {
+      const bool last = row + 1 == shape.rows;
+      if (!last) logits.forbid(row * stride + shape.vocab, shape.padding);
+      if (!mask[row]) logits.forbid(row * stride, shape.vocab);
+    }
+  }
+
+  void state_truth() {
+    logits.allow(0, logits.size());
+    truth.clear();
+    for (int64_t row = 0; row < shape.rows; ++row) {
+      if (!mask[row]) {
+        truth.push_back({0, 0, 0});
+        continue;
+      }
+      double* x = &z[row * shape.vocab];
+      double max = -kInf, sum = 0, mean = 0;
+      for (int64_t j = 0; j < shape.vocab; ++j) {
+        x[j] = static_cast<double>(load(logits[row * stride + j])) * shape.inv_temperature;
+        max = std::max(max, x[j]);
+      }
+      for (int64_t j = 0; j < shape.vocab; ++j) sum += std::exp(x[j] - max);
+      const double lse = max + std::log(sum);
+      for (int64_t j = 0; j < shape.vocab; ++j) {
+        if (x[j] != -kInf) mean += std::exp(x[j] - lse) * (x[j] - lse);
+      }
+      truth.push_back({x[target[row]] - lse, lse, -mean});
+    }
+  }
+
+  struct Results {
+    Buffer<A> logp, lse, entropy;
+    explicit Results(int64_t rows) : logp(rows), lse(rows), entropy(rows) {}
+  };
+
+  void forward(Results& out, bool entropy) {
+    TokenLogprobParams p{};
+    p.logits = logits.data();
+    p.dtype = dtype<T>();
+    p.rows = shape.rows;
+    p.vocab = shape.vocab;
+    p.row_stride = stride;
+    p.target = target.data();
+    p.mask = mask.data();
+    p.inv_temperature = shape.inv_temperature;
+    p.logp = out.logp.data();
+    p.lse = out.lse.data();
+    p.entropy = entropy ? out.entropy.data() : nullptr;
+    Buffer<unsigned char> workspace(static_cast<int64_t>(cuda::token_logprob_workspace(p)));
+    run_on_device([&] { return cuda::token_logprob(p, workspace.data(), nullptr); });
+  }
+};
+
+template <class T>
+std::vector<T> copy_of(const Buffer<T>& b) {
+  std::vector<T> values(b.size());
+  for (int64_t i = 0; i < b.size(); ++i) values[i] = b[i];
+  return values;
+}
+
+template <class T>
+void forward(const Shape& shape) {
+  Case<T> c(shape);
+  const double unit = std::max(kRounding<accumulate_t<T>>, 0x1p-50);  // the truth is fp64 itself
+  for (const bool entropy : {false, true}) {
+    typename Case<T>::Results out(shape.rows);
+    std::vector<accumulate_t<T>> logp, lse, entropies;
+    for_each_schedule([&](int schedule) {
+      c.forward(out, entropy);
+      if (schedule == 0) {
+        logp = copy_of(out.logp), lse = copy_of(out.lse), entropies = copy_of(out.entropy);
+      }
+      CHECK(same_bits(out.logp, logp) && same_bits(out.lse, lse));
+      CHECK(!entropy || same_bits(out.entropy, entropies));
+    });
+    for (int64_t row = 0; row < shape.rows; ++row) {
+      const Row& truth = c.truth[row];
+      // logp carries no error of the level of the logits, lse half a unit of its own size.
+      CHECK_NEAR(out.logp[row], truth.logp, unit * (20 + 4 * std::fabs(truth.logp)));
+      CHECK_NEAR(out.lse[row], truth.lse, unit * (20 + 2 * std::fabs(truth.lse)));
+      if (entropy) CHECK_NEAR(out.entropy[row], truth.entropy, unit * 100);
+    }
+  }
+}
+
+// The bits of a row do not depend on where it lies and on what lies beside it.
+template <class T>
+void same_in_any_batch(int64_t vocab) {
+  Case<T> together({6, vocab, 1, 1});
+  typename Case<T>::Results all(6), alone(1);
+  together.forward(all, true);
+  for (int64_t row = 0; row < 6; ++row) {
+    if (!together.mask[row]) continue;
+    Case<T> single({1, vocab});
+    for (int64_t j = 0; j < vocab; ++j)
+      single.logits[j] = together.logits[row * together.stride + j];
+    single.target[0] = together.target[row];
+    single.forward(alone, true);
+    CHECK(std::memcmp(&alone.logp[0], &all.logp[row], sizeof(alone.logp[0])) == 0);
+    CHECK(std::memcmp(&alone.lse[0], &all.lse[row], sizeof(alone.lse[0])) == 0);
+    CHECK(std::memcmp(&alone.entropy[0], &all.entropy[row], sizeof(alone.entropy[0])) == 0);
+  }
+}
+
+enum class Place { kInPlace, kApart, kApartUnlikeStride };
+
+template <class T>
+void backward(const Shape& shape, bool entropy, Place place) {
+  using A = accumulate_t<T>;
+  Case<T> c(shape);
+  typename Case<T>::Results rows(shape.rows);
+  c.forward(rows, true);
+  Buffer<A> grad_logp(shape.rows), grad_lse(shape.rows), grad_entropy(shape.rows);
+  for (int64_t row = 0; row < shape.rows; ++row) {
+    // One row has no gradient and must be zeroed without being read.
+    const bool none = row % 7 == 4;
+    grad_logp[row] = static_cast<A>(none ? 0 : 0.5 + 0.1 * static_cast<double>(row % 3));
+    grad_lse[row] = static_cast<A>(none ? 0 : row % 2 ? -0.25 : 0);
+    grad_entropy[row] = static_cast<A>(none || !entropy ? 0 : 0.125);
+  }
+  const int64_t grad_stride = c.stride + (place == Place::kApartUnlikeStride ? 1 : 0);
+  const std::vector<T> original = [&] {
+    c.logits.allow(0, c.logits.size());
+    return copy_of(c.logits);
+  }();
+
+  TokenLogprobBackwardParams p{};
+  p.dtype = dtype<T>();
+  p.rows = shape.rows;
+  p.vocab = shape.vocab;
+  p.row_stride = c.stride;
+  p.grad_row_stride = grad_stride;
+  p.target = c.target.data();
+  p.mask = c.mask.data();
+  p.inv_temperature = shape.inv_temperature;
+  p.lse = rows.lse.data();
+  p.entropy = entropy ? rows.entropy.data() : nullptr;
+  p.grad_logp = grad_logp.data();
+  p.grad_lse = grad_lse.data();
+  p.grad_entropy = entropy ? grad_entropy.data() : nullptr;
+
+  std::vector<T> first;
+  for_each_schedule([&](int schedule) {
+    for (std::size_t i = 0; i < original.size(); ++i) c.logits[i] = original[i];
+    Buffer<T> apart(place == Place::kInPlace ? 0 : extent(shape.rows, grad_stride, shape.vocab),
+                    shape.offset);
+    Buffer<T>& grad = place == Place::kInPlace ? c.logits : apart;
+    for (int64_t row = 0; row + 1 < shape.rows; ++row) {
+      grad.forbid(row * grad_stride + shape.vocab, grad_stride - shape.vocab);
+      if (place != Place::kInPlace && (!c.mask[row] || row % 7 == 4)) {
+        c.logits.forbid(row * c.stride, shape.vocab);  // not read
+      }
+    }
+    p.logits = c.logits.data();
+    p.grad_logits = grad.data();
+    run_on_device([&] { return cuda::token_logprob_backward(p, nullptr); });
+    grad.allow(0, grad.size());
+    c.logits.allow(0, c.logits.size());
+    if (schedule > 0) {
+      CHECK(same_bits(grad, first));
+      return;
+    }
+    first = copy_of(grad);
+    for (int64_t row = 0; row < shape.rows; ++row) {
+      const double lse = rows.lse[row], h = rows.entropy[row];
+      for (int64_t j = 0; j < shape.vocab; ++j) {
+        double expected = 0;
+        if (c.mask[row]) {
+          const double z = c.z[row * shape.vocab + j], prob = std::exp(z - lse);
+          expected = (grad_lse[row] - grad_logp[row]) * prob;
+          if (prob > 0) expected -= grad_entropy[row] * prob * (z - lse + h);
+          expected = shape.inv_temperature *
+                     (expected + (j == c.target[row] ? static_cast<double>(grad_logp[row]) : 0));
+        }
+        const double tolerance = kRounding<T> * std::fabs(expected) +
+                                 16 * std::max(kRounding<A>, 0x1p-50) +
+                                 (sizeof(T) == 2 ? 0x1p-25 : 0);
+        CHECK_NEAR(load(grad[row * grad_stride + j]), expected, tolerance);
+      }
+      if (g_failures > 20) return;
+    }
+  });
+}
+
+// What the results say of rows that have no answer, and that the row beside them is not disturbed.
+template <class T>
+void rows_without_an_answer() {
+  using A = accumulate_t<T>;
+  constexpr int64_t kVocab = 40000;  // several parts
+  Case<T> c({6, kVocab});
+  c.logits.allow(0, c.logits.size());
+  for (int64_t row = 0; row < 6; ++row) c.mask[row] = true, c.target[row] = 5;
+  for (int64_t j = 0; j < kVocab; ++j) c.logits[j] = store<T>(-INFINITY);  // nothing is possible
+  c.logits[1 * kVocab + 39000] = store<T>(NAN);
+  c.logits[2 * kVocab + 20000] = store<T>(INFINITY);
+  c.target[3] = kVocab;
+  c.target[4] = -1;
+  typename Case<T>::Results out(6);
+  for (const bool entropy : {false, true}) {
+    c.forward(out, entropy);
+    for (int64_t row = 0; row < 5; ++row) {
+      CHECK(std::isnan(out.logp[row]));
+      CHECK(row == 0 ? out.lse[row] == -INFINITY : std::isnan(out.lse[row]));
+      if (entropy) CHECK(std::isnan(out.entropy[row]));
+    }
+    CHECK_NEAR(out.lse[5], c.truth[5].lse, 1e-5);
+    CHECK_NEAR(out.logp[5], load(c.logits[5 * kVocab + 5]) - c.truth[5].lse, 1e-5);
+    if (entropy) CHECK_NEAR(out.entropy[5], c.truth[5].entropy, 1e-5);
+  }
+
+  // NaN in, NaN out, in that row alone.
+  Buffer<A> grad(std::vector<A>(6, 1));
+  Buffer<T> grad_logits(6 * kVocab);
+  TokenLogprobBackwardParams p{};
+  p.logits = c.logits.data();
+  p.grad_logits = grad_logits.data();
+  p.dtype = dtype<T>();
+  p.rows = 6;
+  p.vocab = p.row_stride = p.grad_row_stride = kVocab;
+  p.target = c.target.data();
+  p.inv_temperature = 1;
+  p.lse = out.lse.data();
+  p.grad_logp = grad.data();
+  run_on_device([&] { return cuda::token_logprob_backward(p, nullptr); });
+  for (int64_t row = 1; row < 5; ++row) CHECK(std::isnan(load(grad_logits[row * kVocab + 777])));
+  double sum = 0;
+  for (int64_t j = 0; j < kVocab; ++j) sum += load(grad_logits[5 * kVocab + j]);
+  CHECK_NEAR(sum, 0.0, 1e-3);
+}
+
+template <class T>
+void every_size() {
+  for (const Shape& shape : std::vector<Shape>{
+           {3, 1},
+           {6, 7, 2},             // shorter than a vector
+           {6, 31, 0, 1},         // every alignment
+           {6, 1000, 24},         // padded, aligned
+           {6, 8003, 0, 3, 0.7},  // misaligned, odd
+           {0, 1000},             // nobody
+       }) {
+    forward<T>(shape);
+    for (const Place place : {Place::kInPlace, Place::kApart, Place::kApartUnlikeStride}) {
+      backward<T>(shape, place != Place::kApart, place);
+    }
+  }
+}
+
+}  // namespace
+
+int main() {
+  return run_tests([] {
+    every_size<float>();
+    every_size<BFloat16>();
+    every_size<Float16>();
+    every_size<double>();
+    // Rows of several parts.
+    forward<float>({3, 50257, 0, 1, 1.25});
+    forward<BFloat16>({4, 50257, 7});
+    backward<BFloat16>({2, 50257, 0, 1}, true, Place::kInPlace);
+    same_in_any_batch<float>(1000);
+    same_in_any_batch<BFloat16>(33001);
+    rows_without_an_answer<float>();
+    rows_without_an_answer<BFloat16>();
+  });
+}
