@@ -1,0 +1,88 @@
+// dispatch.cpp: the only file that asks what the CPU is. It chooses once, through a table of
+// function pointers; no kernel branches on the instruction set.
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "fdpg/cpu.h"
+#include "kernels.h"
+
+namespace fdpg::cpu {
+namespace {
+
+struct Isa {
+  const char* name;
+  bool (*supported)();
+  VocabularyKernels (*kernels)(Dtype dtype);
+};
+
+// THE list, best first. The conditions name what the target pragma of simd_<isa>-inl.h names; each
+// also implies, in __builtin_cpu_supports, that the operating system saves the registers.
+constexpr Isa kIsas[] = {
+#if defined(__x86_64__)
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+     },
+     avx512_kernels},
+    {"avx2",
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     },
+     avx2_kernels},
+#endif
+    {"portable", [] { return true; }, portable_kernels},
+};
+
+const Isa* find(const char* name) {
+  for (const Isa& isa : kIsas) {
+    if (std::strcmp(isa.name, name) == 0 && isa.supported()) return &isa;
+  }
+  return nullptr;
+}
+
+const Isa* choose_at_start() {
+  if (const char* name = std::getenv("FDPG_CPU_ISA"); name && *name) {
+    if (const Isa* isa = find(name)) return isa;
+    std::fprintf(stderr, "fdpg: FDPG_CPU_ISA=%s is unknown or not supported by this CPU; ignored\n",
+                 name);
+  }
+  for (const Isa& isa : kIsas) {
+    if (isa.supported()) return &isa;
+  }
+  return nullptr;  // never: portable is supported
+}
+
+std::atomic<const Isa*>& active() {
+  static std::atomic<const Isa*> isa{choose_at_start()};
+  return isa;
+}
+
+VocabularyKernels kernels(Dtype dtype) { return active().load()->kernels(dtype); }
+
+}  // namespace
+
+const char* isa() { return active().load()->name; }
+
+bool set_isa(const char* name) {
+  const Isa* chosen = find(name);
+  if (chosen) active().store(chosen);
+  return chosen != nullptr;
+}
+
+int64_t token_logprob(const TokenLogprobParams& p, int64_t begin, int64_t end) {
+  return kernels(p.dtype).token_logprob(p, begin, end);
+}
+
+int64_t token_logprob_backward(const TokenLogprobBackwardParams& p, int64_t begin, int64_t end) {
+  return kernels(p.dtype).token_logprob_backward(p, begin, end);
+}
+
+int64_t sample_logprob(const SampleLogprobParams& p, int64_t begin, int64_t end) {
+  return kernels(p.dtype).sample_logprob(p, begin, end);
+}
+
+}  // namespace fdpg::cpu

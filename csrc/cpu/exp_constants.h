@@ -1,0 +1,27 @@
+// exp_constants.h: the constants of exp in fp32, the same on every instruction set.
+//
+//   n = round(x / ln 2),  r = x - n ln 2 in two steps,  exp x = 2^n (1 + r + r^2 (c2 + ... c6 r^4))
+//
+// Relative error below 2 ulp for x in [-87, 2], by far the most of it from rounding (the polynomial
+// is minimax, 3e-9 on |r| <= ln 2 / 2, fitted by linear programming); exp 0 is exactly 1. Below
+// kExpLow the answer is exactly 0, so that a masked token (-inf) has no weight at all, and no
+// subnormal number is ever made: those cost more than a hundred cycles each.
+#pragma once
+
+namespace fdpg::cpu {
+
+// Our callers keep x below 2 (kHeadroom of token_logprob-inl.h).
+inline constexpr float kExpLow = -87.0f;
+// Added and subtracted, it rounds to the nearest integer; added, it leaves n in the low bits.
+inline constexpr float kShifter = 0x1.8p23f;
+inline constexpr float kLog2E = 0x1.715476p0f;
+// ln 2 in two parts; the first has 9 bits, so its product with n is exact, with or without fma.
+inline constexpr float kLn2High = 0x1.63p-1f;
+inline constexpr float kLn2Low = -0x1.bd0106p-13f;
+inline constexpr float kExp2 = 0x1.fffffcp-2f;
+inline constexpr float kExp3 = 0x1.555492p-3f;
+inline constexpr float kExp4 = 0x1.5558f2p-5f;
+inline constexpr float kExp5 = 0x1.123a2p-7f;
+inline constexpr float kExp6 = 0x1.6a23dp-10f;
+
+}  // namespace fdpg::cpu

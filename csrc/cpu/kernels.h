@@ -1,0 +1,27 @@
+// kernels.h: the table of function pointers between dispatch.cpp and the builds of the vocabulary
+// kernels, one per instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "fdpg/params.h"
+
+namespace fdpg::cpu {
+
+// The vocabulary kernels for one dtype of logits; meanings as in fdpg/cpu.h.
+struct VocabularyKernels {
+  int64_t (*token_logprob)(const TokenLogprobParams& p, int64_t begin, int64_t end);
+  int64_t (*token_logprob_backward)(const TokenLogprobBackwardParams& p, int64_t begin,
+                                    int64_t end);
+  int64_t (*sample_logprob)(const SampleLogprobParams& p, int64_t begin, int64_t end);
+};
+
+VocabularyKernels portable_kernels(Dtype dtype);
+
+#if defined(__x86_64__)
+// fp64 comes from the portable build: it is there to check gradients by, not to be fast.
+VocabularyKernels avx2_kernels(Dtype dtype);
+VocabularyKernels avx512_kernels(Dtype dtype);
+#endif
+
+}  // namespace fdpg::cpu

@@ -1,0 +1,26 @@
+// kernels_avx512.cpp: the vocabulary kernels, compiled for AVX-512.
+#if defined(__x86_64__)
+
+#include "kernels.h"
+#include "simd_avx512-inl.h"
+//
+#include "sample_logprob-inl.h"
+#include "token_logprob-inl.h"
+
+namespace fdpg::cpu {
+
+VocabularyKernels avx512_kernels(Dtype dtype) {
+  VocabularyKernels kernels = portable_kernels(dtype);
+  visit_dtype(dtype, [&](auto storage) {
+    using T = decltype(storage);
+    if constexpr (sizeof(accumulate_t<T>) == sizeof(float)) {
+      kernels = {token_logprob<Avx512, T>, token_logprob_backward<Avx512, T>,
+                 sample_logprob<Avx512, T>};
+    }
+  });
+  return kernels;
+}
+
+}  // namespace fdpg::cpu
+
+#endif  // __x86_64__

@@ -1,0 +1,126 @@
+// simd_avx512-inl.h: the vector vocabulary in AVX-512 (F, BW, DQ, VL): 16 floats.
+// What each word means is said in simd_portable-inl.h.
+#pragma once
+
+// g++ 12 takes the don't-care operands inside its own intrinsics for uninitialised reads (GCC bug
+// 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic pop
+#endif
+
+#include <cstdint>
+
+#include "exp_constants.h"  // kExp, kExpLow, ...
+#include "fdpg/types.h"     // BFloat16, Float16
+#include "simd_target.h"    // FDPG_BEGIN_TARGET
+
+#define FDPG_BEGIN_SIMD FDPG_BEGIN_TARGET("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#define FDPG_END_SIMD FDPG_END_TARGET
+
+FDPG_BEGIN_SIMD
+namespace fdpg::cpu {
+namespace {
+
+struct Avx512 {
+  using Real = float;
+  using Vec = __m512;
+  static constexpr int64_t kLanes = 16;
+
+  static FDPG_ALWAYS_INLINE Vec broadcast(float x) { return _mm512_set1_ps(x); }
+  static FDPG_ALWAYS_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
+  static FDPG_ALWAYS_INLINE Vec sub(Vec a, Vec b) { return _mm512_sub_ps(a, b); }
+  static FDPG_ALWAYS_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static FDPG_ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static FDPG_ALWAYS_INLINE Vec max(Vec x, Vec or_else) { return _mm512_max_ps(x, or_else); }
+
+  static FDPG_ALWAYS_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
+  static FDPG_ALWAYS_INLINE Vec load(const BFloat16* p) {
+    return widen_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static FDPG_ALWAYS_INLINE Vec load(const Float16* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+
+  static FDPG_ALWAYS_INLINE Vec load_first(const float* p, int64_t n) {
+    return _mm512_mask_loadu_ps(broadcast(-__builtin_inff()), first(n), p);
+  }
+  static FDPG_ALWAYS_INLINE Vec load_first(const BFloat16* p, int64_t n) {
+    return widen_bf16(
+        _mm256_mask_loadu_epi16(_mm256_set1_epi16(static_cast<int16_t>(0xff80)), first(n), p));
+  }
+  static FDPG_ALWAYS_INLINE Vec load_first(const Float16* p, int64_t n) {
+    return _mm512_cvtph_ps(
+        _mm256_mask_loadu_epi16(_mm256_set1_epi16(static_cast<int16_t>(0xfc00)), first(n), p));
+  }
+
+  static FDPG_ALWAYS_INLINE void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
+  static FDPG_ALWAYS_INLINE void store(BFloat16* p, Vec x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x));
+  }
+  static FDPG_ALWAYS_INLINE void store(Float16* p, Vec x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_fp16(x));
+  }
+
+  static FDPG_ALWAYS_INLINE void store_first(float* p, Vec x, int64_t n) {
+    _mm512_mask_storeu_ps(p, first(n), x);
+  }
+  static FDPG_ALWAYS_INLINE void store_first(BFloat16* p, Vec x, int64_t n) {
+    _mm256_mask_storeu_epi16(p, first(n), narrow_bf16(x));
+  }
+  static FDPG_ALWAYS_INLINE void store_first(Float16* p, Vec x, int64_t n) {
+    _mm256_mask_storeu_epi16(p, first(n), narrow_fp16(x));
+  }
+
+  static FDPG_ALWAYS_INLINE Vec exp(Vec x) {
+    const Vec shifter = broadcast(kShifter);
+    const Vec n = _mm512_sub_ps(fma(x, broadcast(kLog2E), shifter), shifter);
+    Vec r = _mm512_fnmadd_ps(n, broadcast(kLn2High), x);
+    r = _mm512_fnmadd_ps(n, broadcast(kLn2Low), r);
+    Vec y = fma(broadcast(kExp6), r, broadcast(kExp5));
+    y = fma(y, r, broadcast(kExp4));
+    y = fma(y, r, broadcast(kExp3));
+    y = fma(y, r, broadcast(kExp2));
+    y = fma(y, r, broadcast(1.0f));
+    y = fma(y, r, broadcast(1.0f));
+    return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast(kExpLow), _CMP_NLT_UQ), y, n);
+  }
+
+  static FDPG_ALWAYS_INLINE Vec clamp_low(Vec x) { return max(broadcast(kExpLow), x); }
+
+  static FDPG_ALWAYS_INLINE double sum(Vec x) {
+    const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+    const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+    return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
+  }
+  static FDPG_ALWAYS_INLINE float largest(Vec x) { return _mm512_reduce_max_ps(x); }
+
+ private:
+  static FDPG_ALWAYS_INLINE __mmask16 first(int64_t n) {
+    return static_cast<__mmask16>((1u << n) - 1u);
+  }
+  static FDPG_ALWAYS_INLINE Vec widen_bf16(__m256i x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16));
+  }
+  static FDPG_ALWAYS_INLINE __m256i narrow_bf16(Vec x) {
+    const __m512i bits = _mm512_castps_si512(x);
+    const __m512i last = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const __m512i half = _mm512_add_epi32(last, _mm512_set1_epi32(0x7fff));
+    const __m512i nan = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+    const __m512i rounded = _mm512_mask_mov_epi32(_mm512_add_epi32(bits, half),
+                                                  _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), nan);
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  }
+  static FDPG_ALWAYS_INLINE __m256i narrow_fp16(Vec x) {
+    return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+};
+
+}  // namespace
+}  // namespace fdpg::cpu
+FDPG_END_SIMD

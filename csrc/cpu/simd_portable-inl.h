@@ -1,0 +1,108 @@
+// simd_portable-inl.h: the vector vocabulary in plain C++ (the vector extension of g++ and clang),
+// for every CPU and for double. Also the dictionary: the words that each instruction set has.
+//
+//   Real, Vec, kLanes      the number, the vector, numbers per vector
+//   broadcast add sub mul fma  (fma may round twice where the CPU has none)
+//   max(x, or_else)        or_else in a lane where either is NaN
+//   load store             from and to every storage type that accumulates in Real; unaligned
+//   load_first(p, n)       the first n lanes, 0 < n < kLanes; the rest are -inf and not read
+//   store_first(p, x, n)   the first n lanes; the rest are not written
+//   exp(x)                 exp_constants.h; x <= 2 or the answer is meaningless; NaN stays NaN
+//   clamp_low(x)           a finite number in place of -inf, whose exp is 0; NaN stays NaN
+//   sum(x) largest(x)      across lanes, in a fixed order; the sum in double
+#pragma once
+
+#include <cstdint>
+#include <cstring>  // memcpy
+
+#include "exp_constants.h"  // kExp2, kExpLow, ...
+#include "fdpg/types.h"     // load, store
+#include "simd_target.h"    // FDPG_ALWAYS_INLINE
+
+#define FDPG_BEGIN_SIMD
+#define FDPG_END_SIMD
+
+FDPG_BEGIN_SIMD
+namespace fdpg::cpu {
+namespace {
+
+template <class Number>
+struct Portable {
+  using Real = Number;
+  using Vec __attribute__((vector_size(16))) = Real;
+  static constexpr int64_t kLanes = 16 / sizeof(Real);
+
+  static FDPG_ALWAYS_INLINE Vec broadcast(Real x) { return Vec{} + x; }
+  static FDPG_ALWAYS_INLINE Vec add(Vec a, Vec b) { return a + b; }
+  static FDPG_ALWAYS_INLINE Vec sub(Vec a, Vec b) { return a - b; }
+  static FDPG_ALWAYS_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+  static FDPG_ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static FDPG_ALWAYS_INLINE Vec max(Vec x, Vec or_else) { return x > or_else ? x : or_else; }
+
+  template <class T>
+  static FDPG_ALWAYS_INLINE Vec load(const T* p) {
+    Vec x;
+    for (int64_t i = 0; i < kLanes; ++i) x[i] = fdpg::load(p[i]);
+    return x;
+  }
+  template <class T>
+  static FDPG_ALWAYS_INLINE Vec load_first(const T* p, int64_t n) {
+    Vec x = broadcast(-static_cast<Real>(__builtin_inff()));
+    for (int64_t i = 0; i < n; ++i) x[i] = fdpg::load(p[i]);
+    return x;
+  }
+  template <class T>
+  static FDPG_ALWAYS_INLINE void store(T* p, Vec x) {
+    for (int64_t i = 0; i < kLanes; ++i) p[i] = fdpg::store<T>(x[i]);
+  }
+  template <class T>
+  static FDPG_ALWAYS_INLINE void store_first(T* p, Vec x, int64_t n) {
+    for (int64_t i = 0; i < n; ++i) p[i] = fdpg::store<T>(x[i]);
+  }
+
+  static FDPG_ALWAYS_INLINE Vec exp(Vec x) {
+    if constexpr (sizeof(Real) == sizeof(double)) {
+      for (int64_t i = 0; i < kLanes; ++i) x[i] = __builtin_exp(x[i]);
+      return x;
+    } else {
+      using Bits __attribute__((vector_size(16))) = uint32_t;
+      const Vec shifted = fma(x, broadcast(kLog2E), broadcast(kShifter));
+      const Vec n = shifted - kShifter;
+      Vec r = x - n * kLn2High;
+      r = r - n * kLn2Low;
+      Vec y = fma(broadcast(kExp6), r, broadcast(kExp5));
+      y = fma(y, r, broadcast(kExp4));
+      y = fma(y, r, broadcast(kExp3));
+      y = fma(y, r, broadcast(kExp2));
+      y = fma(y, r, broadcast(1.0f));
+      y = fma(y, r, broadcast(1.0f));
+      Bits bits, exponent;
+      memcpy(&bits, &y, sizeof(bits));
+      memcpy(&exponent, &shifted, sizeof(exponent));
+      bits += exponent << 23;
+      memcpy(&y, &bits, sizeof(y));
+      return x < kExpLow ? Vec{} : y;
+    }
+  }
+
+  static FDPG_ALWAYS_INLINE Vec clamp_low(Vec x) {
+    // For double, low enough that exp is 0: the smallest number is exp(-745.1).
+    constexpr Real kLow = sizeof(Real) == sizeof(double) ? -746 : kExpLow;
+    return x < kLow ? broadcast(kLow) : x;
+  }
+
+  static FDPG_ALWAYS_INLINE double sum(Vec x) {
+    double total = x[0];
+    for (int64_t i = 1; i < kLanes; ++i) total += x[i];
+    return total;
+  }
+  static FDPG_ALWAYS_INLINE Real largest(Vec x) {
+    Real most = x[0];
+    for (int64_t i = 1; i < kLanes; ++i) most = x[i] > most ? x[i] : most;
+    return most;
+  }
+};
+
+}  // namespace
+}  // namespace fdpg::cpu
+FDPG_END_SIMD

@@ -1,0 +1,147 @@
+// softmax_row-inl.h: the walk that token_logprob and sample_logprob share: one read of a row of
+// logits, in blocks, to the sum of its exponentials.
+//
+// Instead of a running maximum per element there is an anchor per row: a logit of the row, no more
+// than kHeadroom below the largest so far. Exponentials are taken relative to it; a block that
+// rises further above it is summed again, relative to its own largest (a block of 1024 out of
+// 50257, about once per row). The result is exact whatever the anchor: it only keeps the
+// exponentials in range.
+//
+// A block is summed in fp32, in 4 * kLanes partial sums of at most a few dozen terms, then in
+// double; the blocks of a row are added in double. So the sum is good to about 1e-7 relative
+// however long the row. It depends on the row alone, not on its neighbours or on who asks:
+// token_logprob and sample_logprob report the same log-sum-exp, bit for bit.
+//
+// Online softmax: Milakov and Gimelshein, arXiv 1805.02867.
+#pragma once
+
+#include <cstdint>
+
+#include "fdpg/types.h"  // load
+
+FDPG_BEGIN_SIMD
+namespace fdpg::cpu {
+namespace {
+
+constexpr int64_t kBlock = 1024;
+constexpr int64_t kUnroll = 4;
+
+// How far z may rise above the anchor. Small, because z - anchor is rounded to fp32 and its error
+// is an error of the exponential; the tokens that matter lie near the maximum.
+constexpr double kHeadroom = 2;
+
+// What logits come to relative to an anchor a, with d = scale (x - a):  sum exp d,  sum d exp d.
+struct Sums {
+  double sum = 0;
+  double weighted = 0;
+};
+
+template <class Real>
+struct SoftmaxRow {
+  Real anchor = -static_cast<Real>(__builtin_inff());  // -inf: every logit is
+  Sums sums;
+
+  double lse(double scale) const { return anchor * scale + __builtin_log(sums.sum); }
+  // log p of a token with logit x: from the anchor, since at large |z| z - lse would cancel.
+  double logp(double x, double scale) const {
+    return (x - anchor) * scale - __builtin_log(sums.sum);
+  }
+  // H = lse - sum p z = log sum exp d - sum p d, which does not cancel at large |z|.
+  double entropy() const { return __builtin_log(sums.sum) - sums.weighted / sums.sum; }
+};
+
+// Largest of x[0..n), -inf for none; NaN is passed over.
+template <class S, class T>
+typename S::Real largest(const T* x, int64_t n) {
+  using Vec = typename S::Vec;
+  Vec most[kUnroll];
+  for (Vec& m : most) m = S::broadcast(-static_cast<typename S::Real>(__builtin_inff()));
+  int64_t i = 0;
+  for (; i + kUnroll * S::kLanes <= n; i += kUnroll * S::kLanes) {
+    for (int64_t k = 0; k < kUnroll; ++k) most[k] = S::max(S::load(x + i + k * S::kLanes), most[k]);
+  }
+  for (; i + S::kLanes <= n; i += S::kLanes) most[0] = S::max(S::load(x + i), most[0]);
+  if (i < n) most[1] = S::max(S::load_first(x + i, n - i), most[1]);
+  return S::largest(S::max(S::max(most[0], most[1]), S::max(most[2], most[3])));
+}
+
+template <class S, bool kEntropy>
+struct BlockAccumulator {
+  using Vec = typename S::Vec;
+  Vec sum, weighted, most;
+
+  // Written out: g++ compiles an implicit constructor for the CPU outside the pragma.
+  FDPG_ALWAYS_INLINE BlockAccumulator()
+      : sum(S::broadcast(0)),
+        weighted(S::broadcast(0)),
+        most(S::broadcast(-static_cast<typename S::Real>(__builtin_inff()))) {}
+
+  FDPG_ALWAYS_INLINE void push(Vec x, Vec scale, Vec anchor) {
+    const Vec d = S::mul(S::sub(x, anchor), scale);
+    const Vec e = S::exp(d);
+    most = S::max(x, most);
+    sum = S::add(sum, e);
+    if constexpr (kEntropy) weighted = S::fma(e, S::clamp_low(d), weighted);
+  }
+};
+
+// Sums over x[0..n) relative to `anchor`. Returns the largest x: if it lies more than kHeadroom
+// above the anchor, the sums are meaningless.
+template <class S, bool kEntropy, class T>
+typename S::Real sum_block(const T* x, int64_t n, typename S::Real scale, typename S::Real anchor,
+                           Sums* sums) {
+  using Vec = typename S::Vec;
+  const Vec scale_v = S::broadcast(scale), anchor_v = S::broadcast(anchor);
+  BlockAccumulator<S, kEntropy> part[kUnroll];
+  int64_t i = 0;
+  for (; i + kUnroll * S::kLanes <= n; i += kUnroll * S::kLanes) {
+    for (int64_t k = 0; k < kUnroll; ++k) {
+      part[k].push(S::load(x + i + k * S::kLanes), scale_v, anchor_v);
+    }
+  }
+  for (; i + S::kLanes <= n; i += S::kLanes) part[0].push(S::load(x + i), scale_v, anchor_v);
+  if (i < n) part[1].push(S::load_first(x + i, n - i), scale_v, anchor_v);
+  sums->sum = S::sum(S::add(S::add(part[0].sum, part[1].sum), S::add(part[2].sum, part[3].sum)));
+  if constexpr (kEntropy) {
+    sums->weighted = S::sum(S::add(S::add(part[0].weighted, part[1].weighted),
+                                   S::add(part[2].weighted, part[3].weighted)));
+  }
+  return S::largest(S::max(S::max(part[0].most, part[1].most), S::max(part[2].most, part[3].most)));
+}
+
+// Walks a row x[0..vocab) in blocks. If `block_sums` is not null, it receives the sum of every
+// block of `block` logits, relative to the row's final anchor.
+template <class S, bool kEntropy, class T>
+SoftmaxRow<typename S::Real> softmax_row(const T* x, int64_t vocab, typename S::Real scale,
+                                         int64_t block = kBlock, double* block_sums = nullptr) {
+  using Real = typename S::Real;
+  SoftmaxRow<Real> row;
+  Sums& total = row.sums;
+  for (int64_t begin = 0; begin < vocab; begin += block) {
+    const int64_t n = vocab - begin < block ? vocab - begin : block;
+    Sums sums;
+    if (row.anchor == -static_cast<Real>(__builtin_inff())) row.anchor = largest<S>(x + begin, n);
+    if (row.anchor != -static_cast<Real>(__builtin_inff())) {  // else nothing but -inf so far
+      const Real most = sum_block<S, kEntropy>(x + begin, n, scale, row.anchor, &sums);
+      const double rise = (static_cast<double>(most) - row.anchor) * scale;
+      if (rise > kHeadroom) {
+        row.anchor = most;
+        sum_block<S, kEntropy>(x + begin, n, scale, row.anchor, &sums);
+        const double factor = __builtin_exp(-rise);
+        total.weighted = (total.weighted - total.sum * rise) * factor;
+        total.sum *= factor;
+        if (block_sums) {
+          for (int64_t b = 0; b < begin / block; ++b) block_sums[b] *= factor;
+        }
+      }
+    }
+    total.sum += sums.sum;
+    total.weighted += sums.weighted;
+    if (block_sums) block_sums[begin / block] = sums.sum;
+  }
+  return row;
+}
+
+}  // namespace
+}  // namespace fdpg::cpu
+FDPG_END_SIMD

@@ -1,0 +1,270 @@
+// token_logprob and its backward against long double, on every instruction set and dtype.
+#include <cstring>
+#include <initializer_list>
+
+#include "check.h"
+#include "rows.h"
+
+namespace {
+
+using fdpg::accumulate_t;
+using fdpg::Dtype;
+using fdpg::kOk;
+
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
+constexpr double kInf = std::numeric_limits<double>::infinity();
+
+template <class T>
+struct Forward {
+  using Real = accumulate_t<T>;
+  std::vector<int64_t> target;
+  std::vector<Real> logp, lse, entropy;
+  int64_t status;
+
+  Forward(const Rows<T>& x, Dtype dtype, std::vector<int64_t> targets, double scale = 1,
+          const bool* mask = nullptr)
+      : target(targets), logp(x.rows, 7), lse(x.rows, 7), entropy(x.rows, 7) {
+    const fdpg::TokenLogprobParams p = {x.data.data(), dtype,         x.rows,        x.vocab,
+                                        x.stride,      target.data(), mask,          scale,
+                                        logp.data(),   lse.data(),    entropy.data()};
+    status = fdpg::cpu::token_logprob(p, 0, x.rows);
+  }
+};
+
+template <class T>
+std::vector<int64_t> some_targets(const Rows<T>& x) {
+  std::vector<int64_t> target(x.rows);
+  for (int64_t i = 0; i < x.rows; ++i) target[i] = (i * 7919 + x.vocab - 1) % x.vocab;
+  return target;
+}
+
+// One rounding of the result, and 2e-7 for the sum; for double, the same in its own units.
+template <class T>
+double tolerance(long double value) {
+  const bool wide = sizeof(accumulate_t<T>) == sizeof(double);
+  return wide ? 1e-14 * (1 + std::fabs(value)) : 6e-8 * std::fabs(value) + 2e-7;
+}
+
+template <class T>
+void values(Dtype dtype) {
+  for (int64_t vocab : {1, 7, 16, 63, 64, 65, 1000, 1024, 1025, 14019, 50257}) {
+    for (double scale : {1.0, 0.7}) {
+      const Rows<T> x(3, vocab, 4, static_cast<int>(vocab));
+      const double s = static_cast<accumulate_t<T>>(scale);
+      const Forward<T> got(x, dtype, some_targets(x), scale);
+      CHECK(got.status == kOk);
+      for (int64_t i = 0; i < x.rows; ++i) {
+        const long double lse = s * x.largest(i) + x.log_sum(i, s);
+        const long double logp = x.logp(i, got.target[i], s);
+        long double entropy = 0;
+        for (int64_t j = 0; j < vocab; ++j) {
+          const long double l = s * x.at(i, j) - lse;
+          entropy -= std::exp(l) * l;
+        }
+        CHECK_NEAR(got.lse[i], lse, tolerance<T>(lse));
+        CHECK_NEAR(got.logp[i], logp, tolerance<T>(logp));
+        CHECK_NEAR(got.entropy[i], entropy, 4 * tolerance<T>(entropy));
+      }
+    }
+  }
+}
+
+// A maximum that grows along the row, by little and by much, moves the anchor again and again;
+// large offsets cost no accuracy in the log-prob.
+template <class T>
+void rising_rows(Dtype dtype) {
+  for (double slope : {0.001, 0.05, 1.0}) {
+    Rows<T> x(2, 5000, 1);
+    for (int64_t j = 0; j < x.vocab; ++j) {
+      x.set(0, j, slope * j);
+      x.set(1, j, slope * (x.vocab - j) - 9000);
+    }
+    const Forward<T> got(x, dtype, {x.vocab - 1, 0});
+    for (int64_t i = 0; i < 2; ++i) {
+      const long double logp = x.logp(i, got.target[i], 1);
+      CHECK_NEAR(got.logp[i], logp, tolerance<T>(logp));
+      CHECK_NEAR(got.lse[i], x.largest(i) + x.log_sum(i, 1), tolerance<T>(x.largest(i)));
+    }
+  }
+}
+
+template <class T>
+void unusual_values(Dtype dtype) {
+  Rows<T> x(8, 2500, 2);
+  for (int64_t j = 0; j < x.vocab; ++j) {
+    if (j != 2000) x.set(0, j, -kInf);          // one token allowed, in a later block
+    if (j % 2 || j < 1500) x.set(1, j, -kInf);  // a masked vocabulary
+    x.set(2, j, -kInf);                         // nothing allowed
+    x.set(3, j, j == 17 ? 1e4 : -1e4);          // extreme, and certain
+  }
+  x.set(4, 2400, kNan);
+  x.set(5, 3, kInf);
+  x.set(6, 2499, kInf);
+  const Forward<T> got(x, dtype, {2000, 1, 0, 17, 0, 0, 0, 5});
+  CHECK_NEAR(got.logp[0], 0, 0);
+  CHECK_NEAR(got.entropy[0], 0, 0);
+  CHECK_NEAR(got.lse[0], x.at(0, 2000), 0);
+  CHECK(got.logp[1] == -kInf);
+  CHECK_NEAR(got.lse[1], x.largest(1) + x.log_sum(1, 1), 1e-6);
+  CHECK(got.entropy[1] > 0);
+  CHECK(std::isnan(got.logp[2]));
+  CHECK(got.lse[2] == -kInf);
+  CHECK_NEAR(got.logp[3], 0, 0);
+  for (int i : {4, 5, 6}) CHECK(std::isnan(got.logp[i]) && std::isnan(got.lse[i]));
+  CHECK(std::isfinite(got.logp[7]) && std::isfinite(got.lse[7]));  // neighbours do not spoil it
+}
+
+template <class T>
+void masks_and_bad_targets(Dtype dtype) {
+  Rows<T> x(4, 1000, 1);
+  for (int64_t j = 0; j < x.vocab; ++j) x.set(1, j, kNan);
+  const bool mask[] = {true, false, true, true};
+  const Forward<T> got(x, dtype, {3, -100, 1000, -1}, 1, mask);  // a masked target is not looked at
+  CHECK(got.status == 2);
+  CHECK(got.logp[1] == 0 && got.lse[1] == 0 && got.entropy[1] == 0);
+  CHECK(std::isfinite(got.logp[0]));
+  for (int i : {2, 3}) {
+    CHECK(std::isnan(got.logp[i]) && std::isnan(got.lse[i]) && std::isnan(got.entropy[i]));
+  }
+}
+
+// A row's result does not depend on the range it came in.
+template <class T>
+void any_split_gives_the_same(Dtype dtype) {
+  const Rows<T> x(5, 3001, 3);
+  const Forward<T> whole(x, dtype, some_targets(x));
+  for (int64_t i = 0; i < x.rows; ++i) {
+    Rows<T> one(1, x.vocab, 1, 0, 0);
+    std::memcpy(one.data.data(), x.data.data() + i * x.stride, x.vocab * sizeof(T));
+    const Forward<T> alone(one, dtype, {whole.target[i]});
+    CHECK(alone.logp[0] == whole.logp[i] && alone.lse[0] == whole.lse[i]);
+    CHECK(alone.entropy[0] == whole.entropy[i]);
+  }
+}
+
+// ---------------------------------------------------------------------------------------------
+// Backward
+
+template <class T>
+struct Gradients {
+  using Real = accumulate_t<T>;
+  std::vector<Real> logp, lse, entropy;
+};
+
+template <class T>
+int64_t backward(const Rows<T>& x, Dtype dtype, const Forward<T>& forward, const Gradients<T>& g,
+                 double scale, const bool* mask, T* out, int64_t out_stride) {
+  const fdpg::TokenLogprobBackwardParams p = {x.data.data(),
+                                              out,
+                                              dtype,
+                                              x.rows,
+                                              x.vocab,
+                                              x.stride,
+                                              out_stride,
+                                              forward.target.data(),
+                                              mask,
+                                              scale,
+                                              forward.lse.data(),
+                                              forward.entropy.data(),
+                                              g.logp.data(),
+                                              g.lse.empty() ? nullptr : g.lse.data(),
+                                              g.entropy.empty() ? nullptr : g.entropy.data()};
+  return fdpg::cpu::token_logprob_backward(p, 0, x.rows);
+}
+
+template <class T>
+void gradients(Dtype dtype) {
+  // Rounding of the storage type, relative to the row's largest gradient.
+  const double unit = dtype == Dtype::kFloat64   ? 1e-14
+                      : dtype == Dtype::kFloat32 ? 2.5e-7
+                      : dtype == Dtype::kFloat16 ? 5e-4
+                                                 : 4e-3;
+  for (int64_t vocab : {1, 7, 17, 64, 1000, 14019}) {
+    for (bool all : {false, true}) {
+      const double scale = all ? 0.5 : 1;
+      Rows<T> x(3, vocab, 3);
+      if (vocab > 2) x.set(0, 1, -kInf);
+      if (dtype != Dtype::kFloat16) {
+        for (int64_t j = 0; j < vocab; ++j) x.set(2, j, static_cast<double>(x.at(2, j)) - 90);
+      }
+      const Forward<T> forward(x, dtype, some_targets(x), scale);
+      Gradients<T> g = {{1.5, -2, 0.25}, {}, {}};
+      if (all) {
+        g.lse = {-0.5, 1, 0.125};
+        g.entropy = {0.75, -1, 2};
+      }
+      const int64_t stride = vocab + 3;
+      std::vector<T> out(x.rows * stride, fdpg::store<T>(42));
+      CHECK(backward(x, dtype, forward, g, scale, nullptr, out.data(), stride) == kOk);
+      for (int64_t i = 0; i < x.rows; ++i) {
+        const long double most = x.largest(i), log_sum = x.log_sum(i, scale);
+        long double entropy = 0;
+        for (int64_t j = 0; j < vocab; ++j) {
+          const long double l = scale * (x.at(i, j) - most) - log_sum;
+          if (std::exp(l) > 0) entropy -= std::exp(l) * l;
+        }
+        long double worst = 0, size = 0;
+        for (int64_t j = 0; j < vocab; ++j) {
+          const long double l = scale * (x.at(i, j) - most) - log_sum, q = std::exp(l);
+          long double expected = g.logp[i] * ((j == forward.target[i]) - q);
+          if (all) expected += g.lse[i] * q - (q > 0 ? g.entropy[i] * q * (l + entropy) : 0);
+          expected *= scale;
+          const long double error = fdpg::load(out[i * stride + j]) - expected;
+          CHECK(std::isfinite(error));
+          worst = std::fmax(worst, std::fabs(error));
+          size = std::fmax(size, std::fabs(expected));
+        }
+        CHECK_NEAR(worst, 0, unit * std::fmax(size, 1));
+        for (int64_t j = vocab; j < stride; ++j) CHECK(fdpg::load(out[i * stride + j]) == 42);
+      }
+      // In place gives the same bits.
+      Rows<T> in_place = x;
+      CHECK(backward(in_place, dtype, forward, g, scale, nullptr, in_place.data.data(), x.stride) ==
+            kOk);
+      for (int64_t i = 0; i < x.rows; ++i) {
+        CHECK(std::memcmp(&in_place.data[i * x.stride], &out[i * stride], vocab * sizeof(T)) == 0);
+      }
+    }
+  }
+}
+
+template <class T>
+void rows_without_gradient(Dtype dtype) {
+  Rows<T> x(4, 100, 1);
+  const Forward<T> forward(x, dtype, {1, 2, 3, 4});
+  for (int64_t j = 0; j < x.vocab; ++j) {
+    x.set(0, j, kNan);  // masked
+    x.set(1, j, kNan);  // no gradient
+  }
+  Forward<T> bad = forward;
+  bad.target = {-1, 2, 100, 4};
+  const bool mask[] = {false, true, true, true};
+  std::vector<T> out(x.rows * x.vocab, fdpg::store<T>(42));
+  const Gradients<T> g = {{1, 0, 1, 1}, {}, {}};
+  CHECK(backward(x, dtype, bad, g, 1, mask, out.data(), x.vocab) == 2);
+  for (int64_t j = 0; j < x.vocab; ++j) {
+    CHECK(fdpg::load(out[j]) == 0);
+    CHECK(fdpg::load(out[x.vocab + j]) == 0);
+    CHECK(std::isnan(fdpg::load(out[2 * x.vocab + j])));
+    CHECK(std::isfinite(fdpg::load(out[3 * x.vocab + j])));
+  }
+}
+
+}  // namespace
+
+int main() {
+  for_each_isa([](const std::string& isa) {
+    std::printf("%s\n", isa.c_str());
+    for_each_dtype([](Dtype dtype, auto tag) {
+      using T = decltype(tag);
+      values<T>(dtype);
+      rising_rows<T>(dtype);
+      if (dtype != Dtype::kFloat16) unusual_values<T>(dtype);
+      masks_and_bad_targets<T>(dtype);
+      any_split_gives_the_same<T>(dtype);
+      gradients<T>(dtype);
+      rows_without_gradient<T>(dtype);
+    });
+  });
+  return test_result();
+}
