@@ -27,7 +27,15 @@ Record = Mapping[str, Any]
 class Display(Protocol):
     """What a trainer tells the person who started it."""
 
-    def start(self, header: Mapping[str, str], steps: int, done: int) -> None:
+    def start(
+        self,
+        header: Mapping[str, str],
+        *,
+        steps: int,
+        done: int,
+        divergence: str,
+        goals: Mapping[str, float],
+    ) -> None:
         """A run begins, or goes on after ``done`` steps."""
 
     def note(self, text: str) -> None:
@@ -36,7 +44,7 @@ class Display(Protocol):
     def warn(self, text: str) -> None:
         """One thing that is probably wrong."""
 
-    def step(self, record: Record, timing: Record, goals: Mapping[str, float]) -> None:
+    def step(self, record: Record, timing: Record) -> None:
         """One step's numbers."""
 
     def samples(self, step: int, rows: Sequence[Record]) -> None:
@@ -49,14 +57,14 @@ class Display(Protocol):
 class SilentDisplay:
     """Says nothing but warnings."""
 
-    def start(self, header: Mapping[str, str], steps: int, done: int) -> None: ...
+    def start(self, header: Mapping[str, str], **run: Any) -> None: ...
 
     def note(self, text: str) -> None: ...
 
     def warn(self, text: str) -> None:
         print(f"warning: {text}", file=sys.stderr)
 
-    def step(self, record: Record, timing: Record, goals: Mapping[str, float]) -> None: ...
+    def step(self, record: Record, timing: Record) -> None: ...
 
     def samples(self, step: int, rows: Sequence[Record]) -> None: ...
 
@@ -68,11 +76,21 @@ class PlainDisplay:
 
     def __init__(self) -> None:
         self._pace = _Pace(0, 0)
+        self._numbers = _Numbers("", {})
 
-    def start(self, header: Mapping[str, str], steps: int, done: int) -> None:
+    def start(
+        self,
+        header: Mapping[str, str],
+        *,
+        steps: int,
+        done: int,
+        divergence: str,
+        goals: Mapping[str, float],
+    ) -> None:
         for key, value in header.items():
             print(f"{key:<12} {value}")
         self._pace = _Pace(steps, done)
+        self._numbers = _Numbers(divergence, goals)
 
     def note(self, text: str) -> None:
         print(text, flush=True)
@@ -80,9 +98,9 @@ class PlainDisplay:
     def warn(self, text: str) -> None:
         print(f"WARNING: {text}", file=sys.stderr, flush=True)
 
-    def step(self, record: Record, timing: Record, goals: Mapping[str, float]) -> None:
+    def step(self, record: Record, timing: Record) -> None:
         self._pace.tick(record["step"])
-        numbers = "  ".join(f"{name} {value}" for name, value in numbers_of(record, goals))
+        numbers = "  ".join(f"{name} {value}" for name, value in self._numbers(record))
         print(
             f"step {record['step']}/{self._pace.steps}  {numbers}  {speed_of(timing)}  "
             f"left {self._pace.left()}",
@@ -106,6 +124,7 @@ class TerminalDisplay:
     def __init__(self, console: Console | None = None) -> None:
         self.console = console or Console()
         self._pace = _Pace(0, 0)
+        self._numbers = _Numbers("", {})
         self._bar = Progress(
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
@@ -117,12 +136,21 @@ class TerminalDisplay:
         self._task = self._bar.add_task("", total=None, left="?")
         self._live: Live | None = None
 
-    def start(self, header: Mapping[str, str], steps: int, done: int) -> None:
+    def start(
+        self,
+        header: Mapping[str, str],
+        *,
+        steps: int,
+        done: int,
+        divergence: str,
+        goals: Mapping[str, float],
+    ) -> None:
         grid = Table.grid(padding=(0, 2))
         for key, value in header.items():
             grid.add_row(Text(key, style="dim"), Text(value))
         self.console.print(grid)
         self._pace = _Pace(steps, done)
+        self._numbers = _Numbers(divergence, goals)
         self._bar.update(self._task, total=steps, completed=done)
         self._live = Live(self._bar, console=self.console, refresh_per_second=4)
         self._live.start()
@@ -133,11 +161,11 @@ class TerminalDisplay:
     def warn(self, text: str) -> None:
         self.console.print(Text(f"warning: {text}", style="bold yellow"))
 
-    def step(self, record: Record, timing: Record, goals: Mapping[str, float]) -> None:
+    def step(self, record: Record, timing: Record) -> None:
         self._pace.tick(record["step"])
         self._bar.update(self._task, completed=record["step"], left=self._pace.left())
         if self._live is not None:
-            self._live.update(Group(self._bar, self._panel(record, timing, goals)))
+            self._live.update(Group(self._bar, self._panel(record, timing)))
 
     def samples(self, step: int, rows: Sequence[Record]) -> None:
         table = Table(title=f"samples of step {step}", title_justify="left", expand=True)
@@ -159,11 +187,11 @@ class TerminalDisplay:
             self._live.stop()
             self._live = None
 
-    def _panel(self, record: Record, timing: Record, goals: Mapping[str, float]) -> RenderableType:
+    def _panel(self, record: Record, timing: Record) -> RenderableType:
         """The numbers in as many columns as fit."""
         cells = [
             Text.assemble((f"{name}  ", "dim"), value)
-            for name, value in [*numbers_of(record, goals), ("speed", speed_of(timing))]
+            for name, value in [*self._numbers(record), ("speed", speed_of(timing))]
         ]
         width = max(cell.cell_len for cell in cells) + 3
         columns = max(1, self.console.width // width)
@@ -177,24 +205,6 @@ def for_this_terminal() -> Display:
     """The live panel where there is a terminal, plain lines where there is none."""
     console = Console()
     return TerminalDisplay(console) if console.is_terminal else PlainDisplay()
-
-
-def numbers_of(record: Record, goals: Mapping[str, float]) -> list[tuple[str, str]]:
-    """The numbers of a step that say how the run is going, named and rounded."""
-    shown = [(record["divergence_name"], plus_minus(record, "divergence", "divergence_se"))]
-    for name in _moments(record):
-        wanted = f" (goal {goals[name]:.3g})" if name in goals else ""
-        shown.append((name, plus_minus(record, f"moment: {name}", f"moment_se: {name}") + wanted))
-    expected = record.get("kl_target_base")
-    wanted = f" (target {expected:.2f})" if _finite(expected) else ""
-    shown.append(("KL to base", _number(record["kl_to_base"], ".2f") + wanted))
-    shown.append(("entropy/token", _number(record["entropy_per_token"], ".2f")))
-    shown.append(("ESS", _number(record["target_ess"], ".0f")))
-    shown.append(("log Z", _number(record["log_z"], ".2f")))
-    shown.append(("gap", _number(record.get("gap_mean"), ".0e")))
-    if record["n_skipped"]:
-        shown.append(("skipped", f"{record['n_skipped']:.0f} samples with Z = 0"))
-    return shown
 
 
 def speed_of(timing: Record) -> str:
@@ -233,6 +243,29 @@ def _number(value: Any, spec: str) -> str:
 
 def _nats(value: float) -> str:
     return f"{value:.1f}" if math.isfinite(value) else "-∞" if value < 0 else "?"
+
+
+class _Numbers:
+    """The numbers of a step that say how the run is going, named and rounded."""
+
+    def __init__(self, divergence: str, goals: Mapping[str, float]) -> None:
+        self._divergence, self._goals = divergence, goals
+
+    def __call__(self, record: Record) -> list[tuple[str, str]]:
+        shown = [(self._divergence, plus_minus(record, "divergence", "divergence_se"))]
+        for name in _moments(record):
+            goal = f" (goal {self._goals[name]:.3g})" if name in self._goals else ""
+            shown.append((name, plus_minus(record, f"moment: {name}", f"moment_se: {name}") + goal))
+        expected = record["kl_target_base"]
+        goal = f" (target {expected:.2f})" if _finite(expected) else ""
+        shown.append(("KL to base", _number(record["kl_to_base"], ".2f") + goal))
+        shown.append(("entropy/token", _number(record["entropy_per_token"], ".2f")))
+        shown.append(("ESS", _number(record["target_ess"], ".0f")))
+        shown.append(("log Z", _number(record["log_z"], ".2f")))
+        shown.append(("gap", _number(record["gap_mean"], ".0e")))
+        if record["n_skipped"]:
+            shown.append(("skipped", f"{record['n_skipped']:.0f} samples with Z = 0"))
+        return shown
 
 
 class _Pace:

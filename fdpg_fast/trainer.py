@@ -1,0 +1,761 @@
+"""Moves a policy onto a target distribution by f-divergence policy gradient.
+
+The algorithm is f-DPG (Go et al., arXiv 2302.08215, Algorithm 1). One step, in its words:
+
+    x_i ~ q                                      q is the policy itself, unless it is asked to lag
+    log P(x_i) = log a(x_i) + ...                the target, unnormalised
+    Z <- mean of P/q over all samples so far     per prompt
+    r_i = -f'(pi(x_i) Z / P(x_i))                pseudo-reward, detached
+    w_i = (pi/q)(x_i) (r_i - baseline)           what each sample is worth
+    theta <- theta + AdamW( mean_i w_i grad log pi(x_i) )
+
+On policy, log pi is what the sampler recorded when it drew the sample, so weights are known before
+the only training forward; that forward then measures how far the two disagree (the gap), and a run
+whose gap is too large stops, because every weight is an exponential of such a difference.
+
+Legend: B samples of a step, G prompts, S sampled tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdpg_fast import checkpoint, metrics, ops
+from fdpg_fast.baselines import Baseline
+from fdpg_fast.checkpoint import Checkpoint, CheckpointError
+from fdpg_fast.config import Config, ConfigError
+from fdpg_fast.divergences import Divergence, require_finite_at_zero_targets
+from fdpg_fast.environment import device_name, versions
+from fdpg_fast.evaluation import evaluate
+from fdpg_fast.interruption import Interruption
+from fdpg_fast.measurement import measure
+from fdpg_fast.models import LanguageModel
+from fdpg_fast.partition import Partition
+from fdpg_fast.progress import Display, for_this_terminal, one_line
+from fdpg_fast.prompts import Prompts
+from fdpg_fast.report import model_card, write_report
+from fdpg_fast.rollout import PromptBatch, Rollout
+from fdpg_fast.run_directory import RunDirectory
+from fdpg_fast.sampler import Sampler
+from fdpg_fast.targets import Base, Scores, Target
+from fdpg_fast.targets import from_spec as target_from_spec
+
+__all__ = ["Trainer", "TrainingError", "load"]
+
+# Streams of random numbers, so that no two uses share any (ops.random_key).
+TRAINING, FIT, HOLDOUT, NORMALISER = range(4)
+
+# Largest mean disagreement of sampler and trainer, in nats per token.
+MAX_GAP = {"fp32": 1e-3, "bf16": 5e-2}
+GAP_SAMPLES = 32  # samples of a lagging proposal that are scored again to measure it
+
+_KL = Divergence.parse("kl")
+
+
+class TrainingError(RuntimeError):
+    """A run that must not go on: a value that is not finite, or log-probs that disagree."""
+
+
+def load(name_or_path: str = "", **settings: Any) -> Base:
+    """A language model as the base a(x) of targets; the policy will start as a copy of it.
+
+    Args:
+        name_or_path: Hugging Face name or local folder; empty: the small story model inside the
+            package.
+        settings: of :meth:`LanguageModel.load`: device, compute, attention, trust_remote_code,
+            activation_checkpointing.
+    """
+    return Base(LanguageModel.load(name_or_path, **settings))
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        target: what the samples should be like; its base is also where the policy starts.
+        divergence: what is minimised: a name such as ``"js"`` or ``"alpha(0.5)"``, or a
+            :class:`Divergence`. ``fdpg train --help`` lists them.
+        prompts: a text, texts, or a .txt or .jsonl file; empty: none.
+        out: folder of the run; None: nothing is written.
+        resume: go on with the run in ``out`` from its newest checkpoint, if any.
+        display: who is told how it goes; by default a live panel or plain lines.
+        config: every setting at once, in place of the keywords.
+        settings: any key of :class:`Config` without its part: ``steps=100, learning_rate=1e-5``.
+
+    Raises:
+        ConfigError: a setting that cannot be, or a divergence that is infinite on this target.
+        RunDirectoryError: ``out`` cannot be used.
+
+    Example::
+
+        base = fdpg.load("gpt2")
+        target = base.constrain({fdpg.contains("amazing"): 1.0})
+        trainer = fdpg.Trainer(target, divergence="js", prompts="Once", out="runs/amazing")
+        trainer.train()
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        *,
+        divergence: str | Divergence | None = None,
+        prompts: str | Sequence[str] | None = None,
+        out: str | Path | None = None,
+        resume: bool = False,
+        display: Display | None = None,
+        config: Config | None = None,
+        **settings: Any,
+    ) -> None:
+        self.target = target
+        self.base = target.base.model
+        self.config = _configured(config, target, divergence, prompts, settings)
+        objective, sampling, run = self.config.objective, self.config.sampling, self.config.run
+        try:
+            self.divergence = (
+                divergence
+                if isinstance(divergence, Divergence)
+                else Divergence.parse(objective.divergence)
+            )
+            self.baseline = _parse_baseline(objective.baseline, sampling.samples_per_prompt)
+            # Refused before anything is drawn: it could only end in infinities.
+            self.baseline.require_valid_for(self.divergence)
+            if target.can_be_zero:
+                require_finite_at_zero_targets(self.divergence, str(target))
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+        self.display: Display = display or for_this_terminal()
+        self.prompts = Prompts.load(
+            self.config.prompts.source,
+            self.base,
+            per_step=self.config.prompts.prompts_per_step,
+            shuffle=self.config.prompts.shuffle,
+            seed=run.seed,
+            max_new_tokens=sampling.max_new_tokens,
+        )
+        self.sampler = Sampler(sampling.max_new_tokens, sampling.sampler_batch)
+        self.policy = self.base.trainable_copy()
+        # The proposal q: the policy itself, or a copy that lags behind it.
+        self.proposal = self.policy.frozen_copy() if sampling.adaptive_proposal else self.policy
+        self.partition = Partition(len(self.prompts), objective.log_z, self.policy.device)
+        self.baseline_state = self.baseline.new_state(self.policy.device)
+        self.parameters = dict(self.policy.model.named_parameters())
+        optimiser = self.config.optimiser
+        self.optimiser = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=optimiser.learning_rate,
+            betas=optimiser.betas,
+            eps=optimiser.epsilon,
+            weight_decay=optimiser.weight_decay,
+        )
+        self.steps_done = 0
+        self._prepared = False
+        self._pending: list[_Pending] = []
+        self._watch = _Watch()
+
+        self.run: RunDirectory | None = None
+        if out is not None:
+            self._open_run(out, resume)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config,
+        *,
+        out: str | Path | None = None,
+        resume: bool = False,
+        display: Display | None = None,
+    ) -> Trainer:
+        """A run from its config alone: loads the model and builds the target as well."""
+        if config.target.built_in_python is not None:
+            raise ConfigError(
+                f"config: the target of this run, {config.target.built_in_python}, was built in "
+                "Python. Way out: make the same target there and pass resume=True to Trainer"
+            )
+        model = dataclasses.asdict(config.model)
+        base = load(model.pop("name"), **model)
+        folder = Path(config.target.folder) if config.target.folder else None
+        target = target_from_spec(config.target.spec(), base, folder)
+        return cls(target, config=config, out=out, resume=resume, display=display)
+
+    # ---- the walk ---------------------------------------------------------------------------
+
+    def train(self) -> dict[str, Any] | None:
+        """Trains to the last step, saves the model, and compares it with the base.
+
+        Ctrl-C and SIGTERM save a checkpoint first, and then raise KeyboardInterrupt or SystemExit.
+
+        Returns:
+            What evaluation.json holds, or None with ``evaluation_samples=0``.
+
+        Raises:
+            TrainingError: a value was not finite, or sampler and trainer disagree about log-probs;
+                the weights are those of the step before.
+        """
+        config = self.config.run
+        with Interruption(self.display.note) as interruption:
+            self.prepare()
+            self.display.start(
+                self.header(),
+                steps=config.steps,
+                done=self.steps_done,
+                divergence=str(self.divergence),
+                goals=self.target.moments,
+            )
+            try:
+                while self.steps_done < config.steps and interruption.signal is None:
+                    self.step()
+                    last = self.steps_done == config.steps or interruption.signal is not None
+                    if last or self.steps_done % config.log_every == 0:
+                        self._flush()
+                    if last or self.steps_done % config.checkpoint_every == 0:
+                        self.save_checkpoint()
+            finally:
+                self._flush()
+                self.display.stop()
+            if interruption.signal is not None:
+                self._leave(interruption.signal)
+        return self._finish()
+
+    def step(self) -> None:
+        """One batch of samples, and the optimiser's steps on it."""
+        self.prepare()
+        clock = _Clock(self.policy.device)
+        rollout = self.draw(self.proposal, self.prompts.batch(self.steps_done), TRAINING)
+        clock.lap("sample")
+        scores = self.target.score(rollout)
+        log_z = self.partition.update(rollout, scores.log_score)
+        clock.lap("score")
+        updates = [
+            self._update(rollout, scores, log_z, again)
+            for again in range(self.config.objective.steps_per_batch)
+        ]
+        self._refresh_proposal(rollout, scores, log_z, updates[0])
+        clock.lap("train")
+        self.steps_done += 1
+        self._record(rollout, scores, log_z, updates[0], clock)
+
+    def draw(
+        self, model: LanguageModel, prompts: PromptBatch, stream: int, samples_per_prompt: int = 0
+    ) -> Rollout:
+        """Samples of ``model``, a function of (seed, stream, steps done) alone."""
+        key = ops.random_key(self.config.run.seed, self.steps_done, stream)
+        return self.sampler.draw(
+            model, prompts, samples_per_prompt or self.config.sampling.samples_per_prompt, key
+        )
+
+    def _update(self, rollout: Rollout, scores: Scores, log_z: Tensor, again: int) -> _Update:
+        """One optimiser step on a batch; ``again`` counts those before it on the same batch."""
+        # On policy, the sampler has already said what the policy thinks of its samples.
+        on_policy = self.proposal is self.policy and not again
+        log_pi = rollout.log_q if on_policy else self.policy.sequence_logprob(rollout)
+        objective = self.config.objective
+        weights, statistics = ops.fdiv_weights(
+            log_pi,
+            rollout.log_q,
+            scores.log_score,
+            log_z,
+            rollout.prompt_index,
+            divergence=self.divergence,
+            baseline=self.baseline,
+            baseline_state=self.baseline_state,
+            ratio_clip=objective.ratio_clip,
+            reward_clip=objective.reward_clip,
+        )
+        self._require_finite_weights(rollout, scores, log_pi, weights)
+        token_logprob = self.policy.accumulate_gradient(
+            rollout,
+            weights,
+            denominator=len(rollout),
+            micro_batch=self.config.optimiser.micro_batch,
+        )
+        gap = self._gap(rollout, token_logprob, on_policy) if not again else None
+        grad_norm = self._require_sound_gradient(rollout, gap)
+        self._move(grad_norm)
+        return _Update(log_pi, weights, statistics, gap, grad_norm)
+
+    def _move(self, grad_norm: Tensor) -> None:
+        """Clips, sets the learning rate of this step, and moves the weights."""
+        limit = self.config.optimiser.max_grad_norm
+        if math.isfinite(limit):
+            torch.nn.utils.clip_grads_with_norm_(self.parameters.values(), limit, grad_norm)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self.learning_rate(self.steps_done)
+        self.optimiser.step()
+        self.optimiser.zero_grad()
+
+    def learning_rate(self, step: int) -> float:
+        """A function of the step alone (0 is the first), so that a resumed run continues it."""
+        config = self.config.optimiser
+        rate, steps = config.learning_rate, self.config.run.steps
+        if step < config.warmup_steps:
+            return rate * (step + 1) / config.warmup_steps
+        left = 1 - (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        if config.schedule == "linear":
+            return rate * left
+        if config.schedule == "cosine":
+            return rate * (1 - math.cos(math.pi * left)) / 2
+        return rate
+
+    def _refresh_proposal(
+        self, rollout: Rollout, scores: Scores, log_z: Tensor, update: _Update
+    ) -> None:
+        """q <- pi if pi is closer to p, as samples of q tell that pi was not yet trained on.
+
+        KL-adaptive DPG (arXiv 2012.11635, Algorithm 1), with the divergence of this run.
+        """
+        if self.proposal is self.policy:
+            return
+        if (self.steps_done + 1) % self.config.sampling.proposal_every:
+            return
+        known = self.divergence if self.divergence.f or not self.divergence.is_custom else _KL
+
+        def terms(log_prob: Tensor) -> Tensor:
+            return ops.fdiv_terms(
+                log_prob,
+                rollout.log_q,
+                scores.log_score,
+                log_z,
+                rollout.prompt_index,
+                divergence=known,
+            )
+
+        if bool((terms(rollout.log_q) - terms(update.log_pi)).nanmean() > 0):
+            self.proposal.copy_weights_from(self.policy)
+
+    # ---- what must hold before weights change -------------------------------------------------
+
+    def _gap(
+        self, rollout: Rollout, token_logprob: Tensor, on_policy: bool
+    ) -> Mapping[str, Tensor]:
+        """How far trainer and sampler disagree about the log-probs of the same tokens."""
+        if not on_policy:  # then pi is not q, and q is asked itself, about a few samples
+            rollout = rollout.select(torch.arange(min(GAP_SAMPLES, len(rollout))))
+            token_logprob = self.proposal.token_logprob(rollout)
+        return metrics.logprob_gap(token_logprob, rollout)
+
+    def _require_finite_weights(
+        self, rollout: Rollout, scores: Scores, log_pi: Tensor, weights: Tensor
+    ) -> None:
+        wrong = (~weights.isfinite()).nonzero().flatten().tolist()
+        if wrong:
+            first = wrong[0]
+            raise TrainingError(
+                f"step {self.steps_done + 1}: `weights` expected finite numbers, got "
+                f"{weights[first].item()} for {_samples(wrong)}. The first has log P "
+                f"{scores.log_score[first].item():.4g}, log pi {log_pi[first].item():.4g}, text "
+                f"{one_line(rollout.texts[first], 80)!r}. The model is as it was before this step. "
+                "Way out: objective.reward_clip, another divergence, or a look at the target"
+            )
+
+    def _require_sound_gradient(self, rollout: Rollout, gap: Mapping[str, Tensor] | None) -> Tensor:
+        """The gradient's norm, if it is finite and the log-probs it came from can be trusted."""
+        gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+        grad_norm = torch.nn.utils.get_total_norm(gradients).to(self.policy.device)
+        # The one question a step asks of the device: whether the weights may change.
+        disagreement = grad_norm.new_zeros(()) if gap is None else gap["gap_mean"]
+        norm, mean_gap = torch.stack([grad_norm.double(), disagreement.double()]).tolist()
+        limit = self.config.run.max_gap or MAX_GAP[self.policy.compute]
+        if math.isfinite(norm) and not mean_gap > limit:
+            return grad_norm
+        self.optimiser.zero_grad()
+        if mean_gap > limit:
+            raise TrainingError(
+                f"step {self.steps_done + 1}: sampler and trainer disagree by {mean_gap:.2g} nats "
+                f"per token on the same samples (limit {limit:g}): every weight would be wrong. "
+                "The model is as it was before this step. Way out: --model.attention eager or "
+                "--model.compute fp32; or raise run.max_gap"
+            )
+        names = [
+            name
+            for name, p in self.parameters.items()
+            if p.grad is not None and not bool(p.grad.isfinite().all())
+        ]
+        raise TrainingError(
+            f"step {self.steps_done + 1}: the gradient expected finite numbers, got {norm} in "
+            f"{', '.join(names[:3]) or 'its norm'}{' and others' if len(names) > 3 else ''}, from "
+            f"{len(rollout)} samples. The model is as it was before this step. Way out: "
+            "objective.reward_clip, a lower learning rate, or --model.compute fp32"
+        )
+
+    # ---- before, beside and after the steps ---------------------------------------------------
+
+    def prepare(self) -> None:
+        """Fits what the target must have fitted on samples of the base; once, before any step."""
+        if self._prepared:
+            return
+        prompts = self.prompts.all()
+        if self.target.needs_fit:
+            count = self.config.target.fit_samples
+            each = max(2, -(-count // len(prompts)))
+            self.display.note(
+                f"fitting the moments on {each * len(prompts)} samples of the base ..."
+            )
+            fit = self.draw(self.base, prompts, FIT, each)
+            report = self.target.fit(fit, self.draw(self.base, prompts, HOLDOUT, each))
+            for problem in report.problems:
+                self.display.warn(problem)
+            self.display.note(str(report))
+        if self.config.objective.log_z == "frozen":
+            count = self.config.objective.log_z_samples
+            rollout = self.draw(self.base, prompts, NORMALISER, count)
+            self.partition.freeze(rollout, self.target.log_score(rollout))
+        self._prepared = True
+        if self.run is not None:
+            self.run.write_json(self.run.facts, self.facts())
+
+    def header(self) -> dict[str, str]:
+        """What a person should know before the first step."""
+        config = self.config
+        count = sum(p.numel() for p in self.parameters.values())
+        checks = {k: v for k, v in self.policy.checks.items() if k != "tolerance"}
+        wanted = ", ".join(f"{name} = {goal:g}" for name, goal in self.target.moments.items())
+        rows = {
+            "model": f"{self.base.name}, {count / 1e6:.1f} M parameters, {self.policy.compute}",
+            "device": device_name(self.policy.device),
+            "checked": ", ".join(f"{name} to {error:.0e} nats" for name, error in checks.items()),
+            "target": str(self.target) + (f"  ({wanted})" if wanted else ""),
+            "divergence": f"{self.divergence}: {self.divergence.meaning}",
+            "baseline": f"{self.baseline}: {self.baseline.meaning}",
+            "prompts": f"{len(self.prompts)}, such as {one_line(self.prompts.texts[0], 60)!r}",
+            "samples": f"{config.samples_per_step} a step, of up to {config.sampling.max_new_tokens} tokens",
+            "optimiser": f"AdamW, learning rate {config.optimiser.learning_rate:g}, "
+            f"{config.optimiser.schedule}, warm-up {config.optimiser.warmup_steps}",
+        }
+        if self.run is not None:
+            rows["written to"] = str(self.run.path)
+        return rows
+
+    def facts(self) -> dict[str, Any]:
+        """What run.json holds: what the run is on and with, beyond its config."""
+        return {
+            "versions": versions(),
+            "device": device_name(self.policy.device),
+            "compute": self.policy.compute,
+            "attention": self.policy.attention,
+            "checks": self.policy.checks,
+            "model": self.base.name,
+            "parameters": sum(p.numel() for p in self.parameters.values()),
+            "target": str(self.target),
+            "goals": self.target.moments,
+            "lambdas": self.target.state_dict(),
+            "divergence": str(self.divergence),
+            "baseline": str(self.baseline),
+            "prompts": len(self.prompts),
+        }
+
+    def evaluate(self, samples: int | None = None) -> dict[str, Any]:
+        """Measures base and policy on fresh samples, drawn with the same random numbers.
+
+        Args:
+            samples: of each, over all prompts; by default ``evaluation_samples``.
+
+        Returns:
+            What evaluation.json holds.
+        """
+        self.prepare()
+        return evaluate(
+            self.policy,
+            self.target,
+            self.prompts,
+            self.sampler,
+            self.partition,
+            samples=samples or self.config.run.evaluation_samples,
+            seed=self.config.run.seed,
+        )
+
+    def save_model(self) -> None:
+        """Writes ``model/``, which transformers loads, with a card."""
+        if self.run is None:
+            return
+        card = model_card(self.run)
+        self.run.write_text(self.run.card, card)
+
+        def fill(aside: Path) -> None:
+            self.policy.save(aside)
+            (aside / "README.md").write_text(card, encoding="utf-8")
+
+        checkpoint.replace_directory(self.run.model, fill)
+
+    def _finish(self) -> dict[str, Any] | None:
+        if self.run is not None:
+            self.save_model()  # first: measuring takes a while, and may be interrupted
+        evaluation = None
+        if count := self.config.run.evaluation_samples:
+            self.display.note(f"measuring base and tuned model on {count} fresh samples each ...")
+            evaluation = self.evaluate()
+        if self.run is not None:
+            if evaluation is not None:
+                self.run.write_json(self.run.evaluation, evaluation)
+                self.save_model()  # again: the card now has the numbers
+            write_report([self.run], self.run.report)
+        return evaluation
+
+    def _leave(self, received: signal.Signals) -> None:
+        if self.run is not None and self.steps_done:
+            self.display.note(
+                f"saved after step {self.steps_done}. To go on: "
+                f"fdpg train --resume --out {self.run.path}"
+            )
+        if received == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise SystemExit(128 + received)
+
+    # ---- records ----------------------------------------------------------------------------
+
+    def _record(
+        self, rollout: Rollout, scores: Scores, log_z: Tensor, update: _Update, clock: _Clock
+    ) -> None:
+        """Keeps a step's numbers on the device until the next look."""
+        numbers = dict(zip(ops.STATISTICS, update.statistics.unbind(), strict=True))
+        log_z_se = self.partition.standard_error(rollout.prompts.ids)
+        numbers |= measure(rollout, scores, update.log_pi, log_z, log_z_se)
+        if update.gap is not None:
+            numbers |= update.gap
+        numbers["grad_norm"] = update.grad_norm
+        stacked = torch.stack([value.double().to(log_z.device) for value in numbers.values()])
+        step = self.steps_done
+        facts = {
+            "step": step,
+            "samples": step * len(rollout),
+            "learning_rate": self.learning_rate(step - 1),
+        }
+        timing = {"step": step, "samples": len(rollout), **clock.seconds}
+        every = self.config.run.table_every
+        rows = []
+        if every and step % every == 0:
+            rows = self._table(rollout, scores, update)
+        self._pending.append(_Pending(facts, tuple(numbers), stacked, timing, rows))
+
+    def _table(self, rollout: Rollout, scores: Scores, update: _Update) -> list[dict[str, Any]]:
+        """The first samples of a step, each with how it was valued."""
+        count = min(self.config.run.table_rows, len(rollout))
+        columns = torch.stack(
+            [scores.log_base, scores.log_score, update.log_pi, update.weights], dim=1
+        )[:count].tolist()
+        return [
+            {
+                "step": self.steps_done,
+                "prompt": rollout.prompt_texts[i],
+                "text": rollout.texts[i],
+                **dict(zip(("log_base", "log_score", "log_pi", "weight"), columns[i], strict=True)),
+            }
+            for i in range(count)
+        ]
+
+    def _flush(self) -> None:
+        """Reads the numbers since the last look, all at once, and writes and shows them."""
+        if not self._pending:
+            return
+        pending, self._pending = self._pending, []
+        values = torch.stack([one.values for one in pending]).tolist()
+        records = [
+            {**one.facts, **dict(zip(one.names, row, strict=True))}
+            for one, row in zip(pending, values, strict=True)
+        ]
+        if self.run is not None:
+            self.run.append("metrics.jsonl", records)
+            self.run.append("timing.jsonl", [one.timing for one in pending])
+            self.run.append("samples.jsonl", [row for one in pending for row in one.rows])
+        self.display.step(records[-1], pending[-1].timing)
+        for one in pending:
+            if one.rows:
+                self.display.samples(one.facts["step"], one.rows)
+        for record in records:
+            for warning in self._watch.look(record, self.config):
+                self.display.warn(warning)
+
+    # ---- checkpoints ------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> Path | None:
+        """Writes everything the next step depends on; None without a folder."""
+        if self.run is None:
+            return None
+        tensors: dict[str, dict[str, Tensor]] = {
+            "policy": dict(self.parameters),
+            "optimiser": {
+                f"{name}/{key}": value
+                for name, parameter in self.parameters.items()
+                for key, value in self.optimiser.state.get(parameter, {}).items()
+            },
+            "state": dict(self.partition.state_dict()),
+        }
+        if self.baseline_state is not None:
+            tensors["state"]["baseline"] = self.baseline_state
+        if self.proposal is not self.policy:
+            tensors["proposal"] = dict(self.proposal.model.named_parameters())
+        facts = {"seed": self.config.run.seed, "lambdas": self.target.state_dict()}
+        return checkpoint.save(
+            self.run.checkpoints,
+            Checkpoint(self.steps_done, tensors, facts),
+            keep=self.config.run.keep_checkpoints,
+        )
+
+    def load_checkpoint(self, path: Path) -> None:
+        """Continues exactly where :meth:`save_checkpoint` was called.
+
+        Raises:
+            CheckpointError: it is damaged, or of another model.
+        """
+        saved = checkpoint.load(path)
+        _load_parameters(self.parameters, saved.tensors["policy"], path)
+        if self.proposal is not self.policy:
+            own = dict(self.proposal.model.named_parameters())
+            _load_parameters(own, saved.tensors.get("proposal", {}), path)
+        self.optimiser.state.clear()
+        for key, value in saved.tensors["optimiser"].items():
+            name, _, kind = key.rpartition("/")
+            parameter = self.parameters[name]
+            # AdamW counts its steps on the CPU and keeps its averages beside the weights.
+            kept = value if kind == "step" else value.to(parameter.device)
+            self.optimiser.state[parameter][kind] = kept
+        state = dict(saved.tensors["state"])
+        if self.baseline_state is not None:
+            self.baseline_state.copy_(state.pop("baseline"))
+        self.partition.load_state_dict(state)
+        self.target.load_state_dict(saved.facts["lambdas"])
+        self.steps_done = saved.step
+        self._prepared = True
+
+    def _open_run(self, out: str | Path, resume: bool) -> None:
+        if not (resume and Path(out).is_dir() and any(Path(out).iterdir())):
+            self.run = RunDirectory.create(out, self.config)
+            return
+        self.run, newest = RunDirectory.resume(out, self.config)
+        if newest is not None:
+            self.load_checkpoint(newest)
+        self.run.rewind(self.steps_done)
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Update:
+    """What one optimiser step knew; tensors on the device."""
+
+    log_pi: Tensor  # (B,) fp64, before the step
+    weights: Tensor  # (B,) fp64
+    statistics: Tensor  # (len(ops.STATISTICS),)
+    gap: Mapping[str, Tensor] | None
+    grad_norm: Tensor
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A step's record that has not been read from the device yet."""
+
+    facts: dict[str, Any]
+    names: tuple[str, ...]
+    values: Tensor  # (len(names),) fp64
+    timing: dict[str, Any]
+    rows: list[dict[str, Any]]
+
+
+class _Clock:
+    """Seconds of each part of a step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._last = time.perf_counter()
+
+    def lap(self, part: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # else a part pays for what the one before queued
+        now = time.perf_counter()
+        self.seconds[part] = round(now - self._last, 4)
+        self._last = now
+
+
+class _Watch:
+    """Looks for runs that go wrong while every number is still finite."""
+
+    PATIENCE = 5
+
+    def __init__(self) -> None:
+        self._far: list[bool] = []
+        self._empty = 0
+        self._said: dict[str, int] = {}
+
+    def look(self, record: Mapping[str, Any], config: Config) -> Iterator[str]:
+        """Warnings that this step gives reason for; each is repeated every 25 steps at most."""
+        kl, expected = record["kl_to_base"], record["kl_target_base"]
+        if math.isfinite(expected):
+            self._far = [*self._far, kl > 2 * max(expected, 0.0) + 5][-self.PATIENCE :]
+        if len(self._far) == self.PATIENCE and all(self._far) and self._due("far", record["step"]):
+            yield (
+                f"step {record['step']}: KL to the base is {kl:.1f} nats and running away; the "
+                f"target itself is at {expected:.1f}. The policy is leaving the language it "
+                "started from. Likely cause: a learning rate too large (now "
+                f"{config.optimiser.learning_rate:g}; try a tenth), or too few samples per step"
+            )
+        satisfied = record["n_used"] - record["n_off_support"]
+        self._empty = 0 if satisfied else self._empty + 1
+        if self._empty >= self.PATIENCE and self._due("empty", record["step"]):
+            yield (
+                f"step {record['step']}: none of the samples of the last {self._empty} steps is "
+                "possible under the target, so there is nothing to learn from. Way out: more "
+                "samples per step, a likelier constraint, prompts that lead to it, or a reward"
+            )
+
+    def _due(self, what: str, step: int) -> bool:
+        if step - self._said.get(what, -25) < 25:
+            return False
+        self._said[what] = step
+        return True
+
+
+def _configured(
+    config: Config | None,
+    target: Target,
+    divergence: str | Divergence | None,
+    prompts: str | Sequence[str] | None,
+    settings: dict[str, Any],
+) -> Config:
+    """The whole config of a run from what a caller of Trainer gave."""
+    if divergence is not None:
+        settings["divergence"] = str(divergence)
+    if prompts is not None:
+        settings["source"] = prompts if isinstance(prompts, str) else list(prompts)
+    if config is None:
+        config = Config()
+        model = target.base.model
+        settings |= {"name": model.name, "device": str(model.device), "compute": model.compute}
+    if not config.target.spec():
+        settings["built_in_python"] = str(target)
+    return config.replace(**settings) if settings else config
+
+
+def _parse_baseline(text: str, samples_per_prompt: int) -> Baseline:
+    if text == "auto":
+        text = "loo" if samples_per_prompt > 1 else "ema(0.99)"
+    return Baseline.parse(text)
+
+
+def _load_parameters(
+    own: Mapping[str, torch.nn.Parameter], saved: Mapping[str, Tensor], path: Path
+) -> None:
+    if own.keys() != saved.keys() or any(own[n].shape != saved[n].shape for n in own):
+        raise CheckpointError(
+            f"checkpoint: {path} expected weights of this model, got another model's. Way out: "
+            "resume with the model the run was started with"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(saved[name])
+
+
+def _samples(rows: Sequence[int]) -> str:
+    listed = ", ".join(map(str, rows[:5])) + (", ..." if len(rows) > 5 else "")
+    return f"sample {listed}" if len(rows) == 1 else f"{len(rows)} samples ({listed})"
