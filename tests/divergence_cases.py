@@ -64,7 +64,9 @@ def batch(
     log_pi = -20 + 3 * noise[0]
     log_q = log_pi if on_policy else log_pi + 0.7 * noise[1]
     log_z = torch.randn(len(sizes), generator=generator, dtype=torch.float64)
-    prompt = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+    prompt = torch.repeat_interleave(
+        torch.arange(len(sizes)), torch.tensor(sizes, dtype=torch.int64)
+    )
     log_score = log_pi + log_z[prompt] + 1.5 * noise[2]
     drawn = torch.rand(count, generator=generator, dtype=torch.float64)
     log_score[drawn < zeros] = -math.inf

@@ -269,12 +269,16 @@ void test_merging_accumulators() {
   left.merge(empty);
   left.merge(right);
   CHECK(left.n == whole.n);
-  CHECK_NEAR(left.mean, whole.mean, 1e-14);
+  CHECK_NEAR(left.mean(), whole.mean(), 1e-14);
   CHECK_NEAR(left.deviation(), whole.deviation(), 1e-14);
   empty.merge(whole);
-  CHECK(empty.mean == whole.mean && empty.square == whole.square && empty.n == whole.n);
+  CHECK(empty.mean() == whole.mean() && empty.square == whole.square && empty.n == whole.n);
   right_size.merge(left_size);
   CHECK_NEAR(right_size.value(), whole_size.value(), 1e-12);
+  whole.add(kInf);
+  whole.add(1.0);
+  CHECK(whole.mean() == kInf);
+
   EffectiveSize equal;
   for (int i = 0; i < 7; ++i) equal.add(-5000.0);
   equal.add(-kInf);

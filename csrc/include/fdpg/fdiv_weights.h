@@ -100,23 +100,27 @@ FDPG_HOST_DEVICE inline SampleReward sample_reward(const FdivWeightsParams& p,
 // Mean and variance (Welford 1962; merging by Chan, Golub, LeVeque 1979).
 struct Moments {
   double n = 0.0;
-  double mean = 0.0;
-  double square = 0.0;  // sum of squared distances from the mean
+  double sum = 0.0;     // beside `centre`, so that the mean of an infinite sample is infinite
+  double centre = 0.0;  // the running mean
+  double square = 0.0;  // sum of squared distances from it
 
   FDPG_HOST_DEVICE void add(double x) {
     n += 1.0;
-    const double distance = x - mean;
-    mean += distance / n;
-    square += distance * (x - mean);
+    sum += x;
+    const double distance = x - centre;
+    centre += distance / n;
+    square += distance * (x - centre);
   }
   FDPG_HOST_DEVICE void merge(const Moments& later) {
     if (later.n == 0.0) return;
     const double total = n + later.n;
-    const double distance = later.mean - mean;
-    mean += distance * (later.n / total);
+    const double distance = later.centre - centre;
+    sum += later.sum;
+    centre += distance * (later.n / total);
     square += later.square + distance * distance * (n * later.n / total);
     n = total;
   }
+  FDPG_HOST_DEVICE double mean() const { return n > 0.0 ? sum / n : 0.0; }
   // Standard deviation with n - 1; 0 for fewer than two.
   FDPG_HOST_DEVICE double deviation() const {
     return n > 1.0 ? std::sqrt(square / (n - 1.0)) : 0.0;
@@ -200,18 +204,18 @@ struct BatchStatistics {
     out[k_n_used] = reward.n;
     out[k_n_skipped] = static_cast<double>(n_skipped);
     out[k_n_off_support] = static_cast<double>(n_off_support);
-    out[k_reward_mean] = reward.mean;
+    out[k_reward_mean] = reward.mean();
     out[k_reward_std] = reward.deviation();
-    out[k_baseline_mean] = baseline.mean;
+    out[k_baseline_mean] = baseline.mean();
     out[k_advantage_std] = advantage.deviation();
     out[k_weight_abs_max] = weight_abs_max;
-    out[k_ratio_mean] = ratio.mean;
+    out[k_ratio_mean] = ratio.mean();
     out[k_ratio_max] = ratio_max;
     out[k_ratio_ess] = ratio_size.value();
     out[k_n_ratio_clipped] = static_cast<double>(n_ratio_clipped);
     out[k_n_reward_clipped] = static_cast<double>(n_reward_clipped);
     out[k_target_ess] = target_size.value();
-    out[k_divergence] = term.mean;
+    out[k_divergence] = term.mean();
     out[k_divergence_se] = term.standard_error();
   }
 };
