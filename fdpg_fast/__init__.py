@@ -1,5 +1,114 @@
-"""Tune a language model toward any distribution you can describe, by f-divergence policy gradient."""
+"""Tune a language model toward any distribution you can describe, by f-divergence policy gradient.
+
+import fdpg_fast as fdpg
+
+base = fdpg.load("gpt2")
+target = base.constrain({fdpg.contains("amazing"): 1.0})
+trainer = fdpg.Trainer(target, divergence="js", prompts="Once upon a time", out="runs/amazing")
+trainer.train()
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from fdpg_fast._version import __version__
 
-__all__ = ["__version__"]
+if TYPE_CHECKING:
+    from fdpg_fast import ops
+    from fdpg_fast.baselines import Baseline
+    from fdpg_fast.checkpoint import CheckpointError
+    from fdpg_fast.config import Config, ConfigError
+    from fdpg_fast.divergences import Divergence
+    from fdpg_fast.models import LanguageModel, ModelError
+    from fdpg_fast.moment_fit import FitError, FitReport
+    from fdpg_fast.partition import Partition, PartitionError
+    from fdpg_fast.prompts import PromptError, Prompts
+    from fdpg_fast.rollout import PromptBatch, Rollout
+    from fdpg_fast.run_directory import RunDirectoryError
+    from fdpg_fast.sampler import Sampler, SamplingError
+    from fdpg_fast.scorers import (
+        Scorer,
+        ScorerError,
+        classifier,
+        contains,
+        function,
+        length,
+        regex,
+        words,
+    )
+    from fdpg_fast.targets import Base, Target, TargetError
+    from fdpg_fast.trainer import Trainer, TrainingError, load
+
+__all__ = [
+    "Base",
+    "Baseline",
+    "CheckpointError",
+    "Config",
+    "ConfigError",
+    "Divergence",
+    "FitError",
+    "FitReport",
+    "LanguageModel",
+    "ModelError",
+    "Partition",
+    "PartitionError",
+    "PromptBatch",
+    "PromptError",
+    "Prompts",
+    "Rollout",
+    "RunDirectoryError",
+    "Sampler",
+    "SamplingError",
+    "Scorer",
+    "ScorerError",
+    "Target",
+    "TargetError",
+    "Trainer",
+    "TrainingError",
+    "__version__",
+    "classifier",
+    "contains",
+    "function",
+    "length",
+    "load",
+    "ops",
+    "regex",
+    "words",
+]
+
+# Imported when first asked for, so that `fdpg --help` does not wait for torch and transformers, and
+# a compiled module that is missing or stale is an error of the command that needs it.
+_MODULES = {
+    "baselines": ["Baseline"],
+    "checkpoint": ["CheckpointError"],
+    "config": ["Config", "ConfigError"],
+    "divergences": ["Divergence"],
+    "models": ["LanguageModel", "ModelError"],
+    "moment_fit": ["FitError", "FitReport"],
+    "ops": ["ops"],
+    "partition": ["Partition", "PartitionError"],
+    "prompts": ["PromptError", "Prompts"],
+    "rollout": ["PromptBatch", "Rollout"],
+    "run_directory": ["RunDirectoryError"],
+    "sampler": ["Sampler", "SamplingError"],
+    "scorers": [
+        *("Scorer", "ScorerError"),
+        *("classifier", "contains", "function", "length", "regex", "words"),
+    ],
+    "targets": ["Base", "Target", "TargetError"],
+    "trainer": ["Trainer", "TrainingError", "load"],
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fdpg_fast' has no attribute {name!r}")
+    module = importlib.import_module(f"fdpg_fast.{_HOME[name]}")
+    return module if name == _HOME[name] else getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -89,7 +89,7 @@ def token_logprob(
                 "token_logprob: `logits` must be a contiguous intermediate result for "
                 f"inplace_backward, got {what}. Leave inplace_backward off"
             )
-        logp, lse, ent = _InplaceBackward.apply(
+        logp, lse, ent = _InplaceBackward.apply(  # type: ignore[no-untyped-call]
             flat, flat_target, inv_temperature, flat_mask, entropy
         )
     else:

@@ -1,0 +1,69 @@
+"""The package's table of contents: what it lists is there, public at home, and documented."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fdpg_fast
+
+NAMES = [name for name in fdpg_fast.__all__ if name != "__version__"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_listed_name_is_public_at_home_and_documented(name: str) -> None:
+    value = getattr(fdpg_fast, name)
+    assert value.__doc__, f"fdpg_fast.{name} has no docstring"
+    if name != "ops":
+        home = sys.modules[f"fdpg_fast.{fdpg_fast._HOME[name]}"]
+        assert name in home.__all__
+
+
+def test_the_three_lists_of_init_agree() -> None:
+    """What type checkers read, what `import *` reads, and what is imported when asked for."""
+    tree = ast.parse(Path(fdpg_fast.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    typed = {
+        alias.name: (node.module or "").removeprefix("fdpg_fast").lstrip(".") or alias.name
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    assert typed == fdpg_fast._HOME
+    assert sorted(NAMES) == sorted(typed)
+
+
+def test_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'Trainr'"):
+        _ = fdpg_fast.Trainr
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = "import sys, fdpg_fast.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_all_of_every_module_exists() -> None:
+    for path in sorted(Path(fdpg_fast.__file__).parent.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        defined = {
+            name
+            for node in ast.walk(tree)
+            for name in (
+                [node.name]
+                if isinstance(node, ast.FunctionDef | ast.ClassDef)
+                else [node.id]
+                if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+                else [alias.asname or alias.name for alias in node.names]
+                if isinstance(node, ast.Import | ast.ImportFrom)
+                else []
+            )
+        }
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+                missing = set(ast.literal_eval(node.value)) - defined
+                assert not missing, f"{path.name}: __all__ lists {sorted(missing)}"
