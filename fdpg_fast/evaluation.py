@@ -7,19 +7,25 @@ side, and measured with the same Z: of all training samples and of these.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import secrets
+from collections.abc import Mapping
 from typing import Any
 
-from fdpg_fast import metrics, ops
-from fdpg_fast.measurement import measure
+from torch import Tensor
+
+from fdpg_fast import checkpoint, metrics, ops
+from fdpg_fast.building import model_of, prompts_of, target_of
+from fdpg_fast.config import RunConfig
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.partition import Partition
 from fdpg_fast.prompts import Prompts
+from fdpg_fast.report import model_card, write_report
 from fdpg_fast.rollout import PromptBatch
+from fdpg_fast.run_directory import RunDirectory
 from fdpg_fast.sampler import Sampler
 from fdpg_fast.targets import Target
 
-__all__ = ["STREAM", "evaluate"]
+__all__ = ["draw_texts", "evaluate", "evaluate_run"]
 
 STREAM = 1000  # of random numbers (ops.random_key), far from those of training
 TEXTS = 16  # samples kept for reading
@@ -58,28 +64,24 @@ def evaluate(
     rollouts = {name: sampler.draw(model, batch, each, key) for name, model in models.items()}
     scores = {name: target.score(rollout) for name, rollout in rollouts.items()}
     pooled = copy.deepcopy(partition)
+    if pooled.mode == "batch":
+        pooled.mode = "running"  # all of these samples, not the last of them
     for name, rollout in rollouts.items():
         log_z = pooled.update(rollout, scores[name].log_score)
-    log_z_se = pooled.standard_error(batch.ids)
+    log_z_se = pooled.standard_error
 
-    measured: dict[str, dict[str, Any]] = {}
+    measured = {}
     for name, rollout in rollouts.items():
-        numbers = measure(rollout, scores[name], rollout.log_q, log_z, log_z_se)
-        values = {key: value.item() for key, value in numbers.items()}
-        measured[name] = {
-            key: [value, values.get(_error_name(key))]
-            for key, value in values.items()
-            if not _is_error(key)
-        } | {key: [value, None] for key, value in _of_texts(rollout.texts).items()}
+        of_model = metrics.of_step(rollout, scores[name], rollout.log_q, log_z, log_z_se)
+        of_texts = {key: [value, None] for key, value in metrics.of_texts(rollout.texts).items()}
+        measured[name] = {**_with_errors(of_model), **of_texts}
     # The tuned model's samples are the nearest to the target's, and so tell most of it.
-    known = {"kl_to_base": measured["tuned"]["kl_target_base"]}
-    for name in scores["tuned"].features:
-        known[f"moment: {name}"] = measured["tuned"][f"target_moment: {name}"]
+    of_target = metrics.of_target(rollouts["tuned"], scores["tuned"], log_z)
     return {
         "samples": each * len(batch),
         "seed": seed,
         "goals": target.moments,
-        "target": known,
+        "target": _with_errors(of_target),
         **measured,
         "texts": {
             "prompt": rollouts["tuned"].prompt_texts[:TEXTS],
@@ -92,17 +94,86 @@ def _first(batch: PromptBatch, count: int) -> PromptBatch:
     return PromptBatch(batch.ids[:count], batch.tokens[:count], batch.texts[:count])
 
 
-def _of_texts(texts: Sequence[str]) -> dict[str, float]:
-    """Diversity, as the papers of the family report it."""
+def _with_errors(numbers: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
+    """Name -> [value, standard error or None]."""
+    plain = {name: value.item() for name, value in numbers.items()}
+    errors = {name: name.replace("moment: ", "moment_se: ") for name in plain if ": " in name}
+    errors |= {name: f"{name}_se" for name in plain if ": " not in name}
     return {
-        **{f"distinct_{n}": metrics.distinct_n(texts, n) for n in (1, 2, 3)},
-        "self_bleu": metrics.self_bleu(texts),
+        name: [value, plain.get(errors[name])]
+        for name, value in plain.items()
+        if name not in errors.values()
     }
 
 
-def _error_name(key: str) -> str:
-    return key.replace("moment: ", "moment_se: ", 1) if ": " in key else f"{key}_se"
+def evaluate_run(run: RunDirectory, *, samples: int | None, seed: int) -> dict[str, Any]:
+    """Measures the tuned model in a run's folder, and writes evaluation.json, card and report.
+
+    Args:
+        run: its folder.
+        samples: fresh samples of each model; None: as many as the run's config says.
+        seed: of the samples.
+
+    Raises:
+        RunDirectoryError: the run has no model yet.
+        ConfigError: its target was built in Python.
+    """
+    run.require_model()
+    config = run.config()
+    target = target_of(config)
+    target.load_state_dict(run.read_facts().get("lambdas", {}))
+    prompts = prompts_of(config, target.base.model)
+    partition = Partition(len(prompts), config.objective.log_z, target.base.model.device)
+    newest = checkpoint.latest(run.checkpoints)
+    if newest is not None:
+        partition.load_state_dict(checkpoint.load(newest).tensors["state"])
+    evaluation = evaluate(
+        model_of(config, run.model),
+        target,
+        prompts,
+        Sampler(config.sampling.max_new_tokens, config.sampling.sampler_batch),
+        partition,
+        samples=samples or config.run.evaluation_samples or RunConfig().evaluation_samples,
+        seed=seed,
+    )
+    run.write_json(run.evaluation, evaluation)
+    run.write_text(run.card, model_card(run))
+    write_report([run], run.report)
+    return evaluation
 
 
-def _is_error(key: str) -> bool:
-    return key.endswith("_se") or key.startswith("moment_se: ")
+def draw_texts(
+    run: RunDirectory,
+    *,
+    prompt: str | None,
+    count: int,
+    max_new_tokens: int | None,
+    seed: int | None,
+) -> list[tuple[str, str]]:
+    """Samples of a run's tuned model.
+
+    Args:
+        run: its folder.
+        prompt: what they continue; None: the run's own prompts, ``count`` of them if it has many.
+        count: samples.
+        max_new_tokens: longest sample; None: as in training.
+        seed: for the same samples again; None: new ones.
+
+    Returns:
+        Pairs (prompt, sample).
+
+    Raises:
+        RunDirectoryError: the run has no model yet.
+    """
+    run.require_model()
+    config = run.config()
+    model = model_of(config, run.model)
+    longest = max_new_tokens or config.sampling.max_new_tokens
+    source = config.prompts.source if prompt is None else prompt
+    number = secrets.randbits(32) if seed is None else seed
+    prompts = Prompts.load(source, model, max_new_tokens=longest, seed=number)
+    picked = Prompts.load(source, model, per_step=min(count, len(prompts)), seed=number).batch(0)
+    each = -(-count // len(picked))
+    key = ops.random_key(number, 0, STREAM + 1)
+    rollout = Sampler(longest, config.sampling.sampler_batch).draw(model, picked, each, key)
+    return list(zip(rollout.prompt_texts, rollout.texts, strict=True))[:count]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import html
 import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ ROWS = {
     "distinct_3": "distinct-3",
     "self_bleu": "self-BLEU",
     "length": "length, tokens",
-    "finished": "ended by itself",
+    "finished": "ended by end of text",
 }
 
 
@@ -158,10 +157,10 @@ class _Run:
             path=run.path,
             name=run.path.resolve().name,
             config=run.config(),
-            facts=_read_json(run.facts) or {},
+            facts=run.read_facts(),
             metrics=run.read("metrics.jsonl"),
             timing=run.read("timing.jsonl"),
-            evaluation=_read_json(run.evaluation),
+            evaluation=run.read_json(run.evaluation),
         )
 
     def named(self, name: str) -> _Run:
@@ -178,18 +177,6 @@ class _Run:
     @property
     def steps(self) -> list[int]:
         return [record["step"] for record in self.metrics]
-
-
-def _read_json(path: Path) -> dict[str, Any] | None:
-    if not path.is_file():
-        return None
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RunDirectoryError(
-            f"report: {path} cannot be read: {error}. Way out: remove it and run `fdpg evaluate`"
-        ) from error
-    return content
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:

@@ -115,6 +115,35 @@ class RunDirectory:
         """The config the run was started with."""
         return Config.read(self.path / "config.yaml")
 
+    def read_facts(self) -> dict[str, Any]:
+        """What run.json holds; nothing for a run that never got to its first step."""
+        return self.read_json(self.facts) or {}
+
+    def require_model(self) -> None:
+        """Raises RunDirectoryError if there is no finished model."""
+        if not (self.model / "config.json").is_file():
+            raise RunDirectoryError(
+                f"run: {self.path} has no model/ yet: the run did not get to its end. Way out: "
+                f"fdpg train --resume --out {self.path}"
+            )
+
+    def read_json(self, path: Path) -> dict[str, Any] | None:
+        """A JSON file of the run, or None if it has none.
+
+        Raises:
+            RunDirectoryError: it is damaged.
+        """
+        if not path.is_file():
+            return None
+        try:
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunDirectoryError(
+                f"run: {path} cannot be read: {error}. Way out: remove it; `fdpg evaluate` and "
+                "`fdpg train --resume` write theirs again"
+            ) from error
+        return content
+
     def append(self, log: str, records: Iterable[Mapping[str, Any]]) -> None:
         """Adds lines to one of :data:`LOGS`.
 

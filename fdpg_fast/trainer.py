@@ -18,7 +18,6 @@ Legend: B samples of a step, G prompts, S sampled tokens.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import signal
 import time
@@ -32,25 +31,23 @@ from torch import Tensor
 
 from fdpg_fast import checkpoint, metrics, ops
 from fdpg_fast.baselines import Baseline
+from fdpg_fast.building import prompts_of, target_of
 from fdpg_fast.checkpoint import Checkpoint, CheckpointError
 from fdpg_fast.config import Config, ConfigError
 from fdpg_fast.divergences import Divergence, require_finite_at_zero_targets
 from fdpg_fast.environment import device_name, versions
 from fdpg_fast.evaluation import evaluate
 from fdpg_fast.interruption import Interruption
-from fdpg_fast.measurement import measure
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.partition import Partition
 from fdpg_fast.progress import Display, for_this_terminal, one_line
-from fdpg_fast.prompts import Prompts
 from fdpg_fast.report import model_card, write_report
 from fdpg_fast.rollout import PromptBatch, Rollout
 from fdpg_fast.run_directory import RunDirectory
 from fdpg_fast.sampler import Sampler
-from fdpg_fast.targets import Base, Scores, Target
-from fdpg_fast.targets import from_spec as target_from_spec
+from fdpg_fast.targets import Scores, Target
 
-__all__ = ["Trainer", "TrainingError", "load"]
+__all__ = ["Trainer", "TrainingError"]
 
 # Streams of random numbers, so that no two uses share any (ops.random_key).
 TRAINING, FIT, HOLDOUT, NORMALISER = range(4)
@@ -64,18 +61,6 @@ _KL = Divergence.parse("kl")
 
 class TrainingError(RuntimeError):
     """A run that must not go on: a value that is not finite, or log-probs that disagree."""
-
-
-def load(name_or_path: str = "", **settings: Any) -> Base:
-    """A language model as the base a(x) of targets; the policy will start as a copy of it.
-
-    Args:
-        name_or_path: Hugging Face name or local folder; empty: the small story model inside the
-            package.
-        settings: of :meth:`LanguageModel.load`: device, compute, attention, trust_remote_code,
-            activation_checkpointing.
-    """
-    return Base(LanguageModel.load(name_or_path, **settings))
 
 
 class Trainer:
@@ -119,7 +104,7 @@ class Trainer:
         self.target = target
         self.base = target.base.model
         self.config = _configured(config, target, divergence, prompts, settings)
-        objective, sampling, run = self.config.objective, self.config.sampling, self.config.run
+        objective, sampling = self.config.objective, self.config.sampling
         try:
             self.divergence = (
                 divergence
@@ -135,14 +120,7 @@ class Trainer:
             raise ConfigError(str(error)) from error
 
         self.display: Display = display or for_this_terminal()
-        self.prompts = Prompts.load(
-            self.config.prompts.source,
-            self.base,
-            per_step=self.config.prompts.prompts_per_step,
-            shuffle=self.config.prompts.shuffle,
-            seed=run.seed,
-            max_new_tokens=sampling.max_new_tokens,
-        )
+        self.prompts = prompts_of(self.config, self.base)
         self.sampler = Sampler(sampling.max_new_tokens, sampling.sampler_batch)
         self.policy = self.base.trainable_copy()
         # The proposal q: the policy itself, or a copy that lags behind it.
@@ -177,15 +155,7 @@ class Trainer:
         display: Display | None = None,
     ) -> Trainer:
         """A run from its config alone: loads the model and builds the target as well."""
-        if config.target.built_in_python is not None:
-            raise ConfigError(
-                f"config: the target of this run, {config.target.built_in_python}, was built in "
-                "Python. Way out: make the same target there and pass resume=True to Trainer"
-            )
-        model = dataclasses.asdict(config.model)
-        base = load(model.pop("name"), **model)
-        folder = Path(config.target.folder) if config.target.folder else None
-        target = target_from_spec(config.target.spec(), base, folder)
+        target = target_of(config)
         return cls(target, config=config, out=out, resume=resume, display=display)
 
     # ---- the walk ---------------------------------------------------------------------------
@@ -428,7 +398,7 @@ class Trainer:
             "divergence": f"{self.divergence}: {self.divergence.meaning}",
             "baseline": f"{self.baseline}: {self.baseline.meaning}",
             "prompts": f"{len(self.prompts)}, such as {one_line(self.prompts.texts[0], 60)!r}",
-            "samples": f"{config.samples_per_step} a step, of up to {config.sampling.max_new_tokens} tokens",
+            "samples": f"{config.samples_per_step} a step, {config.sampling.max_new_tokens} tokens",
             "optimiser": f"AdamW, learning rate {config.optimiser.learning_rate:g}, "
             f"{config.optimiser.schedule}, warm-up {config.optimiser.warmup_steps}",
         }
@@ -518,8 +488,9 @@ class Trainer:
     ) -> None:
         """Keeps a step's numbers on the device until the next look."""
         numbers = dict(zip(ops.STATISTICS, update.statistics.unbind(), strict=True))
-        log_z_se = self.partition.standard_error(rollout.prompts.ids)
-        numbers |= measure(rollout, scores, update.log_pi, log_z, log_z_se)
+        numbers |= metrics.of_step(
+            rollout, scores, update.log_pi, log_z, self.partition.standard_error
+        )
         if update.gap is not None:
             numbers |= update.gap
         numbers["grad_norm"] = update.grad_norm
@@ -572,7 +543,7 @@ class Trainer:
             if one.rows:
                 self.display.samples(one.facts["step"], one.rows)
         for record in records:
-            for warning in self._watch.look(record, self.config):
+            for warning in self._watch.look(record):
                 self.display.warn(warning)
 
     # ---- checkpoints ------------------------------------------------------------------------
@@ -681,39 +652,37 @@ class _Clock:
 class _Watch:
     """Looks for runs that go wrong while every number is still finite."""
 
-    PATIENCE = 5
+    PATIENCE = 5  # steps in a row: one step's estimate may be far off
+    REPEAT = 25
 
     def __init__(self) -> None:
-        self._far: list[bool] = []
-        self._empty = 0
+        self._count: dict[str, int] = {}
         self._said: dict[str, int] = {}
 
-    def look(self, record: Mapping[str, Any], config: Config) -> Iterator[str]:
-        """Warnings that this step gives reason for; each is repeated every 25 steps at most."""
-        kl, expected = record["kl_to_base"], record["kl_target_base"]
-        if math.isfinite(expected):
-            self._far = [*self._far, kl > 2 * max(expected, 0.0) + 5][-self.PATIENCE :]
-        if len(self._far) == self.PATIENCE and all(self._far) and self._due("far", record["step"]):
-            yield (
-                f"step {record['step']}: KL to the base is {kl:.1f} nats and running away; the "
-                f"target itself is at {expected:.1f}. The policy is leaving the language it "
-                "started from. Likely cause: a learning rate too large (now "
-                f"{config.optimiser.learning_rate:g}; try a tenth), or too few samples per step"
-            )
-        satisfied = record["n_used"] - record["n_off_support"]
-        self._empty = 0 if satisfied else self._empty + 1
-        if self._empty >= self.PATIENCE and self._due("empty", record["step"]):
-            yield (
-                f"step {record['step']}: none of the samples of the last {self._empty} steps is "
-                "possible under the target, so there is nothing to learn from. Way out: more "
-                "samples per step, a likelier constraint, prompts that lead to it, or a reward"
-            )
+    def look(self, record: Mapping[str, float]) -> Iterator[str]:
+        """Warnings that this step gives reason for, each every 25 steps at most."""
+        reasons = {
+            "runaway": metrics.runaway(record),
+            "implausible": metrics.implausible(record),
+            "empty": _nothing_to_learn(record),
+        }
+        step = int(record["step"])
+        for name, reason in reasons.items():
+            self._count[name] = self._count.get(name, 0) + 1 if reason else 0
+            due = step - self._said.get(name, -self.REPEAT) >= self.REPEAT
+            if reason and due and self._count[name] >= self.PATIENCE:
+                self._said[name] = step
+                yield f"step {step}: {reason}"
 
-    def _due(self, what: str, step: int) -> bool:
-        if step - self._said.get(what, -25) < 25:
-            return False
-        self._said[what] = step
-        return True
+
+def _nothing_to_learn(record: Mapping[str, float]) -> str | None:
+    if record["n_used"] > record["n_off_support"]:
+        return None
+    return (
+        f"for {_Watch.PATIENCE} steps no sample was possible under the target, so there is nothing "
+        "to learn from. Way out: more samples per step, prompts that lead to such texts, a "
+        "likelier constraint, or a reward in its place"
+    )
 
 
 def _configured(
