@@ -3,7 +3,7 @@
 Any float dtype, no speed, no special care at the extremes. Imports nothing of the package; nothing
 of the package imports it.
 
-Shape legend: B sequences, T tokens, V vocabulary, G prompts, N rows.
+Shape legend: B sequences, T tokens, V vocabulary, G prompts, N rows, D hidden size.
 """
 
 from __future__ import annotations
@@ -17,13 +17,20 @@ from torch import Tensor
 
 __all__ = [
     "FORMULAS",
+    "Sampled",
+    "TokenLogprob",
     "f",
     "f_prime",
     "fdiv_terms",
     "fdiv_weights",
+    "linear_logprob",
     "log_partition_",
     "new_log_partition",
+    "philox4x32_10",
+    "random_uniform",
+    "sample_logprob",
     "sequence_logprob",
+    "token_logprob",
 ]
 
 # --------------------------------------------------------------------------------------------------
@@ -304,3 +311,137 @@ def _effective_size(weights: Collection[float]) -> float:
     """How many equal weights would be as noisy as these: (sum w)^2 / sum w^2."""
     squares = sum(w * w for w in weights)
     return sum(weights) ** 2 / squares if squares > 0 else 0.0
+
+
+# --------------------------------------------------------------------------------------------------
+# The vocabulary: logits, N rows of V, or any leading dimensions
+
+
+class TokenLogprob(NamedTuple):
+    """``[...]`` each; ``entropy`` is None if it was not asked for."""
+
+    logp: Tensor
+    lse: Tensor
+    entropy: Tensor | None
+
+
+def token_logprob(
+    logits: Tensor,
+    target: Tensor,
+    *,
+    inv_temperature: float = 1.0,
+    mask: Tensor | None = None,
+    entropy: bool = False,
+    inplace_backward: bool = False,
+) -> TokenLogprob:
+    """``(..., V)``, ``(...)`` -> log-probability of the target, log-sum-exp, entropy.
+
+    In fp32, or fp64 if the logits are; zeros where ``mask`` is False. ``inplace_backward`` changes
+    nothing here.
+    """
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * inv_temperature
+    if mask is not None:
+        z = torch.where(mask[..., None], z, 0.0)
+        target = torch.where(mask, target, 0)
+    log_p = torch.log_softmax(z, dim=-1)
+    logp = log_p.gather(-1, target[..., None])[..., 0]
+    lse = torch.logsumexp(z, dim=-1)
+    # 0 log 0 = 0
+    finite_log_p = torch.where(log_p == -math.inf, 0.0, log_p)
+    h = -(log_p.exp() * finite_log_p).sum(dim=-1)
+    if mask is not None:
+        logp, lse, h = (torch.where(mask, value, 0.0) for value in (logp, lse, h))
+    return TokenLogprob(logp, lse, h if entropy else None)
+
+
+def linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    inv_temperature: float = 1.0,
+    mask: Tensor | None = None,
+    entropy: bool = False,
+    chunk: int | None = None,
+) -> TokenLogprob:
+    """``(N, D)``, ``(V, D)``, ``(N,)`` -> :func:`token_logprob` of the logits of a linear head.
+
+    In the precision of the inputs; ``chunk`` changes nothing here.
+    """
+    logits = scale * torch.nn.functional.linear(hidden, weight, bias)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return token_logprob(
+        logits, target, inv_temperature=inv_temperature, mask=mask, entropy=entropy
+    )
+
+
+class Sampled(NamedTuple):
+    """``(N,)`` each."""
+
+    token: Tensor
+    logp: Tensor
+    lse: Tensor
+
+
+def sample_logprob(
+    logits: Tensor,
+    seed: int | Tensor,
+    sample_id: Tensor,
+    position: Tensor,
+    *,
+    inv_temperature: float = 1.0,
+) -> Sampled:
+    """``(N, V)`` -> the first token whose cumulative probability exceeds the row's uniform number.
+
+    A row that holds NaN or +inf, or is -inf throughout, gives token 0 and NaN. Computed in fp64.
+    """
+    z = logits.double() * inv_temperature
+    can_draw = (z < math.inf).all(dim=-1) & (z > -math.inf).any(dim=-1)
+    z = torch.where(can_draw[:, None], z, 0.0)
+    uniform = random_uniform(int(seed), sample_id, position)
+    weight = (z - z.amax(dim=-1, keepdim=True)).exp()
+    cumulative = weight.cumsum(dim=-1)
+    goal = uniform[:, None] * cumulative[:, -1:]
+    token = torch.searchsorted(cumulative, goal, right=True)[:, 0]
+    logp, lse, _ = token_logprob(z, token)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return Sampled(
+        torch.where(can_draw, token, 0),
+        torch.where(can_draw, logp, math.nan).to(dtype),
+        torch.where(can_draw, lse, math.nan).to(dtype),
+    )
+
+
+_MASK_32 = 0xFFFFFFFF
+
+
+def philox4x32_10(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Four counter words and two key words -> four random words, each in int64 in [0, 2^32).
+
+    Salmon, Moraes, Dror, Shaw, "Parallel random numbers: as easy as 1, 2, 3" (SC 2011).
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # A product of two 32-bit words wraps in int64, which leaves its 64 bits right.
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            (p1 >> 32 & _MASK_32) ^ c1 ^ k0,
+            p1 & _MASK_32,
+            (p0 >> 32 & _MASK_32) ^ c3 ^ k1,
+            p0 & _MASK_32,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK_32, (k1 + 0xBB67AE85) & _MASK_32
+    return [c0, c1, c2, c3]
+
+
+def random_uniform(seed: int, sample_id: Tensor, position: Tensor) -> Tensor:
+    """``(N,)``, ``(N,)`` -> ``(N,)`` fp64 in (0, 1), an odd multiple of 2^-53: fdpg/random.h."""
+    counter = [word >> shift & _MASK_32 for word in (sample_id, position) for shift in (0, 32)]
+    w0, w1, _, _ = philox4x32_10(counter, (seed & _MASK_32, seed >> 32 & _MASK_32))
+    bits = w0 << 20 | w1 >> 12  # the upper 52 of 64
+    return (2 * bits + 1).double() * 2.0**-53
