@@ -488,7 +488,7 @@ class Trainer:
     ) -> None:
         """Keeps a step's numbers on the device until the next look."""
         numbers = dict(zip(ops.STATISTICS, update.statistics.unbind(), strict=True))
-        numbers |= metrics.of_step(
+        numbers |= metrics.measure(
             rollout, scores, update.log_pi, log_z, self.partition.standard_error
         )
         if update.gap is not None:
