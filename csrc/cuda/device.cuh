@@ -32,8 +32,8 @@ inline constexpr int kVectorBytes = 16;  // the widest load and store of one thr
 // Grids are one-dimensional: x is the only dimension that may pass 65535.
 inline constexpr int64_t kMaxBlocks = 0x7fffffff;
 
-inline constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-inline constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+__host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+__host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
 // Enqueues kernel<<<blocks, threads, shared_bytes, stream>>>(args...). No blocks is no launch.
 template <class... Params, class... Args>

@@ -99,7 +99,7 @@ void for_each_schedule(Body&& body) {
 #ifdef FDPG_TEST_ON_GPU
   for (int schedule = 0; schedule < 2; ++schedule) body(schedule);
 #else
-  for (int schedule = 0; schedule < 4; ++schedule) {
+  for (int schedule = 0; schedule < 3; ++schedule) {
     simt::set_schedule(static_cast<unsigned>(schedule));
     body(schedule);
   }

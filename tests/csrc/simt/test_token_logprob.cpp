@@ -5,9 +5,10 @@
 #include <random>
 #include <vector>
 
-#include "fdpg/cuda.h"
 #include "fdpg/types.h"
 #include "harness.h"
+//
+#include "token_logprob.cu"  // its launchers and kernels, built for the emulator or for the device
 
 using namespace fdpg;
 

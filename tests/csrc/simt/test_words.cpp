@@ -1,6 +1,7 @@
 // test_words.cc: what the emulator's words mean. Values worked out by hand.
-#include "../../../csrc/cuda/device.cuh"
 #include "harness.h"
+//
+#include "device.cuh"
 
 namespace {
 
