@@ -18,6 +18,8 @@ from fdpg_fast._version import __version__
 if TYPE_CHECKING:
     from fdpg_fast import ops
     from fdpg_fast.baselines import Baseline
+    from fdpg_fast.building import load
+    from fdpg_fast.building import load
     from fdpg_fast.checkpoint import CheckpointError
     from fdpg_fast.config import Config, ConfigError
     from fdpg_fast.divergences import Divergence
@@ -39,7 +41,7 @@ if TYPE_CHECKING:
         words,
     )
     from fdpg_fast.targets import Base, Target, TargetError
-    from fdpg_fast.trainer import Trainer, TrainingError, load
+    from fdpg_fast.trainer import Trainer, TrainingError
 
 __all__ = [
     "Base",
@@ -82,6 +84,7 @@ __all__ = [
 # a compiled module that is missing or stale is an error of the command that needs it.
 _MODULES = {
     "baselines": ["Baseline"],
+    "building": ["load"],
     "checkpoint": ["CheckpointError"],
     "config": ["Config", "ConfigError"],
     "divergences": ["Divergence"],
@@ -98,7 +101,8 @@ _MODULES = {
         *("classifier", "contains", "function", "length", "regex", "words"),
     ],
     "targets": ["Base", "Target", "TargetError"],
-    "trainer": ["Trainer", "TrainingError", "load"],
+    "building": ["load"],
+    "trainer": ["Trainer", "TrainingError"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -1,0 +1,172 @@
+"""torch.library.opcheck on every op: schema, autograd registration, fake kernel, AOT dispatch.
+
+One function per op gives its samples; an op without samples fails.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fdpg_fast import ops
+from fdpg_fast.baselines import BASELINES
+from fdpg_fast.divergences import DIVERGENCES
+
+Sample = tuple[Any, ...]
+SAMPLES: dict[str, Callable[[], Iterator[Sample]]] = {}
+
+N, V, D, B, T, G = 5, 19, 6, 7, 4, 3
+INF = math.inf
+
+
+def samples(make: Callable[[], Iterator[Sample]]) -> Callable[[], Iterator[Sample]]:
+    """Registers the samples of the op that the function is named after."""
+    SAMPLES[make.__name__] = make
+    return make
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+    return torch.randn(shape, dtype=dtype).requires_grad_(grad)
+
+
+def integers(high: int, *shape: int) -> Tensor:
+    return torch.randint(high, shape)
+
+
+def padded(rows: int, columns: int) -> Tensor:
+    """Logits whose rows do not touch."""
+    return torch.randn(rows, columns + 3)[:, :columns]
+
+
+@samples
+def token_logprob() -> Iterator[Sample]:
+    y, mask = integers(V, N), torch.tensor([True, False, True, True, False])
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        yield normal(N, V, dtype=dtype, grad=True), y, 1.0, None, False
+    yield normal(N, V, grad=True), y, 0.7, mask, True
+    yield padded(N, V).requires_grad_(), y, 1.0, None, True
+    yield normal(0, V, grad=True), integers(V, 0), 1.0, None, True
+
+
+def _backward_samples() -> Iterator[Sample]:
+    y, mask = integers(V, N), torch.tensor([True, False, True, True, False])
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        z = normal(N, V, dtype=dtype)
+        _, lse, entropy = torch.ops.fdpg.token_logprob(z, y, 1.0, None, True)
+        g = torch.randn_like(lse)
+        yield z, y, lse, None, g, None, None, 1.0, None
+        yield z.clone(), y, lse, entropy, g, g, g, 1.0, mask
+
+
+@samples
+def token_logprob_backward() -> Iterator[Sample]:
+    return _backward_samples()
+
+
+@samples
+def token_logprob_backward_() -> Iterator[Sample]:
+    return _backward_samples()
+
+
+@samples
+def sample_logprob() -> Iterator[Sample]:
+    ids, positions = torch.arange(N), integers(40, N)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        yield normal(N, V, dtype=dtype), torch.tensor([3]), ids, positions, 1.0
+    yield padded(N, V), torch.tensor([-3]), ids, positions, 0.5
+
+
+@samples
+def sequence_logprob() -> Iterator[Sample]:
+    for dtype in (torch.float32, torch.float64):
+        yield normal(B, T, dtype=dtype, grad=True), integers(T + 1, B)
+
+
+def per_sequence() -> tuple[Tensor, ...]:
+    """log_pi, log_q, log_score, log_z, prompt; a sample off the support, a prompt without Z."""
+    log_pi, log_q, log_score = (normal(B, dtype=torch.float64) for _ in range(3))
+    log_score[2] = -INF
+    log_z = torch.tensor([0.1, -INF, -0.4], dtype=torch.float64)
+    return log_pi, log_q, log_score, log_z, integers(G, B).sort().values
+
+
+@samples
+def log_partition_() -> Iterator[Sample]:
+    weight = normal(B, dtype=torch.float64)
+    yield ops.new_log_partition(G), weight, integers(G, B)
+
+
+@samples
+def fdiv_weights() -> Iterator[Sample]:
+    kl = DIVERGENCES["kl"].id
+    for baseline in BASELINES.values():
+        state = torch.zeros(2, dtype=torch.float64)
+        yield *per_sequence(), kl, 0.0, baseline.id, baseline.default or 0.0, state, INF, INF
+    yield *per_sequence(), kl, 0.0, BASELINES["loo"].id, 0.0, None, 2.0, 1.5
+
+
+@samples
+def fdiv_terms() -> Iterator[Sample]:
+    for divergence in DIVERGENCES.values():
+        log_pi, log_q, log_score, log_z, prompt = per_sequence()
+        log_z = log_z.clamp(min=-1.0)  # no Z, no term: NaN, which opcheck holds to be a difference
+        yield log_pi, log_q, log_score, log_z, prompt, divergence.id, divergence.default or 0.0
+
+
+def head(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """hidden, weight, target, bias."""
+    hidden, weight = normal(N, D, dtype=dtype, grad=True), normal(V, D, dtype=dtype, grad=True)
+    return hidden, weight, integers(V, N), normal(V, dtype=dtype, grad=True)
+
+
+MASK = torch.tensor([True, False, True, True, False])
+
+
+@samples
+def linear_logprob() -> Iterator[Sample]:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        hidden, weight, target, bias = head(dtype)
+        yield hidden, weight, target, None, 1.0, None, 1.0, None, False, 2
+        yield hidden, weight, target, bias, 0.5, 3.0, 1.3, MASK, True, 2
+
+
+@samples
+def linear_logprob_backward() -> Iterator[Sample]:
+    hidden, weight, target, bias = (t.detach() for t in head(torch.float32))
+    logp, lse, entropy = torch.ops.fdpg.linear_logprob(
+        hidden, weight, target, bias, 0.5, 3.0, 1.3, MASK, True, 2
+    )
+    g = torch.randn_like(logp)
+    common = (0.5, 3.0, 1.3, MASK, 2)
+    yield hidden, weight, target, bias, lse, entropy, g, g, g, *common, True, True, True
+    yield hidden, weight, target, bias, lse, None, g, None, None, *common, True, False, False
+
+
+@samples
+def weighted_linear_logprob() -> Iterator[Sample]:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        hidden, weight, target, bias = head(dtype)
+        c = normal(N, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+        wanted = (True, True, True)
+        yield hidden, weight, target, c, bias, 0.5, 3.0, 1.3, MASK, 2, *wanted
+        hidden, weight = hidden.detach(), weight.detach()
+        yield hidden, weight, target, c, None, 1.0, None, 1.0, None, 2, False, False, False
+
+
+def registered() -> list[str]:
+    """The ops of the namespace, all of which this file must sample."""
+    schemas = torch._C._dispatch_get_all_op_names()
+    return sorted({s.split("::")[1].split(".")[0] for s in schemas if s.startswith("fdpg::")})
+
+
+@pytest.mark.parametrize("op", registered())
+def test_opcheck(op: str) -> None:
+    assert op in SAMPLES, f"torch.ops.fdpg.{op} has no samples in {__file__}"
+    torch.manual_seed(0)
+    for sample in SAMPLES[op]():
+        torch.library.opcheck(getattr(torch.ops.fdpg, op).default, sample)
