@@ -1,0 +1,342 @@
+"""What is measured of samples: divergences to the target, moments, entropy, diversity, gaps.
+
+Everything is an estimate over samples x ~ q, and comes with its standard error (``..._se``) where
+it has one. Samples speak for the policy pi with the weight pi/q (which is 1 on policy), and for the
+target p with the weight p/q. Estimates are made within each prompt and averaged over the prompts,
+so prompts count alike; standard errors are those for the prompts given, not for other prompts one
+might have asked (with a single sample per prompt there is no telling the two apart, and the spread
+over prompts is used). Prompts whose Z is still zero have no target yet: they are left out, and
+counted.
+
+Measures return flat dicts of names and 0-d tensors on the device, without asking it anything;
+those of texts (:func:`measure_texts`) return floats, and are for evaluation, not for every step.
+
+Legend: B samples, G prompts, S sampled tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fdpg_fast import ops
+from fdpg_fast.divergences import Divergence
+from fdpg_fast.rollout import Rollout
+from fdpg_fast.targets import Scores
+
+__all__ = [
+    "PAPER",
+    "Mean",
+    "distinct_n",
+    "divergence_estimates",
+    "implausible",
+    "logprob_gap",
+    "measure",
+    "measure_target",
+    "measure_texts",
+    "runaway",
+    "self_bleu",
+]
+
+PAPER = tuple(Divergence.parse(name) for name in ("kl", "reverse_kl", "tv", "js"))
+"""The four divergences that f-DPG reports (arXiv 2302.08215, section 4)."""
+
+Measures = dict[str, Tensor]
+
+
+class Mean:
+    """Means over samples, prompt by prompt, and then over prompts.
+
+    Args:
+        prompt: ``(B,)`` int64, 0..G-1.
+        prompts: G.
+        log_weight: ``(B,)`` fp64: samples of q stand for another distribution p (or pi), by
+            self-normalised weights p/q. By default each counts alike.
+        use: ``(G,)`` bool, which prompts count; by default those with a sample of weight above 0.
+
+    Attributes:
+        use: ``(G,)`` bool.
+        ess: ``(G,)`` fp64, effective samples: (sum w)^2 / sum w^2.
+    """
+
+    def __init__(
+        self,
+        prompt: Tensor,
+        prompts: int,
+        log_weight: Tensor | None = None,
+        use: Tensor | None = None,
+    ) -> None:
+        # Sums over a (B, G) table in a fixed order, not atomic additions: two runs agree.
+        self._member = prompt[:, None] == torch.arange(prompts, device=prompt.device)
+        self._prompt = prompt
+        self._count = self._member.sum(0)
+        if log_weight is None:
+            log_weight = torch.zeros_like(prompt, dtype=torch.float64)
+        top = torch.where(self._member, log_weight[:, None], -math.inf).amax(0)
+        self.use = top > -math.inf if use is None else use
+        weight = (log_weight - torch.where(top > -math.inf, top, 0.0)[prompt]).exp()
+        total = self._sum(weight)
+        self.ess = torch.where(total > 0, total.square() / self._sum(weight.square()), 0.0)
+        # With mean 1 within each prompt.
+        self._weight = weight * (self._count / total)[prompt]
+
+    def __call__(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean of ``(B,)`` values and its standard error; NaN where no prompt counts."""
+        means = self.of_prompts(values)
+        # What a sample adds to the error of its prompt's mean (delta method for a ratio).
+        residual = self._weighted(values - means[self._prompt])
+        variances = self._sum(residual.square()) / (self._count - 1) / self._count
+        prompts = self.use.sum()
+        mean = torch.where(self.use, means, 0.0).sum() / prompts
+        within = torch.where(self.use, variances, 0.0).sum() / prompts**2
+        spread = torch.where(self.use, (means - mean).square(), 0.0).sum()
+        between = spread / (prompts - 1) / prompts
+        single = (self.use & (self._count < 2)).any()
+        return mean, torch.where(single, between, within).sqrt()
+
+    def of_prompts(self, values: Tensor) -> Tensor:
+        """``(G,)``: the mean within each prompt."""
+        return self._sum(self._weighted(values)) / self._count
+
+    def _weighted(self, values: Tensor) -> Tensor:
+        # A weight of 0 silences what may be infinite: log P off the support, say.
+        return torch.where(self._weight > 0, self._weight * values, 0.0)
+
+    def _sum(self, values: Tensor) -> Tensor:
+        return torch.where(self._member, values[:, None], 0.0).sum(0)
+
+
+# ------------------------------------------------------------------------------------------------
+# Of log-probs
+
+
+def divergence_estimates(
+    log_pi: Tensor,
+    log_q: Tensor,
+    log_score: Tensor,
+    log_z: Tensor,
+    prompt: Tensor,
+    which: Sequence[Divergence] = PAPER,
+) -> Measures:
+    """D_f(pi || p) for each f, all on the same samples of q, in nats for the KL family.
+
+    With terms that are never negative (``ops.fdiv_terms``). Infinite where f'(inf) is and a sample
+    is off the target's support: reverse_kl to a pointwise target.
+
+    Args:
+        log_pi, log_q, log_score: ``(B,)`` fp64.
+        log_z: ``(G,)`` fp64.
+        prompt: ``(B,)`` int64, 0..G-1.
+        which: the divergences.
+
+    Returns:
+        ``{kl, kl_se, ..., prompts_skipped}``, named by ``str(divergence)``.
+    """
+    has_target = log_z > -math.inf
+    mean = Mean(prompt, len(log_z), use=has_target)
+    measures: Measures = {}
+    for divergence in which:
+        terms = ops.fdiv_terms(log_pi, log_q, log_score, log_z, prompt, divergence=divergence)
+        measures |= _named(str(divergence), mean(terms))
+    measures["prompts_skipped"] = (~has_target).sum()
+    return measures
+
+
+def measure(
+    rollout: Rollout,
+    scores: Scores,
+    log_pi: Tensor,
+    log_z: Tensor,
+    log_z_se: Tensor,
+    *,
+    token_entropy: Tensor | None = None,
+) -> Measures:
+    """All there is to say of the policy pi from samples of q and what the target says of them.
+
+    Args:
+        rollout: x ~ q.
+        scores: of the target.
+        log_pi: ``(B,)`` fp64.
+        log_z, log_z_se: ``(G,)`` fp64, of the rollout's prompts.
+        token_entropy: ``(B, S)``, the entropy of pi at each sampled position, 0 past the length.
+            If given, the entropy is the mean of its sums, which varies less than that of -log pi.
+
+    Returns:
+        ``kl reverse_kl tv js`` to the target and ``kl_to_base`` = KL(pi || a), each with ``_se``;
+        ``kl_target_base`` = KL(p || a), where the target itself is (exactly -log Z for conditions);
+        ``log_z`` (with ``_se``); ``moment: NAME`` and ``moment_se: NAME`` of every feature under
+        pi; ``entropy`` per sample (with ``_se``) and ``entropy_per_token``; ``length`` in tokens;
+        the share ``finished`` by an end-of-text token and the share ``cut_off`` by length;
+        ``prompts_skipped``.
+    """
+    prompt, prompts = rollout.prompt_index, len(rollout.prompts)
+    log_ratio = log_pi - rollout.log_q
+    under_pi = Mean(prompt, prompts, log_ratio)
+    # Not self-normalised: unbiased, and so a value below zero means something (see implausible).
+    plain = Mean(prompt, prompts)
+    measures = divergence_estimates(log_pi, rollout.log_q, scores.log_score, log_z, prompt)
+    measures |= _named("kl_to_base", plain(log_ratio.exp() * (log_pi - scores.log_base)))
+    measures["kl_target_base"] = _kl_target_base(rollout, scores, log_z)
+    has_target = log_z > -math.inf
+    measures["log_z"] = torch.where(has_target, log_z, 0.0).sum() / has_target.sum()
+    variance = torch.where(has_target, log_z_se.square(), 0.0).sum()
+    measures["log_z_se"] = variance.sqrt() / has_target.sum()
+    surprise = -log_pi if token_entropy is None else token_entropy.double().sum(-1)
+    return measures | _under(under_pi, rollout, scores, surprise)
+
+
+def measure_target(rollout: Rollout, scores: Scores, log_z: Tensor) -> Measures:
+    """The same of the target p itself, from the same samples by self-normalised weights p/q.
+
+    Only as good as ``ess``, the effective number of samples (summed over prompts).
+
+    Returns:
+        ``kl_to_base``, ``moment: NAME``, ``moment_se: NAME``, ``entropy``, ``entropy_per_token``,
+        ``length``, ``finished``, ``cut_off`` as :func:`measure`, and ``ess``.
+    """
+    under_p = _under_target(rollout, scores)
+    surprise = log_z[rollout.prompt_index] - scores.log_score
+    return {
+        "kl_to_base": _kl_target_base(rollout, scores, log_z),
+        **_under(under_p, rollout, scores, surprise),
+        "ess": under_p.ess.sum(),
+    }
+
+
+def logprob_gap(token_logprob: Tensor, rollout: Rollout) -> Measures:
+    """How far the trainer's log-probs of the sampled tokens are from the sampler's, in nats.
+
+    Args:
+        token_logprob: ``(B, S)`` fp32, of the trainer, under the same weights; NaN where it was
+            not computed (samples of weight 0).
+
+    Returns:
+        ``gap_mean``, ``gap_p99``, ``gap_max`` of the absolute difference per token, and
+        ``gap_sequence``, the largest difference of a whole sample.
+    """
+    gap = token_logprob.double() - rollout.token_logprob.double()
+    steps = torch.arange(gap.shape[1], device=gap.device)
+    sampled = (steps < rollout.lengths[:, None]) & ~gap.isnan()
+    gap = torch.where(sampled, gap, 0.0)
+    count = sampled.sum()
+    # Positions past the end sort first as -1; the p99 is then counted from the top end.
+    ordered = torch.where(sampled, gap.abs(), -1.0).flatten().sort().values
+    above = (count * 0.01).floor().long()
+    return {
+        "gap_mean": gap.abs().sum() / count,
+        "gap_p99": ordered.gather(0, (len(ordered) - 1 - above)[None])[0],
+        "gap_max": gap.abs().max(),
+        "gap_sequence": gap.sum(1).abs().max(),
+    }
+
+
+def _named(name: str, estimate: tuple[Tensor, Tensor]) -> Measures:
+    return {name: estimate[0], f"{name}_se": estimate[1]}
+
+
+def _under(mean: Mean, rollout: Rollout, scores: Scores, surprise: Tensor) -> Measures:
+    """What is measured alike of any distribution that ``mean`` stands for."""
+    measures: Measures = {}
+    for name, values in scores.features.items():
+        measures[f"moment: {name}"], measures[f"moment_se: {name}"] = mean(values)
+    length, _ = mean(rollout.lengths.double())
+    finished, _ = mean(rollout.finished.double())
+    measures |= _named("entropy", mean(surprise))
+    measures["entropy_per_token"] = measures["entropy"] / length
+    return measures | {"length": length, "finished": finished, "cut_off": 1 - finished}
+
+
+def _under_target(rollout: Rollout, scores: Scores) -> Mean:
+    log_weight = scores.log_score - rollout.log_q
+    return Mean(rollout.prompt_index, len(rollout.prompts), log_weight)
+
+
+def _kl_target_base(rollout: Rollout, scores: Scores, log_z: Tensor) -> Tensor:
+    """KL(p || a) = E_p[log P/a] - log Z, mean over the prompts that have a sample of p."""
+    under_p = _under_target(rollout, scores)
+    excess = under_p.of_prompts(scores.log_score - scores.log_base) - log_z
+    return torch.where(under_p.use, excess, 0.0).sum() / under_p.use.sum()
+
+
+# ------------------------------------------------------------------------------------------------
+# Of texts, for evaluation
+
+
+def measure_texts(texts: Sequence[str], seed: int = 0) -> dict[str, float]:
+    """``distinct_1..3`` over all texts, and ``self_bleu`` of a sampled subset."""
+    return {
+        **{f"distinct_{n}": distinct_n(texts, n) for n in (1, 2, 3)},
+        "self_bleu": self_bleu(texts, seed=seed),
+    }
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Different n-grams of words / all n-grams, over all texts together (Li et al., 1510.03055).
+
+    It falls as texts are added: compare only equal numbers of texts. NaN without an n-gram.
+    """
+    grams: Counter[tuple[str, ...]] = Counter()
+    for text in texts:
+        words = re.findall(r"\w+", text.lower())
+        grams.update(zip(*(words[i:] for i in range(n)), strict=False))
+    return len(grams) / grams.total() if grams else math.nan
+
+
+def self_bleu(texts: Sequence[str], *, most: int = 64, seed: int = 0) -> float:
+    """Mean BLEU-4 of a text against all others, 0 to 1; high means alike (Zhu et al., 1802.01886).
+
+    By sacrebleu (smoothed, effective order). Quadratic in the number of texts, so at most ``most``
+    are taken, at random. NaN with fewer than two texts that have words.
+    """
+    from sacrebleu import BLEU  # an import of 0.3 s that training does not need
+
+    texts = [text for text in texts if text.strip()]
+    if len(texts) > most:
+        texts = random.Random(seed).sample(texts, most)
+    if len(texts) < 2:
+        return math.nan
+    bleu = BLEU(effective_order=True)
+    scores = [
+        bleu.sentence_score(text, [*texts[:i], *texts[i + 1 :]]).score
+        for i, text in enumerate(texts)
+    ]
+    return sum(scores) / len(scores) / 100
+
+
+# ------------------------------------------------------------------------------------------------
+# What should not be
+
+
+def implausible(record: Mapping[str, float]) -> str | None:
+    """Why a record's KL(pi || a) cannot be: the estimate is unbiased, a KL is never negative."""
+    kl, error = record["kl_to_base"], record["kl_to_base_se"]
+    if not kl < -3 * error - 1e-6:
+        return None
+    return (
+        f"KL to the base is {kl:.3g} ± {error:.2g} nats, but a KL is never negative: log pi and "
+        "log a are not of the same samples in the same way. Likely causes: sampler and trainer "
+        "disagree (see gap_mean), the base was changed by training, padding or end-of-text is "
+        "handled differently, or samples are not drawn at temperature 1 without truncation"
+    )
+
+
+def runaway(record: Mapping[str, float], *, factor: float = 2.0, slack: float = 5.0) -> str | None:
+    """Why a record's KL(pi || a) is too far from the target's own KL(p || a).
+
+    For a target of conditions that is exactly -log Z: a policy that has reached it is there. Beyond
+    ``factor`` times it and ``slack`` nats, the policy is leaving the language, not nearing p.
+    """
+    kl, target = record["kl_to_base"], record["kl_target_base"]
+    if not (math.isfinite(target) and kl > factor * max(target, 0.0) + slack):
+        return None
+    return (
+        f"KL to the base is {kl:.1f} nats and running away: the target itself is at {target:.1f}. "
+        "The policy is leaving the language that it started from. Likely cause: a learning rate "
+        "too high (try a tenth of it), or too few samples per step"
+    )
