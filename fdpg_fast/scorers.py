@@ -23,7 +23,6 @@ import importlib
 import importlib.util
 import inspect
 import json
-import math
 import re
 import sys
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -560,7 +559,7 @@ def _combine(word: str, a: Scorer, b: Scorer, merge: Callable[[Tensor, Tensor], 
         lambda texts, prompts: merge(a(texts, prompts), b(texts, prompts)),
         name=f"({a.name} {word} {b.name})",
         kind="boolean",
-        key=(word, frozenset((a._key, b._key))),
+        key=(word, a._key, b._key),
     )
 
 
@@ -614,15 +613,19 @@ def _load_classifier(
         ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     )
     model = model.to(place).eval().requires_grad_(False)
-    if model.config.pad_token_id is None:
-        # Decoder-only classifiers find the last token by the padding id, or read the padding.
-        if tokenizer.pad_token_id is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        model.config.pad_token_id = tokenizer.pad_token_id
-    longest = min(
-        tokenizer.model_max_length,
-        getattr(model.config, "max_position_embeddings", None) or math.inf,
+    known = (
+        model.config.pad_token_id,
+        tokenizer.pad_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.unk_token_id,
+        0,
     )
+    padding = next(token for token in known if token is not None)
+    filler = next((t for t in (tokenizer.eos_token_id, tokenizer.unk_token_id) if t), padding)
+    model.config.pad_token_id = padding  # decoder-only classifiers find the last token by it
+    # A tokenizer without a limit says so by a huge number, which the tokenizer itself rejects.
+    positions = getattr(model.config, "max_position_embeddings", None) or 1 << 20
+    longest = min(tokenizer.model_max_length, positions)
     raw = model.config.num_labels == 1
     chosen, index = (None, 0) if raw else _choose_label(model.config.id2label, label, name_or_path)
     if raw and log:
@@ -635,15 +638,16 @@ def _load_classifier(
     def score(texts: Sequence[str]) -> Tensor:
         values = []
         for start in range(0, len(texts), batch_size):
-            inputs = tokenizer(
-                # A tokenizer makes no token of an empty text, and some models then fail.
-                [text or " " for text in texts[start : start + batch_size]],
-                padding=True,
-                truncation=True,
-                max_length=int(min(longest, 1 << 20)),
-                return_tensors="pt",
-            ).to(place)
-            logits = model(**inputs).logits.double()
+            batch = tokenizer(
+                list(texts[start : start + batch_size]), truncation=True, max_length=longest
+            )["input_ids"]
+            # Some tokenizers make no token of an empty text; models need one to read.
+            batch = [ids or [filler] for ids in batch]
+            width = max(map(len, batch))
+            inputs = torch.tensor([ids + [padding] * (width - len(ids)) for ids in batch])
+            mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids in batch])
+            output = model(input_ids=inputs.to(place), attention_mask=mask.to(place))
+            logits = output.logits.double()
             if raw:
                 values.append(logits[:, 0])
             elif independent:
