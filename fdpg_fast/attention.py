@@ -1,13 +1,13 @@
 """Attention over slots: a preallocated key-value cache whose rows are at positions of their own.
 
 Transformers' own static cache holds one position for the whole batch, so prompts of unequal length
-must be padded on the left and a finished row cannot be given new work. Here each row of the batch is
-a slot with its own position. Three registration points of transformers make any family use it
+must be padded on the left and a finished row cannot be given new work. Here each row of the batch
+is a slot with its own position. Three registration points of transformers make any family use it
 without knowing: a :class:`SlotCache` in place of its cache, :func:`slot_mask` in place of its mask
 builder (the model still chooses causal, sliding or per-layer masks), and :func:`slot_attention`.
 
-Shape legend: B slots, H query heads, Hk key-value heads, G = H / Hk, D head size, Q queries per slot,
-T stored positions, N prompts, V vocabulary.
+Shape legend: B slots, H query heads, Hk key-value heads, G = H / Hk, D head size, Q queries per
+slot, T stored positions, N prompts, V vocabulary.
 """
 
 from __future__ import annotations
@@ -37,19 +37,21 @@ __all__ = [
 # A name that holds "sdpa", "flash" or "/" would be checked against the model's own support flags.
 SLOT = "fdpg_slot"
 
-# Attended lengths are rounded up to this: few shapes, and above 50 keys of 8 numbers torch's batched
-# product goes to MKL (64 keys took 0.78 ms, 48 took 1.0 ms: B=256, H=16, 2 cores).
+# Attended lengths are rounded up to this: few shapes, and above 50 keys of 8 numbers torch's
+# batched product goes to MKL (64 keys took 0.78 ms, 48 took 1.0 ms: B=256, H=16, 2 cores).
 REACH_STEP = 32
 
 
-class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is untyped
+class _SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, ``(B, Hk, T, D)``, written at each slot's own position."""
 
+    keys: Any  # Tensor once initialised
+    values: Any
     is_compileable = True  # so that a mask is always made, also for one query
     is_sliding = False  # a window is in the mask, not in the storage
 
     def __init__(self, cache: SlotCache) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cache = cache
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -90,7 +92,7 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is unty
         return self.cache.length
 
 
-class SlotCache(Cache):  # type: ignore[misc]
+class SlotCache(Cache):
     """Keys and values of B slots, each with its own number of stored tokens.
 
     Attributes:
@@ -104,7 +106,8 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.positions = torch.zeros(slots, dtype=torch.int64, device=device)
         self.rows = torch.arange(slots, device=device)[:, None]
         self.steps = torch.arange(length, device=device)
-        super().__init__(layers=[_SlotLayer(self) for _ in range(layers)])
+        self.slot_layers = [_SlotLayer(self) for _ in range(layers)]
+        super().__init__(layers=[*self.slot_layers])
 
     def query_positions(self, queries: int) -> Tensor:
         """``(B, Q)``: the positions of the next Q tokens of each slot."""
@@ -114,7 +117,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         """Attend to the first ``needed`` keys, rounded up."""
         self.reach = min(self.length, -(-needed // REACH_STEP) * REACH_STEP)
 
-    def get_query_offset(self, layer_idx: int = 0) -> Tensor:
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
         return self.positions  # a row of numbers where transformers has one: slot_mask knows
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -128,7 +131,7 @@ def slot_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """
     offset = kwargs.get("q_offset")
     if not (isinstance(offset, Tensor) and offset.ndim == 1):
-        return sdpa_mask(*args, **kwargs)  # type: ignore[no-any-return]
+        return sdpa_mask(*args, **kwargs)
     device, queries = offset.device, kwargs["q_length"]
     batch = torch.arange(offset.shape[0], device=device)[:, None, None, None]
     head = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
@@ -171,7 +174,7 @@ def slot_attention(
         and kwargs.get("position_bias") is None
     )
     if plain and not products:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, **kwargs
         )
     return _products(query, key, value, attention_mask, scaling, softcap, s_aux), None
@@ -201,7 +204,9 @@ def _products(
         mask = mask.tril(keys - queries)[None, None]
     if mask is not None:
         mask = mask[:, :, None]  # (B, 1, 1, Q, T)
-        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+        if mask.dtype == torch.bool:
+            mask = torch.zeros((), device=mask.device).where(mask, -torch.inf)
+        scores = scores + mask
     if sinks is not None:
         column = sinks.float().view(1, key_heads, groups, 1, 1)
         scores = torch.cat((scores, column.expand(batch, -1, -1, queries, -1)), dim=-1)
@@ -285,7 +290,7 @@ class SlotDecoder:
             mine = [i for i, (_, other, _) in enumerate(wanted) if other is bank]
             rows = torch.tensor([wanted[i][2] for i in mine], device=device)
             into = slots[torch.tensor(mine, device=device)]
-            for layer, source in zip(self.cache.layers, bank.layers, strict=True):
+            for layer, source in zip(self.cache.slot_layers, bank.slot_layers, strict=True):
                 if not layer._fits(source.keys):
                     layer.lazy_initialization(source.keys, source.values)
                 layer.keys[into, :, : bank.length] = source.keys[rows]
@@ -329,15 +334,12 @@ def attention_report() -> list[tuple[str, bool, str]]:
     """The attention functions: name, whether it can be used here, and why, for ``fdpg env``."""
     cuda = torch.cuda.is_available()
     flash = importlib.util.find_spec("flash_attn") is not None
+    why = "needs a GPU" if flash else "flash-attn is not installed"
     return [
         (SLOT, True, "slot cache for sampling, sdpa for scoring; what `auto` takes if it fits"),
         ("sdpa", True, "torch's scaled_dot_product_attention; samples without a cache, slowly"),
         ("eager", True, "plain matrix products; samples without a cache, slowly"),
-        (
-            "flash_attention_2",
-            flash and cuda,
-            "installed" if flash and cuda else "needs a GPU" if flash else "flash-attn not installed",
-        ),
+        ("flash_attention_2", flash and cuda, "flash-attn" if flash and cuda else why),
     ]
 
 

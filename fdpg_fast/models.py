@@ -1,12 +1,13 @@
 """A causal language model of transformers, as f-DPG needs it: log-probs, their gradient, decoding.
 
-Whatever checkpoint it comes from, a :class:`LanguageModel` has fp32 master weights, no dropout and no
-sampling habits (temperature, top-k and the like in the checkpoint are dropped), and its log-probs are
-fp32. At load it compares its fast paths (fused head, padded scoring, slot decoding) with the plain
-forward pass of the model itself, on that model; a path that differs is not used, and it says so.
+Whatever checkpoint it comes from, a :class:`LanguageModel` has fp32 master weights, no dropout and
+no sampling habits (temperature, top-k and the like in the checkpoint are dropped), and its
+log-probs are fp32. At load it compares its fast paths (fused head, padded scoring, slot decoding)
+with the plain forward pass of the model itself, on that model; a path that differs is not used,
+and it says so.
 
-Shape legend: B samples, S sampled tokens (maximum), T = prompt + sample, V vocabulary, D hidden size,
-n tokens of one micro-batch.
+Shape legend: B samples, S sampled tokens (maximum), T = prompt + sample, V vocabulary, D hidden
+size, b samples of one micro-batch and W tokens of the longest, n sampled tokens of it.
 """
 
 from __future__ import annotations
@@ -133,9 +134,9 @@ class LanguageModel:
         self.layers: int = config.num_hidden_layers
         self.vocab_size: int = config.vocab_size
         self.context_length = _context_length(config, tokenizer)
-        self.eos_ids: tuple[int, ...] = (
-            tuple(eos_ids) if eos_ids is not None else _eos_ids(self.model, tokenizer, self.vocab_size)
-        )
+        if eos_ids is None:
+            eos_ids = _eos_ids(self.model, tokenizer, self.vocab_size)
+        self.eos_ids: tuple[int, ...] = tuple(eos_ids)
         self._replace_generation_config()
 
         accepted = inspect.signature(self.model.base_model.forward).parameters
@@ -204,7 +205,7 @@ class LanguageModel:
 
     @classmethod
     def from_model(cls, model: Any, tokenizer: Any = None, **options: Any) -> LanguageModel:
-        """Wrap a transformers model made elsewhere; takes the options of :meth:`load`, and ``name``.
+        """Wrap a transformers model made elsewhere, with the options of :meth:`load` and ``name``.
 
         The model is changed in place: moved, cast to fp32, its dropout set to zero.
         """
@@ -232,8 +233,8 @@ class LanguageModel:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write model and tokenizer for ``from_pretrained``: fp32 safetensors and JSON.
 
-        The generation config says temperature 1 and no truncation, so that ``generate`` of the saved
-        model samples from the distribution that was trained.
+        The generation config says temperature 1 and no truncation, so that ``generate`` of the
+        saved model samples from the distribution that was trained.
         """
         self.model.save_pretrained(folder)
         if self.tokenizer is not None:
@@ -324,7 +325,7 @@ class LanguageModel:
         return head.logits(hidden, out=self._logits)
 
     def decoder(self, slots: int, length: int, reuse: Decoder | None = None) -> Decoder:
-        """A decoder for ``slots`` texts of at most ``length`` tokens; ``reuse`` lends its memory."""
+        """A decoder for ``slots`` texts of up to ``length`` tokens; ``reuse`` lends its memory."""
         if self.attention != SLOT:
             return RecomputeDecoder(self, slots, length)
         cache = reuse.cache if isinstance(reuse, SlotDecoder) else None
@@ -357,8 +358,8 @@ class LanguageModel:
 
         Args:
             rollout: samples; which model drew them does not matter.
-            micro_batch: samples per forward pass; None: as many as make ``SCORE_TOKENS`` tokens. The
-                result does not depend on it beyond fp32 rounding.
+            micro_batch: samples per forward pass; None: as many as make ``SCORE_TOKENS`` tokens.
+                The result does not depend on it beyond fp32 rounding.
             entropy: return also the log-sum-exp and the entropy of each prediction.
 
         Returns:
@@ -371,6 +372,7 @@ class LanguageModel:
         for batch in self._micro_batches(rollout, None, micro_batch, SCORE_TOKENS):
             scored = self._score(batch, entropy)
             for result, values in zip(results, scored, strict=False):
+                assert values is not None  # entropy is the third, there if asked for
                 result[batch.row, batch.column] = values
         return ops.TokenLogprob(*results) if entropy else results[0]
 
@@ -423,9 +425,7 @@ class LanguageModel:
         self.model.train(self.activation_checkpointing)
         try:
             for batch in self._micro_batches(rollout, used, micro_batch, GRADIENT_TOKENS):
-                logp = self._score(batch, entropy=False).logp
-                logp.backward(coefficient[batch.row])  # type: ignore[no-untyped-call]
-                result[batch.row, batch.column] = logp.detach()
+                result[batch.row, batch.column] = self._backward(batch, coefficient[batch.row])
         finally:
             self.model.eval()
         return result
@@ -445,6 +445,27 @@ class LanguageModel:
             softcap=head.softcap,
             entropy=entropy,
         )
+
+    def _backward(self, batch: _MicroBatch, coefficient: Tensor) -> Tensor:
+        """Add the gradient of sum_n coefficient[n] logp[n]; return logp ``(n,)``, detached."""
+        states = self.hidden(batch.tokens, batch.positions).flatten(0, 1)[batch.source]
+        head = self.head
+        if head is None:
+            logp = ops.token_logprob(states, batch.target).logp
+            logp.backward(coefficient)
+            return logp.detach()
+        # The coefficients are known, so the head's gradient is ready when its logits are.
+        total, logp = ops.weighted_linear_logprob(
+            states,
+            head.weight,
+            batch.target,
+            coefficient,
+            bias=head.bias,
+            scale=head.scale,
+            softcap=head.softcap,
+        )
+        total.backward()
+        return logp
 
     def _micro_batches(
         self, rollout: Rollout, used: Tensor | None, micro_batch: int | None, budget: int
@@ -500,7 +521,7 @@ class LanguageModel:
 
         Returns:
             Largest differences of log-probs in nats: ``head`` (if fused), ``scoring`` (rows padded
-            on the right), ``decoding`` (slots at unequal positions, if used), and the ``tolerance``.
+            on the right), ``decoding`` (slots at unequal positions, if used), and ``tolerance``.
 
         Raises:
             ModelError: one of them is above the tolerance.
@@ -541,8 +562,8 @@ class LanguageModel:
                     raise ModelError(f"{self.name}: attention {SLOT!r} does not fit: {problem}")
                 if problem:
                     warnings.warn(
-                        f"{self.name}: sampling without a key-value cache, which is right but slow: "
-                        f"{problem}.",
+                        f"{self.name}: sampling without a key-value cache, which is right but "
+                        f"slow: {problem}.",
                         RuntimeWarning,
                         stacklevel=4,
                     )
@@ -588,7 +609,7 @@ class LanguageModel:
             self.compute = compute
 
     def _references(self) -> tuple[list[list[int]], list[Tensor]]:
-        """Texts of unequal length, and their logits ``(t, V)`` from the model's own forward pass."""
+        """Texts of unequal length, and the logits ``(t, V)`` that the model itself gives them."""
         attention = self.attention
         if attention == SLOT:
             self._use_attention(self._stock_attention)

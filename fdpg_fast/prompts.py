@@ -107,8 +107,9 @@ class Prompts:
             outside = [token for token in tokens if not 0 <= token < model.vocab_size]
             if outside:
                 raise PromptError(
-                    f"prompts: prompt {number}, {_short(text)}, has token id {outside[0]}, expected "
-                    f"0..{model.vocab_size - 1}: the tokenizer does not belong to {model.name}."
+                    f"prompts: prompt {number}, {_short(text)}, has token id {outside[0]}, "
+                    f"expected 0..{model.vocab_size - 1}: the tokenizer does not belong to "
+                    f"{model.name}."
                 )
         return prompts
 
@@ -126,7 +127,8 @@ class Prompts:
             order = torch.randperm(count, generator=generator)
         else:
             order = torch.arange(count)
-        return self._pick(order[torch.arange(place * self.per_step, (place + 1) * self.per_step) % count])
+        places = torch.arange(place * self.per_step, (place + 1) * self.per_step)
+        return self._pick(order[places % count])
 
     def all(self) -> PromptBatch:
         """Every prompt, in the given order."""

@@ -1,6 +1,7 @@
 """Rollout: what a sampler returns and everything after it reads.
 
-Shape legend: B samples, G prompts, P prompt tokens (longest), S sampled tokens (maximum), T = P + S.
+Shape legend: B samples, G prompts, P prompt tokens (longest), S sampled tokens (maximum),
+T = P + S.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ class PromptBatch:
     """The prompts of one step.
 
     Attributes:
-        ids: ``(G,)`` int64 on the CPU, each prompt's row in the prompt set (and in the log Z store).
+        ids: ``(G,)`` int64 on the CPU, each prompt's row in the prompt set (and in the store of
+            log Z).
         tokens: G tuples of token ids, none of them empty.
         texts: G texts as the user wrote them.
     """
@@ -44,7 +46,8 @@ class Rollout:
         tokens: ``(B, T)`` int64.
         prompt_lengths: ``(B,)`` int64, >= 1.
         lengths: ``(B,)`` int64, sampled tokens, 1..S, end-of-text included.
-        prompt_index: ``(B,)`` int64, 0..G-1, non-decreasing: which of ``prompts`` a sample continues.
+        prompt_index: ``(B,)`` int64, 0..G-1, non-decreasing: which of ``prompts`` each sample
+            continues.
         sample_ids: ``(B,)`` int64, unique within the step; with (seed, step) it keys the draw.
         token_logprob: ``(B, S)`` fp32, log q of each sampled token as sampled, 0 past the length.
         lse: ``(B, S)`` fp32, the log-sum-exp of the logits it was drawn from, 0 past the length.

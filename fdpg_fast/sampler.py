@@ -89,7 +89,7 @@ class Sampler:
         """Fill the rows of ``work``, ``slots`` at a time."""
         device, idle = model.device, work.count
         decoder.prefill(work.prompts.tokens)
-        row = torch.full((slots,), idle, dtype=torch.int64, device=device)  # whose sample; idle: none
+        row = torch.full((slots,), idle, dtype=torch.int64, device=device)  # which sample, or idle
         last = work.last_position.tolist()
         occupant, position = [idle] * slots, [0] * slots
         begun = 0
@@ -165,7 +165,8 @@ class _Work:
         lengths = torch.tensor([len(tokens) for tokens in prompts.tokens])
         self.prompt_length: list[int] = lengths[self.prompt_index].tolist()
         self.width = int(lengths.max()) + max_new_tokens
-        self.last_position = lengths[self.prompt_index] + max_new_tokens - 2  # last one that is read
+        # The last token that is read stands here: the one after it predicts nothing.
+        self.last_position = lengths[self.prompt_index] + max_new_tokens - 2
 
         padded = torch.zeros(len(prompts), self.width, dtype=torch.int64)
         for g, tokens in enumerate(prompts.tokens):
