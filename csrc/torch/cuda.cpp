@@ -1,0 +1,111 @@
+// cuda.cpp: the ops on CUDA. calls.h checks, allocates and fills the params; here the device of the
+// arguments becomes the current one, its current stream takes the kernels, and a failed launch
+// becomes a message. Nothing waits for the device, so nothing here looks at values: what the CPU
+// refuses as out of range is NaN in the results (fdpg/cuda.h).
+//
+// An op that is not registered here has no CUDA kernel yet; torch's dispatcher says so by name.
+#include "fdpg/cuda.h"
+
+#include <cuda_runtime_api.h>  // cudaGetErrorString
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <tuple>
+
+#include "calls.h"
+
+namespace fdpg::binding {
+namespace {
+
+// Where an op runs: on the device of `lead` while this lives, on that device's current stream.
+class Place {
+ public:
+  explicit Place(const Tensor& lead) : guard_(lead.get_device_index()) {
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(lead.get_device_index(), &stream));
+    stream_ = static_cast<cuda::Stream>(stream);
+  }
+  cuda::Stream stream() const { return stream_; }
+
+ private:
+  torch::stable::accelerator::DeviceGuard guard_;
+  cuda::Stream stream_ = nullptr;
+};
+
+// Bytes that a kernel may write before it reads them. Freed when this goes: torch's allocator hands
+// them out again only to work that follows on the same stream.
+class Workspace {
+ public:
+  Workspace(const Tensor& lead, std::size_t bytes)
+      : tensor_(torch::stable::new_empty(lead, {static_cast<int64_t>(bytes)}, ScalarType::Byte)) {}
+  void* data() const { return tensor_.data_ptr(); }
+
+ private:
+  Tensor tensor_;
+};
+
+void check(const char* op, cuda::Status status) {
+  if (status == cudaSuccess) return;
+  fail(op, ": the kernel could not be launched: ",
+       cudaGetErrorString(static_cast<cudaError_t>(status)));
+}
+
+std::tuple<Tensor, Tensor, Tensor> token_logprob(const Tensor& logits, const Tensor& target,
+                                                 double inv_temperature, const OptionalTensor& mask,
+                                                 bool entropy) {
+  const Place place(logits);
+  const TokenLogprob call(logits, target, inv_temperature, mask, entropy);
+  const Workspace workspace(logits, cuda::token_logprob_workspace(call.params));
+  check("token_logprob", cuda::token_logprob(call.params, workspace.data(), place.stream()));
+  return {call.logp, call.lse, call.entropy};
+}
+
+Tensor token_logprob_backward(const Tensor& logits, const Tensor& target, const Tensor& lse,
+                              const OptionalTensor& entropy, const OptionalTensor& grad_logp,
+                              const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+                              double inv_temperature, const OptionalTensor& mask) {
+  const Place place(logits);
+  const TokenLogprobBackward call(/*in_place=*/false, logits, target, lse, entropy, grad_logp,
+                                  grad_lse, grad_entropy, inv_temperature, mask);
+  check("token_logprob_backward", cuda::token_logprob_backward(call.params, place.stream()));
+  return call.grad_logits;
+}
+
+void token_logprob_backward_(const Tensor& logits, const Tensor& target, const Tensor& lse,
+                             const OptionalTensor& entropy, const OptionalTensor& grad_logp,
+                             const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
+                             double inv_temperature, const OptionalTensor& mask) {
+  const Place place(logits);
+  const TokenLogprobBackward call(/*in_place=*/true, logits, target, lse, entropy, grad_logp,
+                                  grad_lse, grad_entropy, inv_temperature, mask);
+  check("token_logprob_backward_", cuda::token_logprob_backward(call.params, place.stream()));
+}
+
+std::tuple<Tensor, Tensor> fdiv_weights(const Tensor& log_pi, const Tensor& log_q,
+                                        const Tensor& log_score, const Tensor& log_z,
+                                        const Tensor& prompt, int64_t divergence,
+                                        double divergence_param, int64_t baseline,
+                                        double baseline_param, const OptionalTensor& baseline_state,
+                                        double ratio_clip, double reward_clip) {
+  const Place place(log_pi);
+  const FdivWeights call(log_pi, log_q, log_score, log_z, prompt, divergence, divergence_param,
+                         baseline, baseline_param, baseline_state, ratio_clip, reward_clip);
+  const Workspace workspace(log_pi, cuda::fdiv_weights_workspace(call.params));
+  check("fdiv_weights", cuda::fdiv_weights(call.params, workspace.data(), place.stream()));
+  return {call.weights, call.statistics};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fdpg, CUDA, m) {
+  m.impl("token_logprob", TORCH_BOX(&token_logprob));
+  m.impl("token_logprob_backward", TORCH_BOX(&token_logprob_backward));
+  m.impl("token_logprob_backward_", TORCH_BOX(&token_logprob_backward_));
+  m.impl("fdiv_weights", TORCH_BOX(&fdiv_weights));
+}
+
+}  // namespace fdpg::binding
