@@ -10,6 +10,7 @@ from torch import Tensor
 from fdpg_fast import _build
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.ops import custom_divergence
+from fdpg_fast.ops.token_logprob import require_one_device
 
 __all__ = ["fdiv_terms"]
 
@@ -53,5 +54,10 @@ def fdiv_terms(
 
 
 @torch.library.register_fake("fdpg::fdiv_terms")
-def _fake(log_pi: Tensor, *others: Any) -> Tensor:
+def _fake(
+    log_pi: Tensor, log_q: Tensor, log_score: Tensor, log_z: Tensor, prompt: Tensor, *others: Any
+) -> Tensor:
+    require_one_device(
+        "fdiv_terms", log_pi=log_pi, log_q=log_q, log_score=log_score, log_z=log_z, prompt=prompt
+    )
     return log_pi.new_empty(log_pi.shape[0])

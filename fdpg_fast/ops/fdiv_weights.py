@@ -12,6 +12,7 @@ from fdpg_fast import _build
 from fdpg_fast.baselines import Baseline
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.ops import custom_divergence
+from fdpg_fast.ops.token_logprob import require_one_device
 
 __all__ = ["STATISTICS", "Weights", "fdiv_weights"]
 
@@ -106,5 +107,10 @@ def fdiv_weights(
 
 
 @torch.library.register_fake("fdpg::fdiv_weights")
-def _fake(log_pi: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+def _fake(
+    log_pi: Tensor, log_q: Tensor, log_score: Tensor, log_z: Tensor, prompt: Tensor, *others: Any
+) -> tuple[Tensor, Tensor]:
+    require_one_device(
+        "fdiv_weights", log_pi=log_pi, log_q=log_q, log_score=log_score, log_z=log_z, prompt=prompt
+    )
     return log_pi.new_empty(log_pi.shape[0]), log_pi.new_empty(len(STATISTICS))

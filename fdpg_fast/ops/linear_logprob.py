@@ -28,9 +28,9 @@ from fdpg_fast.ops.token_logprob import TokenLogprob, result_dtype
 
 __all__ = ["linear_logprob", "weighted_linear_logprob"]
 
-# How many bytes of logits a chunk may hold, and how few rows it must not have. CPU: a chunk that stays
-# in the second-level cache, but the weight is read once per chunk and product. Forward and backward
-# on one AVX-512 core (Xeon, 2 MB L2), ms by rows of a chunk:
+# How many bytes of logits a chunk may hold, and how few rows it must not have. CPU: a chunk that
+# stays in the second-level cache; but the weight is read once per chunk and product. Forward and
+# backward on one AVX-512 core (Xeon, 2 MB L2), ms by rows of a chunk:
 #   V 14019, D 128, N 1024:   32: 152   64: 130   128: 124   256: 148   1024: 196
 #   V 50257, D 768, N 256:    16: 1916  64: 881   128: 691   256: 685
 # A GPU wants products large enough to fill it.
@@ -77,8 +77,8 @@ def linear_logprob(
         logp, lse and entropy, each ``[N]``, fp32 (fp64 if an input is fp64).
 
     Raises:
-        ValueError: a shape, dtype, device or number that does not fit; RuntimeError: a target out
-            of range.
+        ValueError: a shape, dtype, device or number that does not fit, or a target out of range
+            (on a GPU, which cannot raise, that row's results are NaN).
     """
     chunk = _check("linear_logprob", hidden, weight, target, bias, softcap, mask, chunk)
     logp, lse, ent = _linear_logprob(
@@ -292,6 +292,20 @@ def _kept(mask: Tensor | None) -> Tensor | None:
     return mask.nonzero().squeeze(1)
 
 
+def _require_in_range(op: str, target: Tensor, mask: Tensor | None, vocab: int) -> None:
+    """On the CPU, where asking is free; on a GPU the row's results are NaN."""
+    if target.device.type != "cpu":
+        return
+    bad = (target < 0) | (target >= vocab)
+    if mask is not None:
+        bad &= mask
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{op}: `target` must be in [0, {vocab}), got {int(target[row])} at row {row}"
+        )
+
+
 def _pick(rows: Tensor | None, *tensors: Tensor | None) -> list[Any]:
     return [t if rows is None or t is None else t[rows] for t in tensors]
 
@@ -320,6 +334,7 @@ def _linear_logprob(
     entropy: bool,
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _require_in_range("linear_logprob", target, mask, len(weight))
     n = hidden.shape[0]
     rows = _kept(mask)
     if rows is not None:
@@ -473,6 +488,7 @@ def _weighted_linear_logprob(
     of_weight: bool,
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    _require_in_range("weighted_linear_logprob", target, mask, len(weight))
     n, hidden_dtype = hidden.shape[0], hidden.dtype
     rows = _kept(mask)
     if rows is not None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fdpg_fast import _build
+from fdpg_fast.ops.token_logprob import require_one_device
 
 __all__ = ["log_partition_", "new_log_partition"]
 
@@ -42,4 +43,4 @@ def log_partition_(state: Tensor, log_weight: Tensor, prompt: Tensor) -> None:
 
 @torch.library.register_fake("fdpg::log_partition_")
 def _fake(state: Tensor, log_weight: Tensor, prompt: Tensor) -> None:
-    return None
+    require_one_device("log_partition_", state=state, log_weight=log_weight, prompt=prompt)

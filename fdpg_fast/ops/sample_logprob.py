@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fdpg_fast import _build
-from fdpg_fast.ops.token_logprob import result_dtype
+from fdpg_fast.ops.token_logprob import require_one_device, result_dtype
 
 __all__ = ["Sampled", "random_key", "sample_logprob"]
 
@@ -71,6 +71,9 @@ def _fake(
     position: Tensor,
     inv_temperature: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    require_one_device(
+        "sample_logprob", logits=logits, seed=seed, sample_id=sample_id, position=position
+    )
     rows, dtype = logits.shape[0], result_dtype(logits.dtype)
     return (
         logits.new_empty(rows, dtype=torch.int64),

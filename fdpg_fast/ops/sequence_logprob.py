@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fdpg_fast import _build
+from fdpg_fast.ops.token_logprob import require_one_device
 
 __all__ = ["sequence_logprob"]
 
@@ -34,6 +35,7 @@ def sequence_logprob(values: Tensor, lengths: Tensor) -> Tensor:
 
 @torch.library.register_fake("fdpg::sequence_logprob")
 def _fake(values: Tensor, lengths: Tensor) -> Tensor:
+    require_one_device("sequence_logprob", values=values, lengths=lengths)
     return values.new_empty(values.shape[0], dtype=torch.float64)
 
 

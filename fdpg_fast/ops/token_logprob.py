@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fdpg_fast import _build
 
-__all__ = ["TokenLogprob", "result_dtype", "token_logprob"]
+__all__ = ["TokenLogprob", "require_one_device", "result_dtype", "token_logprob"]
 
 _build.load()
 
@@ -31,6 +31,20 @@ class TokenLogprob(NamedTuple):
 def result_dtype(*inputs: torch.dtype) -> torch.dtype:
     """fp64 if an input is fp64, else fp32: bf16 logits alone cost 0.7 nats per 512 tokens."""
     return torch.float64 if torch.float64 in inputs else torch.float32
+
+
+def require_one_device(op: str, **tensors: Tensor | None) -> None:
+    """Raises ValueError unless all are on the device of the first.
+
+    For fake kernels: they also run where one of the tensors is on the meta device.
+    """
+    (lead_name, lead), *others = tensors.items()
+    for name, tensor in others:
+        if lead is not None and tensor is not None and tensor.device != lead.device:
+            raise ValueError(
+                f"{op}: `{name}` must be on the device of `{lead_name}` ({lead.device}), "
+                f"got {tensor.device}"
+            )
 
 
 def token_logprob(
@@ -109,6 +123,7 @@ def _fake(
     mask: Tensor | None = None,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    require_one_device("token_logprob", logits=logits, target=target, mask=mask)
     rows, dtype = logits.shape[0], result_dtype(logits.dtype)
     return (
         logits.new_empty(rows, dtype=dtype),

@@ -1,0 +1,319 @@
+"""A wrong argument is named: which op, which argument, what was expected, what came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fdpg_fast import ops
+from fdpg_fast.baselines import Baseline
+from fdpg_fast.divergences import Divergence
+
+N, V, D, B, T, G = 3, 5, 4, 4, 6, 2
+
+F64 = torch.float64
+Call = Callable[[], Any]
+
+
+def logits(*shape: int) -> Tensor:
+    return torch.zeros(*(shape or (N, V)))
+
+
+def ids(*values: int) -> Tensor:
+    return torch.tensor(values)
+
+
+def target() -> Tensor:
+    return ids(0, 1, 4)
+
+
+def fdiv(**changes: Any) -> ops.Weights:
+    arguments: dict[str, Any] = {
+        "log_pi": torch.zeros(B, dtype=F64),
+        "log_q": torch.zeros(B, dtype=F64),
+        "log_score": torch.zeros(B, dtype=F64),
+        "log_z": torch.zeros(G, dtype=F64),
+        "prompt": ids(0, 0, 1, 1),
+        "divergence": Divergence.parse("js"),
+        "baseline": Baseline.parse("loo"),
+    } | changes
+    return ops.fdiv_weights(**arguments)
+
+
+def terms(**changes: Any) -> Tensor:
+    arguments: dict[str, Any] = {
+        "log_pi": torch.zeros(B, dtype=F64),
+        "log_q": torch.zeros(B, dtype=F64),
+        "log_score": torch.zeros(B, dtype=F64),
+        "log_z": torch.zeros(G, dtype=F64),
+        "prompt": ids(0, 0, 1, 1),
+        "divergence": Divergence.parse("js"),
+    } | changes
+    return ops.fdiv_terms(**arguments)
+
+
+def head(**changes: Any) -> ops.TokenLogprob:
+    arguments = {"hidden": torch.zeros(N, D), "weight": torch.zeros(V, D), "target": target()}
+    return ops.linear_logprob(**(arguments | changes))
+
+
+def sample(**changes: Any) -> ops.Sampled:
+    arguments = {"logits": logits(), "seed": 1, "sample_id": ids(0, 1, 2), "position": ids(0, 0, 0)}
+    return ops.sample_logprob(**(arguments | changes))
+
+
+def partition(**changes: Any) -> None:
+    arguments = {
+        "state": ops.new_log_partition(G),
+        "log_weight": torch.zeros(B, dtype=F64),
+        "prompt": ids(0, 0, 1, 1),
+    }
+    ops.log_partition_(**(arguments | changes))
+
+
+def backward_inplace(z: Tensor) -> None:
+    ops.token_logprob(z, target(), inplace_backward=True)
+
+
+MESSAGES: list[tuple[Call, str]] = [
+    # token_logprob
+    (
+        lambda: ops.token_logprob(logits(), ids(0, 20000, -1)),
+        "token_logprob: `target` must be in [0, 5), got 20000 at row 1",
+    ),
+    (
+        lambda: ops.token_logprob(logits(), ids(0, 1)),
+        "token_logprob: `target` must have the shape of `logits` without its last dimension, [3], "
+        "got [2]",
+    ),
+    (
+        lambda: ops.token_logprob(logits(), target().int()),
+        "token_logprob: `target` must be int64, got int32",
+    ),
+    (
+        lambda: ops.token_logprob(logits().long(), target()),
+        "token_logprob: `logits` must be float32 or bfloat16 or float16 or float64, got int64",
+    ),
+    (
+        lambda: ops.token_logprob(logits(V, N).t(), target()),
+        "token_logprob: `logits` must be contiguous along vocab, got strides [1, 3]",
+    ),
+    (
+        lambda: ops.token_logprob(logits(1, V).expand(N, V), target()),
+        "token_logprob: `logits` has rows that overlap, got strides [0, 1]",
+    ),
+    (
+        lambda: ops.token_logprob(logits(N, 0), target()),
+        "token_logprob: `logits` has an empty vocabulary, got shape [3, 0]",
+    ),
+    (
+        lambda: ops.token_logprob(logits(), target(), mask=torch.ones(2, dtype=torch.bool)),
+        "token_logprob: `mask` must have shape [3], got [2]",
+    ),
+    (
+        lambda: ops.token_logprob(logits(), target(), mask=torch.ones(3)),
+        "token_logprob: `mask` must be bool, got float32",
+    ),
+    (
+        lambda: ops.token_logprob(logits(), target().to("meta")),
+        "token_logprob: `target` must be on the device of `logits` (cpu), got meta",
+    ),
+    (
+        lambda: backward_inplace(logits().requires_grad_()),
+        "token_logprob: `logits` must be a contiguous intermediate result for inplace_backward, "
+        "got a leaf",
+    ),
+    (
+        lambda: backward_inplace((logits(N, 2 * V).requires_grad_() + 1)[:, :V]),
+        "for inplace_backward, got strides [10, 1]. Leave inplace_backward off",
+    ),
+    (
+        lambda: torch.ops.fdpg.token_logprob_backward(
+            *(logits(), target(), torch.zeros(N), None, None, None, torch.zeros(N), 1.0, None)
+        ),
+        "token_logprob_backward: `entropy` must be given with `grad_entropy`, got None",
+    ),
+    (
+        lambda: torch.ops.fdpg.token_logprob_backward(
+            *(logits(), target(), torch.zeros(N, dtype=F64), None, None, None, None, 1.0, None)
+        ),
+        "token_logprob_backward: `lse` must be float32, got float64",
+    ),
+    # sample_logprob
+    (
+        lambda: sample(sample_id=ids(0, 1)),
+        "sample_logprob: `sample_id` must have shape [3], got [2]",
+    ),
+    (
+        lambda: sample(position=torch.zeros(3)),
+        "sample_logprob: `position` must be int64, got float32",
+    ),
+    (
+        lambda: sample(seed=ids(1, 2)),
+        "sample_logprob: `seed` must have shape [1], got [2]",
+    ),
+    (
+        lambda: sample(logits=logits(V)),
+        "sample_logprob: `logits` must be a matrix [N, V], got shape [5]",
+    ),
+    # sequence_logprob
+    (
+        lambda: ops.sequence_logprob(torch.zeros(2, T), ids(6, 7)),
+        "sequence_logprob: `lengths` must be in [0, 6], got 7 at sequence 1",
+    ),
+    (
+        lambda: ops.sequence_logprob(torch.zeros(2, T).half(), ids(1, 1)),
+        "sequence_logprob: `values` must be float32 or float64, got float16",
+    ),
+    (
+        lambda: ops.sequence_logprob(torch.zeros(T), ids(1)),
+        "sequence_logprob: `values` must have 2 dimensions, got shape [6]",
+    ),
+    (
+        lambda: ops.sequence_logprob(torch.zeros(T, 2).t(), ids(1, 1)),
+        "sequence_logprob: `values` must be contiguous along tokens, got strides [1, 2]",
+    ),
+    # log_partition_
+    (
+        lambda: partition(prompt=ids(0, 0, 1, 2)),
+        "log_partition_: `prompt` must be in [0, 2), got 2 at sample 3",
+    ),
+    (
+        lambda: partition(state=torch.zeros(G, 2, dtype=F64)),
+        "log_partition_: `state` must have shape [2, 3], got [2, 2]",
+    ),
+    (
+        lambda: partition(state=torch.zeros(3, G, dtype=F64).t()),
+        "log_partition_: `state` is written in place and must be contiguous, got strides [1, 2]",
+    ),
+    (
+        lambda: partition(log_weight=torch.zeros(B)),
+        "log_partition_: `log_weight` must be float64, got float32",
+    ),
+    # fdiv_weights, fdiv_terms
+    (
+        lambda: fdiv(log_q=torch.zeros(B)),
+        "fdiv_weights: `log_q` must be float64, got float32",
+    ),
+    (
+        lambda: fdiv(log_score=torch.zeros(B + 1, dtype=F64)),
+        "fdiv_weights: `log_score` must have shape [4], got [5]",
+    ),
+    (
+        lambda: fdiv(prompt=ids(0, 1, 0, 1)),
+        "fdiv_weights: `prompt` must not decrease (samples are grouped by prompt), got 0 at "
+        "sample 2 after 1",
+    ),
+    (
+        lambda: fdiv(prompt=ids(0, 0, 0, 9)),
+        "fdiv_weights: `prompt` must be in [0, 2), got 9 at sample 3",
+    ),
+    (
+        lambda: fdiv(baseline=Baseline.parse("ema")),
+        "fdiv_weights: `baseline_state` must be given for the baseline ema, got None",
+    ),
+    (
+        lambda: fdiv(baseline=Baseline.parse("analytic")),
+        "fdiv_weights: the baseline analytic is not exact for the divergence js. Use loo",
+    ),
+    (
+        lambda: fdiv(ratio_clip=-1.0),
+        "fdiv_weights: `ratio_clip` must be at least 0, got -1",
+    ),
+    (
+        lambda: fdiv(reward_clip=math.nan),
+        "fdiv_weights: `reward_clip` must be at least 0, got nan",
+    ),
+    (
+        lambda: torch.ops.fdpg.fdiv_terms(
+            *(torch.zeros(1, dtype=F64),) * 3, torch.zeros(1, dtype=F64), ids(0), 99, 0.0
+        ),
+        "fdiv_terms: `divergence` must be in [0,",
+    ),
+    (
+        lambda: torch.ops.fdpg.fdiv_terms(
+            *(torch.zeros(1, dtype=F64),) * 3,
+            *(torch.zeros(1, dtype=F64), ids(0), Divergence.parse("js_w").id, 1.5),
+        ),
+        "fdiv_terms: `divergence_param` of js_w must lie in (0, 1), got 1.5",
+    ),
+    (
+        lambda: terms(prompt=ids(0, 0, 1, -1)),
+        "fdiv_terms: `prompt` must be in [0, 2), got -1 at sample 3",
+    ),
+    # linear_logprob
+    (
+        lambda: head(target=ids(0, 1, 5)),
+        "linear_logprob: `target` must be in [0, 5), got 5 at row 2",
+    ),
+    (
+        lambda: head(weight=torch.zeros(V, D + 1)),
+        "linear_logprob: `weight` must have shape [V, 4], got [5, 5]",
+    ),
+    (
+        lambda: head(hidden=torch.zeros(N, 1, D)),
+        "linear_logprob: `hidden` must be a matrix, got shape [3, 1, 4]",
+    ),
+    (
+        lambda: head(hidden=torch.zeros(N, D).long()),
+        "linear_logprob: `hidden` must be floating point, got torch.int64",
+    ),
+    (
+        lambda: head(target=ids(0, 1)),
+        "linear_logprob: `target` must have shape [3], got [2]",
+    ),
+    (
+        lambda: head(bias=torch.zeros(D)),
+        "linear_logprob: `bias` must have shape [5], got [4]",
+    ),
+    (lambda: head(softcap=0.0), "linear_logprob: `softcap` must be positive, got 0.0"),
+    (lambda: head(chunk=0), "linear_logprob: `chunk` must be at least 1, got 0"),
+    (
+        lambda: head(weight=torch.zeros(V, D, device="meta")),
+        "linear_logprob: `weight` must be on the device of `hidden` (cpu), got meta",
+    ),
+    (
+        lambda: ops.weighted_linear_logprob(
+            torch.zeros(N, D), torch.zeros(V, D), target(), torch.zeros(2)
+        ),
+        "weighted_linear_logprob: `coefficient` must have shape [3], got [2]",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), MESSAGES, ids=[m for _, m in MESSAGES])
+def test_message(call: Call, message: str) -> None:
+    with pytest.raises((ValueError, RuntimeError)) as caught:
+        call()
+    text = str(caught.value)
+    assert message in text
+    assert ".h:" not in text, "a path of the source is of no use to the caller"
+    assert ".cpp" not in text
+
+
+def test_the_first_of_several_bad_rows_is_named_whatever_the_threads() -> None:
+    y = torch.zeros(4096, dtype=torch.int64)
+    y[[100, 2000, 4000]] = torch.tensor([7, 8, 9])
+    for _ in range(5):
+        with pytest.raises(RuntimeError, match=r"got 7 at row 100$"):
+            ops.token_logprob(torch.zeros(4096, 5), y)
+
+
+def test_second_derivative_is_refused() -> None:
+    z = torch.zeros(N, V, dtype=F64, requires_grad=True)
+    (grad,) = torch.autograd.grad(ops.token_logprob(z, target()).logp.sum(), z, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        grad.sum().backward()
+
+
+def test_inplace_backward_twice_is_refused() -> None:
+    leaf = torch.zeros(N, V, requires_grad=True)
+    loss = ops.token_logprob(leaf * 2, target(), inplace_backward=True).logp.sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
