@@ -138,6 +138,7 @@ def extension(name: str, files: list[str], libraries: list[str], cuda: bool = Fa
         ],
         library_dirs=cpp_extension.library_paths(device_type="cuda" if cuda else "cpu"),
         libraries=libraries,
+        define_macros=[("USE_CUDA", None)] if cuda else [],  # torch's headers then show streams
         extra_compile_args={"cxx": CXX_FLAGS, "nvcc": [*NVCC_FLAGS, TORCH_TARGET]},
         language="c++",
     )
