@@ -1,0 +1,395 @@
+"""token_logprob against fp64, with eager PyTorch as the yardstick of accuracy.
+
+Sizes: 1, below one vector, ragged, the story models' vocabulary, GPT-2's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fdpg_fast import _build, ops, reference
+
+OP = torch.ops.fdpg.token_logprob.default
+BACKWARD = torch.ops.fdpg.token_logprob_backward.default
+BACKWARD_ = torch.ops.fdpg.token_logprob_backward_.default
+SIZES = [1, 7, 1000, 14019, 50257]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+RESULTS = ["logp", "lse", "entropy"]
+
+
+def rows(
+    n: int, vocab: int, dtype: torch.dtype = torch.float32, deviation: float = 3.0, seed: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Logits ``[n, vocab]`` like a language model's, every other row with a clear favourite."""
+    generator = torch.Generator().manual_seed(seed + n + vocab)
+    logits = deviation * torch.randn(n, vocab, generator=generator, dtype=torch.float64)
+    target = torch.randint(vocab, (n,), generator=generator)
+    favourite = torch.randint(vocab, (n,), generator=generator)
+    logits[torch.arange(0, n, 2), favourite[::2]] += 8 * deviation
+    target[::4] = favourite[::4]
+    return logits.to(dtype), target
+
+
+def eager(logits: Tensor, target: Tensor, **options: Any) -> ops.TokenLogprob:
+    """What people write, in fp32 (fp64 for fp64 logits)."""
+    return ops.TokenLogprob(*reference.token_logprob(logits, target, entropy=True, **options))
+
+
+def truth(logits: Tensor, target: Tensor, **options: Any) -> ops.TokenLogprob:
+    return eager(logits.double(), target, **options)
+
+
+def fused(logits: Tensor, target: Tensor, **options: Any) -> ops.TokenLogprob:
+    return ops.token_logprob(logits, target, entropy=True, **options)
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference; infinite where one is finite and the other is not."""
+    same = (got == expected) | (got.isnan() & expected.isnan())
+    gap = torch.where(same, 0.0, (got.double() - expected.double()).abs())
+    return float(gap.nan_to_num(nan=math.inf).max()) if gap.numel() else 0.0
+
+
+# --------------------------------------------------------------------------------------------------
+# Values
+
+
+@pytest.mark.parametrize("inv_temperature", [1.0, 0.7])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", SIZES)
+def test_no_less_accurate_than_eager(
+    vocab: int, dtype: torch.dtype, inv_temperature: float, cpu_isa: str
+) -> None:
+    logits, target = rows(9, vocab, dtype)
+    got = fused(logits, target, inv_temperature=inv_temperature)
+    plain = eager(logits, target, inv_temperature=inv_temperature)
+    exact = truth(logits, target, inv_temperature=inv_temperature)
+    for name in RESULTS:
+        value, expected = getattr(got, name), getattr(exact, name)
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        allowed = error(getattr(plain, name), expected) + 1e-5
+        assert error(value, expected) <= allowed, name
+        # And our own promise: one rounding of the result and 4e-7 besides.
+        unit = 1e-15 if dtype == torch.float64 else 6e-8
+        if inv_temperature == 1.0:
+            assert error(value, expected) <= unit * (float(expected.abs().max()) + 7), name
+
+
+def test_accuracy_does_not_suffer_from_an_offset() -> None:
+    """GPT-2's logits lie near -100; a log-prob is a small difference of large numbers there."""
+    logits, target = rows(16, 50257)
+    shifted = (logits - 100.0).round(decimals=0)  # exact in fp32, so the truth is the same row's
+    got, exact = fused(shifted, target), truth(shifted, target)
+    assert error(got.logp, exact.logp) <= 6e-8 * float(exact.logp.abs().max()) + 4e-7
+    assert error(got.entropy, exact.entropy) <= 2e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_minus_infinity_is_a_value(dtype: torch.dtype, cpu_isa: str) -> None:
+    """A masked vocabulary: allowed tokens only in a later block, or nowhere."""
+    logits, _ = rows(4, 3000, dtype)
+    logits[0, logits[0] < 0] = -math.inf
+    logits[1, :2500] = -math.inf
+    logits[2] = -math.inf
+    logits[2, 1234] = 3.0
+    logits[3] = -math.inf
+    target = torch.tensor([0, 2999, 1234, 5])
+    target[0] = (logits[0] == -math.inf).nonzero()[0, 0]
+    got, exact = fused(logits, target), truth(logits, target)
+    assert got.logp[0] == -math.inf
+    assert got.logp[2] == 0
+    assert got.entropy is not None
+    assert got.entropy[2] == 0
+    assert got.logp[3].isnan()
+    assert got.lse[3] == -math.inf
+    for name in RESULTS[:2]:
+        assert error(getattr(got, name), getattr(exact, name)) <= 1e-5
+    assert exact.entropy is not None
+    assert error(got.entropy[:3], exact.entropy[:3]) <= 1e-5
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("place", [0, 5, 1500, 2999])
+def test_nan_and_infinity_are_told(bad: float, place: int, cpu_isa: str) -> None:
+    logits, target = rows(3, 3000)
+    clean = fused(logits, target)
+    logits[1, place] = bad
+    target[1] = 7
+    got = fused(logits, target)
+    assert got.logp[1].isnan()
+    assert got.lse[1].isnan()
+    for row in (0, 2):  # the neighbours
+        assert got.logp[row] == clean.logp[row]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inv_temperature", [1.0, 0.7])
+def test_extreme_magnitudes(dtype: torch.dtype, inv_temperature: float, cpu_isa: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = (1e4 * (2 * torch.rand(6, 1000, generator=generator) - 1)).to(dtype)
+    logits[0] = 1e4
+    logits[1] = -1e4
+    logits[2], logits[2, 500] = -1e4, 1e4
+    logits[3] = torch.linspace(-1e4, 1e4, 1000)
+    logits[4] = torch.linspace(1e4, -1e4, 1000)
+    target = logits.float().argmax(-1)
+    target[5] = 17
+    got = fused(logits, target, inv_temperature=inv_temperature)
+    exact = truth(logits, target, inv_temperature=inv_temperature)
+    assert error(got.logp[:5], exact.logp[:5]) <= 1e-5
+    torch.testing.assert_close(got.logp.double(), exact.logp.double(), rtol=1e-6, atol=1e-5)
+    torch.testing.assert_close(got.lse.double(), exact.lse.double(), rtol=1e-6, atol=1e-5)
+    assert got.entropy is not None
+    torch.testing.assert_close(got.entropy.double(), exact.entropy, rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------
+# Shapes, masks, batches
+
+
+def test_empty_batch_and_leading_dimensions() -> None:
+    for name, value in (
+        fused(torch.zeros(0, 50), torch.zeros(0, dtype=torch.long))._asdict().items()
+    ):
+        assert value.shape == (0,), name
+    logits, target = rows(24, 77)
+    flat = fused(logits, target)
+    folded = fused(logits.view(2, 3, 4, 77), target.view(2, 3, 4))
+    for name in RESULTS:
+        assert torch.equal(getattr(folded, name).flatten(), getattr(flat, name))
+    one = fused(logits[0], target[0])
+    assert one.logp.shape == ()
+    assert one.logp == flat.logp[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", SIZES)
+def test_padding_is_not_read(vocab: int, dtype: torch.dtype, cpu_isa: str) -> None:
+    """Rows in a wider buffer, as a head with a padded vocabulary makes them."""
+    logits, target = rows(5, vocab, dtype)
+    wide = torch.full((5, vocab + 47), math.nan, dtype=dtype)
+    wide[:, :vocab] = logits
+    dense, padded = fused(logits, target), fused(wide[:, :vocab], target)
+    for name in RESULTS:
+        assert torch.equal(getattr(dense, name), getattr(padded, name))
+    every_other = fused(torch.stack([logits, wide[:, :vocab] * 0], dim=1)[:, 0], target)
+    assert torch.equal(every_other.logp, dense.logp)
+
+
+def test_masked_rows_are_not_read(cpu_isa: str) -> None:
+    logits, target = rows(6, 1000)
+    mask = torch.tensor([True, False, True, False, True, False])
+    clean = fused(logits, target)
+    poisoned = logits.clone()
+    poisoned[~mask] = math.nan
+    bad_target = torch.where(mask, target, torch.tensor([0, -1, 0, 1 << 40, 0, 1000]))
+    poisoned.requires_grad_()
+    got = fused(poisoned, bad_target, mask=mask)
+    for name in RESULTS:
+        value = getattr(got, name)
+        assert torch.equal(value, torch.where(mask, getattr(clean, name), 0.0)), name
+    got.logp.sum().backward()
+    assert poisoned.grad is not None
+    assert torch.equal(poisoned.grad[~mask], torch.zeros(3, 1000))
+    assert (poisoned.grad[mask] != 0).any(dim=1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, cpu_isa: str) -> None:
+    logits, target = rows(17, 14019, dtype)
+    whole, again = fused(logits, target), fused(logits, target)
+    order = torch.randperm(17, generator=torch.Generator().manual_seed(0))
+    moved = fused(logits[order], target[order])
+    alone = [fused(logits[i : i + 1], target[i : i + 1]) for i in range(17)]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        single = fused(logits, target)
+    finally:
+        torch.set_num_threads(threads)
+    for name in RESULTS:
+        value = getattr(whole, name)
+        assert torch.equal(value, getattr(again, name)), name
+        assert torch.equal(value, getattr(single, name)), name
+        assert torch.equal(value[order], getattr(moved, name)), name
+        assert torch.equal(value, torch.cat([getattr(one, name) for one in alone])), name
+    plain = ops.token_logprob(logits, target)  # without the entropy
+    assert plain.entropy is None
+    assert error(plain.logp, whole.logp) <= 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", SIZES)
+def test_instruction_sets_agree(vocab: int, dtype: torch.dtype, cpu_isa: str) -> None:
+    logits, target = rows(5, vocab, dtype)
+    here = fused(logits, target)
+    compiled = _build.load()
+    compiled.set_cpu_isa("portable")
+    portable = fused(logits, target)
+    compiled.set_cpu_isa(cpu_isa)
+    for name in RESULTS:
+        a, b = getattr(here, name), getattr(portable, name)
+        unit = 1e-15 if dtype == torch.float64 else 1.2e-7
+        assert error(a, b) <= unit * (float(b.abs().max()) + 4), name
+
+
+# --------------------------------------------------------------------------------------------------
+# Gradients
+
+
+def gradient(logits: Tensor, target: Tensor, weights: Tensor, op: Any, **options: Any) -> Tensor:
+    """Of a weighted sum of all three results, with weights ``[3, N]`` (zero: left out)."""
+    leaf = logits.detach().clone().requires_grad_()
+    got = op(leaf, target, **options)
+    total = torch.zeros((), dtype=got.logp.dtype)
+    for weight, value in zip(weights, got, strict=True):
+        if weight.any():
+            total = total + (weight.to(value.dtype) * value).sum()
+    (grad,) = torch.autograd.grad(total, leaf)
+    return grad
+
+
+WEIGHTS = {
+    "logp": torch.tensor([[1.0, -0.5, 2.0, 1.0, -3.0], [0] * 5, [0] * 5]),
+    "lse": torch.tensor([[0] * 5, [1.0, -0.5, 2.0, 1.0, -3.0], [0] * 5]),
+    "all": torch.tensor([[1.0, -1, 2, 0, 1], [0.5, 0, 1, -1, 1], [0.25, 1, 0.5, -0.5, 2]]),
+}
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("dtype", DTYPES[:3])  # fp64 has nothing wider; see test_gradcheck
+@pytest.mark.parametrize("vocab", [7, 1000, 14019])
+def test_gradient_within_twice_the_error_of_eager(
+    vocab: int, dtype: torch.dtype, weights: str, cpu_isa: str
+) -> None:
+    n = 60 if vocab <= 1000 else 20  # enough for the largest error to be no accident
+    logits, target = rows(n, vocab, dtype)
+    if dtype != torch.float16:
+        logits[n // 2 :] -= 100  # a log-sum-exp that fp32 rounds by 4e-6
+    w = WEIGHTS[weights].repeat(1, n // 5)
+    exact = gradient(logits.double(), target, w, truth)
+    got, plain = gradient(logits, target, w, fused), gradient(logits, target, w, eager)
+    assert got.dtype == dtype
+    assert error(got, exact) <= 2 * error(plain, exact) + torch.finfo(dtype).eps / 8
+
+
+def test_gradient_at_one_token_and_at_minus_infinity(cpu_isa: str) -> None:
+    one = gradient(torch.randn(5, 1), torch.zeros(5, dtype=torch.long), WEIGHTS["all"], fused)
+    torch.testing.assert_close(one, WEIGHTS["all"][1][:, None], rtol=0, atol=1e-6)
+    logits, target = rows(5, 1000)
+    logits[:, ::3] = -math.inf
+    target = target // 3 * 3 + 1
+    got = gradient(logits, target, WEIGHTS["all"], fused)
+    assert torch.equal(got[:, ::3], torch.zeros(5, 334))
+    exact = gradient(logits.double(), target, WEIGHTS["all"], truth)
+    finite = exact.isfinite()
+    assert error(got[finite], exact[finite]) <= 1e-5
+
+
+@pytest.mark.parametrize("inv_temperature", [1.0, 0.6])
+def test_gradcheck(inv_temperature: float) -> None:
+    logits, target = rows(4, 9, torch.float64, deviation=1.0)
+    logits.requires_grad_()
+    mask = torch.tensor([True, True, False, True])
+    for some in (None, mask):
+        assert torch.autograd.gradcheck(
+            lambda z, some=some: tuple(
+                fused(z, target, inv_temperature=inv_temperature, mask=some)
+            ),
+            logits,
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("vocab", SIZES)
+def test_in_place_gives_the_same_bits(
+    vocab: int, weights: str, dtype: torch.dtype, cpu_isa: str
+) -> None:
+    logits, target = rows(5, vocab, dtype)
+    mask = torch.tensor([True, True, False, True, True])
+    results = OP(logits, target, 0.9, mask, True)
+    g = WEIGHTS[weights].to(results[0].dtype)
+    grads = [row if row.any() else None for row in g]
+    out = BACKWARD(logits, target, *results[1:], *grads, 0.9, mask)
+    buffer = torch.full((5, vocab + 9), 42.0, dtype=dtype)
+    inside = buffer[:, :vocab]
+    inside.copy_(logits)
+    BACKWARD_(inside, target, *results[1:], *grads, 0.9, mask)
+    assert torch.equal(inside, out)
+    assert torch.equal(out, BACKWARD(logits, target, *results[1:], *grads, 0.9, mask))
+    assert (buffer[:, vocab:] == 42).all()
+
+
+def test_inplace_backward_through_autograd() -> None:
+    leaf, target = rows(5, 1000)
+    leaf.requires_grad_()
+    plain = leaf * 2.0
+    overwritten = leaf * 2.0
+    (expected,) = torch.autograd.grad(fused(plain, target).logp.sum(), leaf)
+    logp = fused(overwritten, target, inplace_backward=True).logp.sum()
+    (got,) = torch.autograd.grad(logp, leaf, retain_graph=True)
+    assert torch.equal(got, expected)
+    assert torch.equal(overwritten.detach(), expected / 2.0)  # where the logits were
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(logp, leaf)
+    with pytest.raises(ValueError, match="must be a contiguous intermediate result"):
+        fused(leaf, target, inplace_backward=True)
+
+
+def test_rows_without_gradient_are_not_read(cpu_isa: str) -> None:
+    logits, target = rows(4, 1000)
+    lse = OP(logits, target, 1.0, None, False)[1]
+    logits[2] = math.nan
+    g = torch.tensor([1.0, -1.0, 0.0, 2.0])
+    out = BACKWARD(logits, target, lse, None, g, None, None, 1.0, None)
+    assert torch.equal(out[2], torch.zeros(1000))
+    assert out.isfinite().all()
+    # Each row of d logp / d logits sums to zero.
+    assert float(out.sum(dim=1).abs().max()) <= 1e-5
+
+
+# --------------------------------------------------------------------------------------------------
+# As an op
+
+
+def test_opcheck() -> None:
+    logits, target = rows(4, 33, torch.bfloat16)
+    mask = torch.tensor([True, False, True, True])
+    torch.library.opcheck(OP, (logits.float().requires_grad_(), target))
+    torch.library.opcheck(OP, (logits.requires_grad_(), target, 0.5, mask, True))
+    logits.requires_grad_(False)
+    lse, entropy = OP(logits, target, 1.0, mask, True)[1:]
+    g = torch.ones(4)
+    for backward in (BACKWARD, BACKWARD_):
+        torch.library.opcheck(backward, (logits, target, lse, entropy, g, None, g, 1.0, mask))
+
+
+LOGITS, TARGET = torch.zeros(2, 3), torch.tensor([0, 1])
+
+
+@pytest.mark.parametrize(
+    ("logits", "target", "message"),
+    [
+        (LOGITS, torch.tensor([0, 3]), r"`target` must be in \[0, 3\), got 3 at row 1"),
+        (LOGITS, torch.tensor([-100, 1]), r"`target` must be in \[0, 3\), got -100 at row 0"),
+        (LOGITS, TARGET.int(), r"`target` must be int64, got int32"),
+        (LOGITS.long(), TARGET, r"`logits` must be float32 or .*, got int64|Long"),
+        (torch.zeros(3, 2).t(), TARGET, r"`logits` must be contiguous along vocab"),
+    ],
+)
+def test_messages(logits: Tensor, target: Tensor, message: str) -> None:
+    with pytest.raises(RuntimeError, match="token_logprob: " + message):
+        ops.token_logprob(logits, target)
+
+
+def test_shape_messages() -> None:
+    with pytest.raises(ValueError, match="token_logprob: `target` must have the shape"):
+        ops.token_logprob(LOGITS, torch.tensor([0]))
+    with pytest.raises(ValueError, match="token_logprob: `mask` must have shape"):
+        ops.token_logprob(LOGITS, TARGET, mask=torch.tensor([True]))
