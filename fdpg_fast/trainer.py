@@ -137,6 +137,7 @@ class Trainer:
             weight_decay=optimiser.weight_decay,
         )
         self.steps_done = 0
+        self._saved = 0  # steps done at the newest checkpoint
         self._prepared = False
         self._pending: list[_Pending] = []
         self._watch = _Watch()
@@ -185,11 +186,13 @@ class Trainer:
             try:
                 while self.steps_done < config.steps and interruption.signal is None:
                     self.step()
-                    last = self.steps_done == config.steps or interruption.signal is not None
-                    if last or self.steps_done % config.log_every == 0:
+                    if self.steps_done % config.log_every == 0:
                         self._flush()
-                    if last or self.steps_done % config.checkpoint_every == 0:
+                    if self.steps_done % config.checkpoint_every == 0:
                         self.save_checkpoint()
+                self._flush()
+                if self._saved != self.steps_done:
+                    self.save_checkpoint()
             finally:
                 self._flush()
                 self.display.stop()
@@ -282,13 +285,14 @@ class Trainer:
     ) -> None:
         """q <- pi if pi is closer to p, as samples of q tell that pi was not yet trained on.
 
-        KL-adaptive DPG (arXiv 2012.11635, Algorithm 1), with the divergence of this run.
+        KL-adaptive DPG (arXiv 2012.11635, Algorithm 1). By KL(p || .) whatever the run minimises:
+        it is an expectation under p, which q covers, while mass of pi where q has no samples
+        would go unseen.
         """
         if self.proposal is self.policy:
             return
         if (self.steps_done + 1) % self.config.sampling.proposal_every:
             return
-        known = self.divergence if self.divergence.f or not self.divergence.is_custom else _KL
 
         def terms(log_prob: Tensor) -> Tensor:
             return ops.fdiv_terms(
@@ -297,7 +301,7 @@ class Trainer:
                 scores.log_score,
                 log_z,
                 rollout.prompt_index,
-                divergence=known,
+                divergence=_KL,
             )
 
         if bool((terms(rollout.log_q) - terms(update.log_pi)).nanmean() > 0):
@@ -338,6 +342,11 @@ class Trainer:
         limit = self.config.run.max_gap or MAX_GAP[self.policy.compute]
         if math.isfinite(norm) and not mean_gap > limit:
             return grad_norm
+        wrong = [
+            name
+            for name, p in self.parameters.items()
+            if p.grad is not None and not bool(p.grad.isfinite().all())
+        ]
         self.optimiser.zero_grad()
         if mean_gap > limit:
             raise TrainingError(
@@ -346,14 +355,9 @@ class Trainer:
                 "The model is as it was before this step. Way out: --model.attention eager or "
                 "--model.compute fp32; or raise run.max_gap"
             )
-        names = [
-            name
-            for name, p in self.parameters.items()
-            if p.grad is not None and not bool(p.grad.isfinite().all())
-        ]
         raise TrainingError(
             f"step {self.steps_done + 1}: the gradient expected finite numbers, got {norm} in "
-            f"{', '.join(names[:3]) or 'its norm'}{' and others' if len(names) > 3 else ''}, from "
+            f"{', '.join(wrong[:3]) or 'its norm'}{' and others' if len(wrong) > 3 else ''}, from "
             f"{len(rollout)} samples. The model is as it was before this step. Way out: "
             "objective.reward_clip, a lower learning rate, or --model.compute fp32"
         )
@@ -566,11 +570,13 @@ class Trainer:
         if self.proposal is not self.policy:
             tensors["proposal"] = dict(self.proposal.model.named_parameters())
         facts = {"seed": self.config.run.seed, "lambdas": self.target.state_dict()}
-        return checkpoint.save(
+        path = checkpoint.save(
             self.run.checkpoints,
             Checkpoint(self.steps_done, tensors, facts),
             keep=self.config.run.keep_checkpoints,
         )
+        self._saved = self.steps_done
+        return path
 
     def load_checkpoint(self, path: Path) -> None:
         """Continues exactly where :meth:`save_checkpoint` was called.
@@ -595,7 +601,7 @@ class Trainer:
             self.baseline_state.copy_(state.pop("baseline"))
         self.partition.load_state_dict(state)
         self.target.load_state_dict(saved.facts["lambdas"])
-        self.steps_done = saved.step
+        self.steps_done = self._saved = saved.step
         self._prepared = True
 
     def _open_run(self, out: str | Path, resume: bool) -> None:

@@ -11,9 +11,28 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-WORDS = (
-    "<end> once there was a dog cat she he her his ran sat big small sun moon and the saw"
-).split()
+WORDS = [
+    "<end>",
+    "once",
+    "there",
+    "was",
+    "a",
+    "dog",
+    "cat",
+    "she",
+    "he",
+    "her",
+    "his",
+    "ran",
+    "sat",
+    "big",
+    "small",
+    "sun",
+    "moon",
+    "and",
+    "the",
+    "saw",
+]
 
 
 def write_tiny_model(folder: Path, *, seed: int = 0, context: int = 32) -> Path:

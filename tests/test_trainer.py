@@ -1,0 +1,594 @@
+"""The trainer: what a step does, what it refuses, and that resuming changes nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny import write_tiny_model
+
+import fdpg_fast as fdpg
+from fdpg_fast import checkpoint, ops
+from fdpg_fast import trainer as training
+from fdpg_fast.config import ConfigError
+from fdpg_fast.progress import SilentDisplay
+from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
+from fdpg_fast.targets import Base, Target
+from fdpg_fast.trainer import Trainer, TrainingError
+
+SETTINGS: dict[str, Any] = {
+    "max_new_tokens": 6,
+    "samples_per_prompt": 32,
+    "learning_rate": 3e-3,
+    "steps": 6,
+    "evaluation_samples": 0,
+    "table_every": 2,
+}
+
+
+class Listener(SilentDisplay):
+    """A display that keeps what it is told, and may act on it."""
+
+    def __init__(self, at_step: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        self.warnings: list[str] = []
+        self.records: list[Mapping[str, Any]] = []
+        self._at_step = at_step
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def step(self, record: Mapping[str, Any], timing: Mapping[str, Any]) -> None:
+        self.records.append(record)
+        if self._at_step:
+            self._at_step(record)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """The model is far too small to share: threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Two seconds of plots for each run are only drawn where they are looked at."""
+    if "plots" not in request.node.name:
+        monkeypatch.setattr(training, "write_report", lambda runs, path: path)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def base(folder: Path) -> Base:
+    return fdpg.load(str(folder))
+
+
+def dogs(base: Base) -> Target:
+    return base.constrain({fdpg.contains("dog"): 1.0})
+
+
+def trainer(target: Target, **settings: Any) -> Trainer:
+    given = {"display": Listener(), "prompts": "once there was", **SETTINGS, **settings}
+    return Trainer(target, **given)
+
+
+def weights(of: Trainer) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in of.parameters.items()}
+
+
+def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+
+# ---- a step ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", ["js", "kl", "tv", "alpha(0.5)"])
+def test_samples_move_to_the_target(base: Base, divergence: str) -> None:
+    listener = Listener()
+    run = trainer(
+        dogs(base), divergence=divergence, steps=40, samples_per_prompt=64, display=listener
+    )
+    run.train()
+    moments = [record["moment: contains 'dog'"] for record in listener.records]
+    assert sum(moments[-5:]) / 5 > sum(moments[:5]) / 5 + 0.25
+    assert all(record["gap_max"] < 1e-4 for record in listener.records)
+    assert listener.warnings == []
+
+
+def test_a_step_matches_the_formula_in_plain_pytorch(base: Base) -> None:
+    """theta <- AdamW of mean_i w_i grad log pi(x_i), all of it written out."""
+    run = trainer(dogs(base), baseline="none", learning_rate=1e-2)
+    rollout = run.draw(run.policy, run.prompts.batch(0), 0)
+    dog = torch.tensor(["dog" in text.split() for text in rollout.texts])
+    log_z = dog.double().mean().log()  # samples of the base: P/q is one or zero
+    log_t = torch.where(dog, log_z, math.inf)  # log pi - log P + log Z, with pi = a
+    weight = -(math.log(2) - torch.nn.functional.softplus(-log_t))
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(base.model.name)
+    model.train(False)
+    total = torch.zeros(())
+    for i, row in enumerate(rollout.tokens):
+        start, end = 3, 3 + int(rollout.lengths[i])
+        logits = model(row[None, :end]).logits[0, start - 1 : end - 1]
+        logp = logits.log_softmax(-1).gather(1, row[start:end, None]).sum()
+        total = total - weight[i].float() * logp / len(rollout)
+    torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0).zero_grad()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    total.backward()
+    expected = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    optimiser.step()
+
+    seen: dict[str, torch.Tensor] = {}
+    move = run._move
+
+    def look(norm: torch.Tensor) -> None:
+        seen.update({n: p.grad.clone() for n, p in run.parameters.items() if p.grad is not None})
+        move(norm)
+
+    run._move = look  # type: ignore[method-assign]
+    run.step()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(seen[name], gradient, rtol=1e-3, atol=1e-6)
+    for name, parameter in model.named_parameters():
+        large = expected[name].abs() > 1e-5  # Adam turns rounding of tiny gradients into steps
+        torch.testing.assert_close(
+            run.parameters[name][large], parameter.detach()[large], rtol=1e-3, atol=1e-4
+        )
+
+
+@pytest.mark.parametrize("micro_batch", [1, 7, 32])
+def test_the_micro_batch_does_not_change_the_gradient(base: Base, micro_batch: int) -> None:
+    norms = []
+    for size in (None, micro_batch):
+        listener = Listener()
+        run = trainer(dogs(base), micro_batch=size, steps=1, display=listener)
+        run.train()
+        norms.append(listener.records[0]["grad_norm"])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_on_policy_weights_come_from_the_sampler(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+    original = ops.fdiv_weights
+
+    def spy(log_pi: torch.Tensor, log_q: torch.Tensor, *rest: Any, **named: Any) -> ops.Weights:
+        asked.append((log_pi.clone(), log_q.clone()))
+        return original(log_pi, log_q, *rest, **named)
+
+    monkeypatch.setattr(ops, "fdiv_weights", spy)
+    run = trainer(dogs(base), steps_per_batch=3)
+    run.step()
+    assert torch.equal(*asked[0])
+    for again in (1, 2):  # later steps on the same samples score them again
+        assert torch.equal(asked[again][1], asked[0][1])
+        assert 1e-4 < (asked[again][0] - asked[again][1]).abs().max() < 10
+    assert not torch.equal(asked[1][0], asked[2][0])
+
+
+def test_a_lagging_proposal_follows_only_a_better_policy(base: Base) -> None:
+    run = trainer(
+        dogs(base), adaptive_proposal=True, proposal_every=3, samples_per_prompt=128, steps=40
+    )
+
+    def proposal() -> dict[str, torch.Tensor]:
+        return {n: p.detach().clone() for n, p in run.proposal.model.named_parameters()}
+
+    start = proposal()
+    for _ in range(2):
+        run.step()
+        assert same(proposal(), start)  # not before proposal_every steps
+    with torch.no_grad():
+        for parameter in run.parameters.values():
+            parameter.add_(torch.randn_like(parameter))  # now the policy is far worse
+    run.step()
+    assert same(proposal(), start)
+
+    better = trainer(
+        dogs(base), adaptive_proposal=True, proposal_every=3, samples_per_prompt=128, steps=40
+    )
+    first = {n: p.detach().clone() for n, p in better.proposal.model.named_parameters()}
+    for _ in range(12):
+        better.step()
+    now = {n: p.detach().clone() for n, p in better.proposal.model.named_parameters()}
+    assert not same(now, first)
+
+
+def test_a_lagging_proposal_reaches_the_target_too(base: Base) -> None:
+    listener = Listener()
+    run = trainer(
+        dogs(base),
+        adaptive_proposal=True,
+        proposal_every=4,
+        samples_per_prompt=64,
+        steps=40,
+        display=listener,
+    )
+    run.train()
+    moments = [record["moment: contains 'dog'"] for record in listener.records]
+    assert sum(moments[-5:]) / 5 > sum(moments[:5]) / 5 + 0.25
+    assert all(record["gap_max"] < 1e-4 for record in listener.records)
+
+
+def test_moments_are_fitted_before_training(base: Base) -> None:
+    target = base.constrain({fdpg.words(["she", "her"]): 0.8})
+    run = trainer(target, fit_samples=512, steps=2)
+    run.train()
+    assert not target.needs_fit
+    assert 0 < next(iter(target.lambdas.values())) < 5
+
+
+def test_log_z_can_be_frozen_before_training(base: Base) -> None:
+    listener = Listener()
+    trainer(dogs(base), log_z="frozen", log_z_samples=512, steps=3, display=listener).train()
+    assert len({record["log_z"] for record in listener.records}) == 1
+
+
+def test_prompts_of_unequal_length(base: Base) -> None:
+    listener = Listener()
+    run = trainer(
+        dogs(base),
+        prompts=["once", "there was a cat and", "she"],
+        prompts_per_step=2,
+        samples_per_prompt=16,
+        display=listener,
+    )
+    run.train()
+    assert all(record["gap_max"] < 1e-4 for record in listener.records)
+    assert listener.records[-1]["samples"] == 6 * 32
+
+
+@pytest.mark.filterwarnings("ignore:.*is your own:UserWarning")
+def test_a_users_own_divergence(base: Base) -> None:
+    tanh = fdpg.Divergence.custom(torch.tanh, name="tanh", f_prime_inf=1.0)
+    run = trainer(dogs(base), divergence=tanh, steps=2)
+    before = weights(run)
+    run.train()
+    assert not same(weights(run), before)
+    assert run.config.objective.divergence == "tanh"
+
+
+def test_the_learning_rate_is_a_function_of_the_step(base: Base) -> None:
+    def rates(**settings: Any) -> list[float]:
+        run = trainer(dogs(base), steps=6, learning_rate=1.0, **settings)
+        return [round(run.learning_rate(step), 4) for step in range(6)]
+
+    assert rates() == [1.0] * 6
+    assert rates(warmup_steps=4) == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+    assert rates(warmup_steps=2, schedule="linear") == [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    cosine = rates(schedule="cosine")
+    assert cosine[0] == 1.0
+    assert cosine[3] == 0.5
+    assert cosine == sorted(cosine, reverse=True)
+
+
+def test_gradients_are_clipped_to_the_norm(base: Base) -> None:
+    run = trainer(dogs(base), max_grad_norm=1e-3)
+    norms: list[float] = []
+    step = run.optimiser.step
+
+    def look(*args: Any) -> None:
+        gradients = [p.grad for p in run.parameters.values() if p.grad is not None]
+        norms.append(torch.nn.utils.get_total_norm(gradients).item())
+        step(*args)
+
+    run.optimiser.step = look  # type: ignore[assignment, method-assign]
+    run.step()
+    assert norms == [pytest.approx(1e-3, rel=1e-2)]
+
+
+def test_activation_checkpointing_changes_nothing_but_memory(folder: Path) -> None:
+    norms = []
+    for on in (False, True):
+        listener = Listener()
+        base = fdpg.load(str(folder), activation_checkpointing=on)
+        trainer(dogs(base), steps=2, display=listener).train()
+        norms.append([record["grad_norm"] for record in listener.records])
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+
+
+def test_bf16_compute_trains_with_fp32_weights(folder: Path) -> None:
+    listener = Listener()
+    base = fdpg.load(str(folder), compute="bf16")
+    run = trainer(dogs(base), steps=2, display=listener)
+    run.train()
+    assert {p.dtype for p in run.parameters.values()} == {torch.float32}
+    assert all(record["gap_mean"] < 5e-2 for record in listener.records)
+
+
+# ---- what stops a run --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "reverse_chi2", "jeffreys", "alpha(2)"])
+def test_a_divergence_that_is_infinite_on_the_target_is_refused(
+    base: Base, tmp_path: Path, divergence: str
+) -> None:
+    with pytest.raises(ConfigError, match=r"smooth.*reward.*js"):
+        trainer(dogs(base), divergence=divergence, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    trainer(dogs(base).smooth(1e-3), divergence=divergence, steps=1).train()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"divergence": "jz"}, "Did you mean 'js'"),
+        ({"baseline": "loop"}, "Did you mean 'loo'"),
+        ({"baseline": "analytic"}, "kl only"),
+        ({"step": 3}, "unknown key `step`"),
+        ({"samples_per_prompt": 0}, "at least 1"),
+        ({"prompts_per_step": 2}, "prompts_per_step"),
+        ({"prompts": "once " * 40}, "do not fit the 32 tokens"),
+        ({"prompts": ["once", " "]}, "prompt 1"),
+        ({"prompts": []}, "at least one"),
+    ],
+)
+def test_settings_that_cannot_be(base: Base, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        trainer(dogs(base), **settings)
+
+
+def test_a_weight_that_is_not_finite_stops_before_the_model_changes(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(dogs(base))
+    run.step()
+    before = weights(run)
+    original = ops.fdiv_weights
+
+    def broken(*args: Any, **named: Any) -> ops.Weights:
+        made = original(*args, **named)
+        made.weights[[3, 5]] = math.nan
+        return made
+
+    monkeypatch.setattr(ops, "fdiv_weights", broken)
+    with pytest.raises(TrainingError, match=r"step 2: `weights` .* got nan for 2 samples \(3, 5\)"):
+        run.step()
+    assert same(weights(run), before)
+    assert run.steps_done == 1
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_model_changes(base: Base) -> None:
+    run = trainer(dogs(base))
+    before = weights(run)
+    accumulate = run.policy.accumulate_gradient
+    name = "transformer.h.1.mlp.c_fc.weight"
+
+    def broken(*args: Any, **named: Any) -> torch.Tensor:
+        result = accumulate(*args, **named)
+        gradient = run.parameters[name].grad
+        assert gradient is not None
+        gradient[0, 0] = math.inf
+        return result
+
+    run.policy.accumulate_gradient = broken  # type: ignore[method-assign]
+    with pytest.raises(TrainingError, match=rf"step 1: the gradient .* {name}"):
+        run.train()
+    assert same(weights(run), before)
+    assert all(p.grad is None for p in run.parameters.values())
+
+
+def test_a_trainer_that_disagrees_with_the_sampler_stops(base: Base) -> None:
+    run = trainer(dogs(base))
+    before = weights(run)
+    accumulate = run.policy.accumulate_gradient
+    run.policy.accumulate_gradient = (  # type: ignore[method-assign]
+        lambda *args, **named: accumulate(*args, **named) + 0.01
+    )
+    with pytest.raises(TrainingError, match=r"disagree by 0\.01 nats per token"):
+        run.train()
+    assert same(weights(run), before)
+    run.config = run.config.replace(max_gap=0.1)
+    run.step()
+
+
+def test_a_rewards_overflow_is_explained(base: Base) -> None:
+    huge = fdpg.function(lambda texts: [1e200 * ("dog" in t) for t in texts], name="huge")
+    run = trainer(base.reward(huge, beta=1e-100), divergence="reverse_kl")
+    before = weights(run)
+    with pytest.raises(TrainingError, match="reward_clip"):
+        run.train()
+    assert same(weights(run), before)
+
+
+def test_a_target_nobody_hits_is_said(base: Base) -> None:
+    listener = Listener()
+    run = trainer(base.constrain({fdpg.contains("zebra"): 1.0}), display=listener)
+    before = weights(run)
+    run.train()
+    assert same(weights(run), before)
+    assert all(record["n_skipped"] == 32 for record in listener.records)
+    assert [w for w in listener.warnings if "no sample was possible" in w]
+
+
+def test_a_run_that_leaves_the_language_is_said_loudly(base: Base) -> None:
+    listener = Listener()
+    run = trainer(dogs(base), learning_rate=1.0, steps=12, samples_per_prompt=16, display=listener)
+    run.train()
+    assert listener.records[-1]["kl_to_base"] > 10
+    assert any("running away" in w and "learning rate" in w for w in listener.warnings)
+
+
+def test_a_scorer_that_raises_is_named(base: Base) -> None:
+    def fragile(texts: Sequence[str]) -> list[float]:
+        return [1 / 0 for _ in texts]
+
+    with pytest.raises(fdpg.ScorerError, match="fragile: raised ZeroDivisionError"):
+        trainer(base.reward(fragile, beta=1.0)).train()
+
+
+# ---- folders, checkpoints, resuming ------------------------------------------------------------
+
+
+def demanding(base: Base) -> tuple[Target, dict[str, Any]]:
+    """A run with every kind of state: fitted lambdas, a moving baseline, a lagging proposal."""
+    target = base.constrain({fdpg.words(["she", "her"]): 0.7})
+    settings = {
+        "baseline": "ema(0.9)",
+        "adaptive_proposal": True,
+        "proposal_every": 2,
+        "steps_per_batch": 2,
+        "fit_samples": 256,
+        "schedule": "cosine",
+        "max_grad_norm": 1.0,
+        "prompts": ["once", "there was a cat and", "she"],
+        "prompts_per_step": 2,
+    }
+    return target, settings
+
+
+def plain(base: Base) -> tuple[Target, dict[str, Any]]:
+    return dogs(base), {}
+
+
+def content(run: Path) -> dict[str, bytes]:
+    names = ("model/model.safetensors", "metrics.jsonl", "samples.jsonl")
+    return {name: (run / name).read_bytes() for name in names}
+
+
+@pytest.mark.parametrize("kind", [plain, demanding])
+def test_resume_is_bit_exact(
+    folder: Path, tmp_path: Path, kind: Callable[[Base], tuple[Target, dict[str, Any]]]
+) -> None:
+    """Six steps are three and three, byte for byte: weights, metrics and samples."""
+
+    def run(out: str, **more: Any) -> None:
+        target, settings = kind(fdpg.load(str(folder)))  # as in another process
+        trainer(target, out=tmp_path / out, **{**settings, **more}).train()
+
+    run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("parts", display=Listener(at_step=lambda r: interrupt(r, 3, signal.SIGINT)))
+    run("parts", resume=True)
+    assert content(tmp_path / "whole") == content(tmp_path / "parts")
+
+
+def interrupt(record: Mapping[str, Any], step: int, number: signal.Signals) -> None:
+    if record["step"] == step:
+        os.kill(os.getpid(), number)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_another(base: Base, tmp_path: Path) -> None:
+    for out, seed in (("a", 1), ("b", 1), ("c", 2)):
+        trainer(dogs(base), out=tmp_path / out, seed=seed, steps=3).train()
+    a, b, c = (content(tmp_path / out) for out in "abc")
+    assert a == b
+    assert a["model/model.safetensors"] != c["model/model.safetensors"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, None), (signal.SIGTERM, 143)])
+def test_signals_save_before_they_stop(
+    base: Base, tmp_path: Path, number: signal.Signals, code: int | None
+) -> None:
+    earlier = signal.getsignal(number)
+    # It comes while a step is shown, before the step's checkpoint: it must wait for that.
+    display = Listener(at_step=lambda r: interrupt(r, 2, number))
+    run = trainer(dogs(base), out=tmp_path / "run", display=display)
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as raised:
+        run.train()
+    assert getattr(raised.value, "code", None) == code
+    newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    assert checkpoint.load(newest).step == 2
+    assert signal.getsignal(number) == earlier
+
+
+def test_lines_after_the_checkpoint_are_written_again(base: Base, tmp_path: Path) -> None:
+    """A process that died hard has logged steps that its newest checkpoint does not hold."""
+    out = tmp_path / "run"
+    trainer(dogs(base), out=out, steps=4, checkpoint_every=2).train()
+    whole = content(out)
+    run = RunDirectory(out)
+    checkpoints = sorted(run.checkpoints.iterdir())
+    (checkpoints[-1] / "manifest.json").unlink()  # as if it had never been finished
+    trainer(dogs(base), out=out, steps=4, checkpoint_every=2, resume=True).train()
+    assert content(out) == whole
+    assert [r["step"] for r in run.read("metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_resume_can_add_steps_and_refuses_other_changes(base: Base, tmp_path: Path) -> None:
+    trainer(dogs(base), out=tmp_path / "run", steps=2).train()
+    more = trainer(dogs(base), out=tmp_path / "run", steps=3, resume=True)
+    assert more.steps_done == 2
+    more.train()
+    assert more.steps_done == 3
+    with pytest.raises(RunDirectoryError, match=r"another optimiser\.learning_rate"):
+        trainer(dogs(base), out=tmp_path / "run", learning_rate=1.0, resume=True)
+    with pytest.raises(RunDirectoryError, match="--resume"):
+        trainer(dogs(base), out=tmp_path / "run")
+
+
+def test_another_models_checkpoint_is_refused(base: Base, tmp_path: Path) -> None:
+    trainer(dogs(base), out=tmp_path / "run", steps=1).train()
+    newest = checkpoint.latest(tmp_path / "run" / "checkpoints")
+    assert newest is not None
+    other = fdpg.load(str(write_tiny_model(tmp_path / "other", context=16)))
+    with pytest.raises(fdpg.CheckpointError, match="another model's"):
+        trainer(dogs(other)).load_checkpoint(newest)
+
+
+def test_what_a_run_leaves_on_the_disk_plots_included(base: Base, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    run = trainer(dogs(base), out=out, evaluation_samples=32, checkpoint_every=2)
+    evaluation = run.train()
+    assert sorted(p.name for p in out.iterdir()) == [
+        *("README.md", "checkpoints", "config.yaml", "evaluation.json", "metrics.jsonl"),
+        *("model", "report.html", "run.json", "samples.jsonl", "timing.jsonl"),
+    ]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step-000004", "step-000006"]
+    assert evaluation is not None
+    assert evaluation["tuned"]["moment: contains 'dog'"][0] > 0
+    assert json.loads((out / "evaluation.json").read_text())["samples"] == 32
+    assert not [p for p in out.rglob("*") if p.suffix in (".pt", ".bin", ".pkl", ".pth")]
+    card = (out / "model" / "README.md").read_text()
+    assert "contains 'dog'" in card
+    assert "from_pretrained" in card
+
+
+def test_transformers_loads_the_tuned_model_with_the_same_logprobs(
+    base: Base, tmp_path: Path
+) -> None:
+    run = trainer(dogs(base), out=tmp_path / "run")
+    run.train()
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run" / "model")
+    rollout = run.draw(run.policy, run.prompts.batch(0), 0)
+    for i in range(8):
+        row = tokenizer("once there was")["input_ids"] + tokenizer(rollout.texts[i])["input_ids"]
+        row += [0] * bool(rollout.finished[i])
+        assert row == rollout.tokens[i, : len(row)].tolist()
+        logits = model(torch.tensor([row])).logits[0, 2:-1]
+        logp = logits.log_softmax(-1).gather(1, torch.tensor(row[3:])[:, None]).sum()
+        assert logp.item() == pytest.approx(rollout.log_q[i].item(), abs=1e-4)
+
+
+def test_nothing_is_written_without_a_folder(
+    base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    trainer(dogs(base), steps=2).train()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_numbers_are_read_at_once_every_few_steps(base: Base, tmp_path: Path) -> None:
+    listener = Listener()
+    trainer(dogs(base), out=tmp_path / "run", log_every=4, display=listener).train()
+    assert [record["step"] for record in listener.records] == [4, 6]
+    records = RunDirectory(tmp_path / "run").read("metrics.jsonl")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
