@@ -52,14 +52,20 @@ ctest: venv ## the torch-free kernels and their C++ tests
 cuda-compile: venv ## nvcc compiles every CUDA file and its binding for sm_80 and sm_90; no GPU needed
 	cmake -S . -B build/cuda -G Ninja -DFDPG_CUDA=ON -DFDPG_TORCH_INCLUDE="$$($(BIN)/python -c \
 	  'from torch.utils.cpp_extension import include_paths; print(";".join(include_paths()))')"
-	cmake --build build/cuda --target fdpg_cuda fdpg_cuda_binding
+	cmake --build build/cuda --target fdpg_cuda fdpg_cuda_binding gpu_tests
 
 bench: install ## every benchmark
 	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o addopts=--strict-markers -s
 
-gpu: venv ## on a machine with a GPU: builds the CUDA extension and runs every test
+gpu: venv ## on a machine with a GPU: the CUDA extension, every test, compute-sanitizer, benchmarks
 	FDPG_CUDA=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[test,check]"
+	cmake -S . -B build/gpu -G Ninja -DFDPG_CUDA=ON -DCMAKE_CUDA_ARCHITECTURES=native
+	cmake --build build/gpu --target gpu_tests
+	ctest --test-dir build/gpu -L gpu --output-on-failure
+	for test in build/gpu/tests/gpu_*; do for tool in memcheck racecheck synccheck; do \
+	  compute-sanitizer --error-exitcode 1 --tool $$tool $$test; done; done
 	$(BIN)/python -m pytest
+	$(MAKE) bench
 
 clean: ## build products; keeps .venv and runs
 	rm -rf build dist *.egg-info fdpg_fast/_C*.so .venv/installed

@@ -83,7 +83,8 @@ bool ordered(const Access& before, const Access& now, bool shared) {
          before.clock <= r.threads[now.thread].clock[before.thread % 32];
 }
 
-// "file.cuh:123" of an instruction, by addr2line; the bare address where there is none.
+// "file.cuh:123" of an instruction, by addr2line: the innermost inlined call that is the kernel's
+// and not simt.h's. The bare address where there is no addr2line.
 std::string source_line(const void* pc) {
   uintptr_t load_address = 0;
   auto first_object = [](dl_phdr_info* info, std::size_t, void* out) {
@@ -91,15 +92,18 @@ std::string source_line(const void* pc) {
     return 1;
   };
   dl_iterate_phdr(first_object, &load_address);
-  char command[128], line[512] = "";
+  char command[128], line[512], result[512] = "";
   std::snprintf(command, sizeof command, "addr2line -sie /proc/%d/exe %#zx 2>/dev/null",
                 int(getpid()), std::size_t(uintptr_t(pc) - load_address - 1));
   if (FILE* pipe = popen(command, "r")) {
-    if (std::fgets(line, sizeof line, pipe)) line[std::strcspn(line, " \n")] = 0;
+    while (std::fgets(line, sizeof line, pipe)) {
+      line[std::strcspn(line, " \n")] = 0;
+      if (!*result && std::strncmp(line, "simt.h:", 7) != 0) std::strcpy(result, line);
+    }
     pclose(pipe);
   }
-  if (!*line) std::snprintf(line, sizeof line, "pc %p", pc);
-  return line;
+  if (!*result) std::snprintf(result, sizeof result, "pc %p", pc);
+  return result;
 }
 
 void report(const char* what, const Access& now, const char* how, const Access& before, bool shared,

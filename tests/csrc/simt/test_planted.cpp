@@ -11,7 +11,12 @@
 
 namespace {
 
-using fdpg::cuda::launch;
+template <class... Params, class... Args>
+void launch(void (*kernel)(Params...), int blocks, int threads, std::size_t shared_bytes,
+            Args... args) {
+  run_on_device(
+      [&] { return fdpg::cuda::launch(kernel, blocks, threads, shared_bytes, nullptr, args...); });
+}
 
 constexpr int kThreads = 64;
 constexpr unsigned kAll = 0xffffffffu;
@@ -26,7 +31,7 @@ __global__ void copy(const float* from, float* to, int n) {
 // A tail that is one vector too long.
 void global_oob(bool bug) {
   Buffer<float> from(100), to(128);
-  launch(copy, 1, kThreads, 0, nullptr, from.data(), to.data(), bug ? 101 : 100);
+  launch(copy, 1, kThreads, 0, from.data(), to.data(), bug ? 101 : 100);
 }
 
 // A row of an odd vocabulary, read as if rows began at 16-byte boundaries.
@@ -38,7 +43,7 @@ __global__ void copy_vectors(const float* from, uint4* to, int n) {
 void misaligned_vector(bool bug) {
   Buffer<float> from(129, bug ? 1 : 0);
   Buffer<uint4> to(32);
-  launch(copy_vectors, 1, kThreads, 0, nullptr, from.data(), to.data(), 32);
+  launch(copy_vectors, 1, kThreads, 0, from.data(), to.data(), 32);
 }
 
 // One slot per warp, and a warp too many.
@@ -50,7 +55,7 @@ __global__ void warp_sums(float* out, int shift) {
 }
 void static_shared_oob(bool bug) {
   Buffer<float> out(1);
-  launch(warp_sums, 1, bug ? kThreads : 32, 0, nullptr, out.data(), 1);
+  launch(warp_sums, 1, bug ? kThreads : 32, 0, out.data(), 1);
 }
 
 __global__ void reverse(float* out, int n) {
@@ -61,8 +66,7 @@ __global__ void reverse(float* out, int n) {
 }
 void dynamic_shared_oob(bool bug) {
   Buffer<float> out(100);
-  launch(reverse, 1, kThreads, bug ? 99 * sizeof(float) : 100 * sizeof(float), nullptr, out.data(),
-         100);
+  launch(reverse, 1, kThreads, bug ? 99 * sizeof(float) : 100 * sizeof(float), out.data(), 100);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -82,7 +86,7 @@ __global__ void two_rounds(float* out, bool bug) {
 }
 void missing_syncthreads(bool bug) {
   Buffer<float> out(kThreads);
-  launch(two_rounds, 1, kThreads, 0, nullptr, out.data(), bug);
+  launch(two_rounds, 1, kThreads, 0, out.data(), bug);
 }
 
 // Shuffles do not order memory, __syncwarp does.
@@ -98,7 +102,7 @@ __global__ void swap_neighbours(int* out, bool bug) {
 }
 void missing_syncwarp(bool bug) {
   Buffer<int> out(32);
-  launch(swap_neighbours, 1, 32, 0, nullptr, out.data(), bug);
+  launch(swap_neighbours, 1, 32, 0, out.data(), bug);
 }
 
 // The last block to finish adds up what all have written.
@@ -118,8 +122,7 @@ __global__ void last_block_sums(float* parts, unsigned* counter, float* out, boo
 void last_block(bool fence, bool barrier) {
   Buffer<float> parts(4 * kThreads), out(std::vector<float>{0});
   Buffer<unsigned> counter(std::vector<unsigned>{0});
-  launch(last_block_sums, 4, kThreads, 0, nullptr, parts.data(), counter.data(), out.data(), fence,
-         barrier);
+  launch(last_block_sums, 4, kThreads, 0, parts.data(), counter.data(), out.data(), fence, barrier);
   CHECK(out[0] == 4 * kThreads);
 }
 void missing_threadfence(bool bug) { last_block(!bug, true); }
@@ -129,7 +132,7 @@ void missing_barrier_before_counter(bool bug) { last_block(true, !bug); }
 __global__ void claim(int* out) { out[threadIdx.x] = static_cast<int>(blockIdx.x); }
 void two_blocks_write(bool bug) {
   Buffer<int> out(kThreads);
-  launch(claim, bug ? 2 : 1, kThreads, 0, nullptr, out.data());
+  launch(claim, bug ? 2 : 1, kThreads, 0, out.data());
 }
 
 // Asynchronous copies are read before they are waited for.
@@ -144,7 +147,7 @@ __global__ void stage_and_add(const float* from, float* out, bool bug) {
 }
 void missing_copy_wait(bool bug) {
   Buffer<float> from(4 * kThreads), out(kThreads);
-  launch(stage_and_add, 1, kThreads, 0, nullptr, from.data(), out.data(), bug);
+  launch(stage_and_add, 1, kThreads, 0, from.data(), out.data(), bug);
 }
 
 __global__ void read_before_write(float* out, bool bug) {
@@ -154,7 +157,7 @@ __global__ void read_before_write(float* out, bool bug) {
 }
 void uninitialised_shared(bool bug) {
   Buffer<float> out(kThreads);
-  launch(read_before_write, 1, kThreads, 0, nullptr, out.data(), bug);
+  launch(read_before_write, 1, kThreads, 0, out.data(), bug);
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -167,7 +170,7 @@ __global__ void barrier_in_branch(bool bug) {
     __syncthreads();
   }
 }
-void divergent_barrier(bool bug) { launch(barrier_in_branch, 1, kThreads, 0, nullptr, bug); }
+void divergent_barrier(bool bug) { launch(barrier_in_branch, 1, kThreads, 0, bug); }
 
 // Lanes leave a loop of shuffles at different times, and the rest wait for them for ever.
 __global__ void shuffle_in_loop(int* out, bool bug) {
@@ -179,7 +182,7 @@ __global__ void shuffle_in_loop(int* out, bool bug) {
 }
 void deadlock(bool bug) {
   Buffer<int> out(kThreads);
-  launch(shuffle_in_loop, 1, kThreads, 0, nullptr, out.data(), bug);
+  launch(shuffle_in_loop, 1, kThreads, 0, out.data(), bug);
 }
 
 __global__ void return_early(int* out, int n) {
@@ -188,7 +191,7 @@ __global__ void return_early(int* out, int n) {
 }
 void shuffle_from_returned_lane(bool bug) {
   Buffer<int> out(32);
-  launch(return_early, 1, 32, 0, nullptr, out.data(), bug ? 21 : 32);
+  launch(return_early, 1, 32, 0, out.data(), bug ? 21 : 32);
 }
 
 struct Planted {
