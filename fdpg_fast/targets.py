@@ -141,7 +141,7 @@ class Target:
         base: Base | None,
         factors: tuple[Factor, ...] = (),
         goals: Mapping[Scorer, float] | None = None,
-        pointwise: Mapping[Scorer, float] | None = None,
+        conditions: Mapping[Scorer, float] | None = None,
         log_score: LogScore | None = None,
     ) -> None:
         if base is not None:
@@ -149,7 +149,7 @@ class Target:
         self.factors = factors
         self.goals = dict(goals or {})
         self.lambdas: dict[str, float] = {}
-        self._pointwise = dict(pointwise or {})  # the goals of conditions: 1 (or 0: never)
+        self._conditions = dict(conditions or {})  # scorer -> 1 (always) or 0 (never)
         self._log_score = log_score
         self._scorers = self._distinct_scorers()
 
@@ -256,7 +256,7 @@ class Target:
             can_be_zero=False,
         )
         kept = tuple(f for f in self.factors if not f.can_be_zero)
-        return Target(self.base, (*kept, smoothed), self.goals, self._pointwise, self._log_score)
+        return Target(self.base, (*kept, smoothed), self.goals, self._conditions, self._log_score)
 
     # -- what a target is asked ------------------------------------------------------------------
 
@@ -298,18 +298,7 @@ class Target:
     @property
     def moments(self) -> dict[str, float]:
         """Feature name -> its mean under the target, where the target fixes one."""
-        return {s.name: goal for s, goal in {**self._pointwise, **self.goals}.items()}
-
-    @property
-    def pointwise(self) -> bool:
-        """Whether P = a b with conditions b alone, so that KL(p || a) is exactly -log Z."""
-        return (
-            bool(self._pointwise)
-            and not self.goals
-            and self._log_score is None
-            and all(s in self._pointwise for f in self.factors for s in f.scorers)
-            and all(f.can_be_zero for f in self.factors)
-        )
+        return {s.name: goal for s, goal in {**self._conditions, **self.goals}.items()}
 
     @property
     def needs_fit(self) -> bool:
@@ -405,14 +394,14 @@ class Target:
                     f"constrain: {scorer.name} cannot have two moments, {self.goals[scorer]:g} "
                     f"and {other.goals[scorer]:g}"
                 )
-        for scorer in self._pointwise.keys() & other._pointwise.keys():
-            if self._pointwise[scorer] != other._pointwise[scorer]:
+        for scorer in self._conditions.keys() & other._conditions.keys():
+            if self._conditions[scorer] != other._conditions[scorer]:
                 raise TargetError(f"constrain: {scorer.name} cannot be both always and never")
         return Target(
             self.base,
             self.factors + other.factors,
             {**self.goals, **other.goals},
-            {**self._pointwise, **other._pointwise},
+            {**self._conditions, **other._conditions},
             self._log_score or other._log_score,
         )
 

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch._subclasses import FakeTensor, FakeTensorMode
 from toy_language import TEXTS, ToyModel, toy_model
 
 from fdpg_fast import metrics
@@ -264,6 +265,28 @@ def test_measure_takes_its_log_z_from_a_partition(setting):
     assert measured["log_z"].item() == pytest.approx(log_z.mean().item())
     expected = partition.standard_error.square().sum().sqrt() / 2
     assert measured["log_z_se"].item() == pytest.approx(expected.item())
+
+
+def test_nothing_in_a_step_asks_the_device():
+    """On fake tensors, which have no values: an .item() or a branch on one raises."""
+    setting = Setting(lambda b: b * DOG)
+    rollout, scores, _ = setting.estimates(10, 0)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+
+        def fake(thing):
+            tensors = {k: mode.from_tensor(v) for k, v in vars(thing).items() if torch.is_tensor(v)}
+            return dataclasses.replace(thing, **tensors)
+
+        rollout, scores = fake(rollout), fake(scores)
+        scores = dataclasses.replace(scores, features={"dog": torch.empty(20).double()})
+        for mode_of_z in ("running", "batch"):
+            partition = Partition(2, mode_of_z)
+            log_z = partition.update(rollout, scores.log_score)
+            error = partition.standard_error
+            measured = metrics.measure(rollout, scores, rollout.log_q, log_z, error)
+        measured |= metrics.measure_target(rollout, scores, log_z)
+        measured |= metrics.logprob_gap(rollout.token_logprob, rollout)
+    assert all(isinstance(value, FakeTensor) and value.ndim == 0 for value in measured.values())
 
 
 # -- texts ---------------------------------------------------------------------------------------

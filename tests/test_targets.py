@@ -9,7 +9,7 @@ import torch
 from scipy import optimize
 from toy_language import TEXTS, ToyModel, toy_model
 
-from fdpg_fast.moment_fit import FitReport
+from fdpg_fast.moment_fit import FitReport, WeightedFeatures, fit_moments
 from fdpg_fast.scorers import contains, function, length, words
 from fdpg_fast.targets import Base, FitError, Target, TargetError, from_spec
 
@@ -47,7 +47,7 @@ def test_pointwise_is_the_base_restricted(base):
     assert torch.equal(scores.log_score[~has_dog], torch.full((5,), -math.inf).double())
     assert torch.equal(scores.log_score[has_dog], scores.log_base[has_dog])
     assert torch.equal(scores.features["contains 'dog'"], has_dog.double())
-    assert (target.can_be_zero, target.needs_fit, target.pointwise) == (True, False, True)
+    assert (target.can_be_zero, target.needs_fit) == (True, False)
     assert target.moments == {"contains 'dog'": 1.0}
     assert str(target) == "a(x) · [contains 'dog']"
 
@@ -344,6 +344,42 @@ def test_infeasible_moments_are_named(base, build, message):
         target.fit(base.model.draw(4000, 0), base.model.draw(4000, 1))
     assert "Way out" in str(raised.value)
     assert target.needs_fit  # and nothing was half-fitted
+
+
+def test_feasible_or_not_as_a_linear_program_says():
+    """On random problems: fitted where a mixture of all samples has the moments, else refused."""
+    generator = np.random.default_rng(0)
+    outcomes = []
+    for _ in range(150):
+        count, features = generator.integers(4, 12), generator.integers(1, 4)
+        phi = generator.integers(0, 4, (count, features)).astype(float)
+        mixture = generator.dirichlet(np.ones(count)) @ phi
+        goal = mixture + generator.normal(size=features) * generator.choice([0.0, 1.0])
+        if (phi.min(0) >= goal).any() or (phi.max(0) <= goal).any():
+            continue  # refused before Newton begins
+        # The largest smallest weight of a mixture that has the moments; above 0 inside the hull.
+        columns = np.vstack([phi.T, np.ones(count)])
+        program = optimize.linprog(
+            np.r_[np.zeros(count), -1.0],
+            A_ub=np.c_[-np.eye(count), np.ones(count)],
+            b_ub=np.zeros(count),
+            A_eq=np.c_[columns, np.zeros(features + 1)],
+            b_eq=np.r_[goal, 1.0],
+            bounds=[(0, None)] * count + [(None, None)],
+        )
+        feasible = program.success and -program.fun > 1e-6
+        zeros = torch.zeros(count, dtype=torch.float64)
+        weighted = WeightedFeatures(torch.tensor(phi), zeros, zeros, zeros.long())
+        goals = {f"phi {k}": float(goal[k]) for k in range(features)}
+        try:
+            report = fit_moments(weighted, weighted, goals)
+        except FitError:
+            outcomes.append((feasible, False))
+        else:
+            assert [m.fit for m in report.moments] == pytest.approx(goal.tolist(), abs=1e-7)
+            outcomes.append((feasible, True))
+    assert all(feasible == fitted for feasible, fitted in outcomes)
+    assert min(outcomes.count((True, True)), outcomes.count((False, False))) > 10
 
 
 def regex_all():
