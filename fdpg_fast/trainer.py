@@ -662,15 +662,20 @@ class _Watch:
     REPEAT = 25
 
     def __init__(self) -> None:
+        self._target_kl = math.nan
         self._count: dict[str, int] = {}
         self._said: dict[str, int] = {}
 
     def look(self, record: Mapping[str, float]) -> Iterator[str]:
         """Warnings that this step gives reason for, each every 25 steps at most."""
+        # A policy far from the target has no samples to tell where that is: the last that had.
+        if math.isfinite(record["kl_target_base"]):
+            self._target_kl = record["kl_target_base"]
+        lost = metrics.runaway({**record, "kl_target_base": self._target_kl})
         reasons = {
-            "runaway": metrics.runaway(record),
+            "runaway": lost,
             "implausible": metrics.implausible(record),
-            "empty": _nothing_to_learn(record),
+            "empty": None if lost else _nothing_to_learn(record),
         }
         step = int(record["step"])
         for name, reason in reasons.items():
