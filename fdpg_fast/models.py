@@ -265,27 +265,24 @@ class LanguageModel:
     def encode(self, text: str) -> list[int]:
         """The ids of a text to be continued: a begin-of-text token if the tokenizer adds one, never
         a token after the text."""
-        tokenizer = self._need_tokenizer()
-        bare: list[int] = tokenizer(text, add_special_tokens=False).input_ids
-        full: list[int] = tokenizer(text).input_ids
+        if self.tokenizer is None:
+            raise ModelError(f"{self.name}: has no tokenizer. Pass one to from_model.")
+        bare: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        full: list[int] = self.tokenizer(text).input_ids
         for start in range(len(full) - len(bare) + 1):
             if full[start : start + len(bare)] == bare:
                 return full[: start + len(bare)]
         return full
 
     def decode(self, tokens: Sequence[Sequence[int]] | Tensor) -> list[str]:
-        """One text per row of ids, without special tokens."""
+        """One text per row of ids, without special tokens; without a tokenizer the ids, as numbers."""
         rows = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
-        tokenizer = self._need_tokenizer()
+        if self.tokenizer is None:
+            return [" ".join(map(str, row)) for row in rows]
         return [
-            tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            self.tokenizer.decode(row, skip_special_tokens=True, clean_up_tokenization_spaces=False)
             for row in rows
         ]
-
-    def _need_tokenizer(self) -> Any:
-        if self.tokenizer is None:
-            raise ModelError(f"{self.name}: has no tokenizer. Pass one to from_model.")
-        return self.tokenizer
 
     # --- forward pass ---------------------------------------------------------------------------
 

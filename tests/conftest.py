@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -15,7 +17,9 @@ def shared() -> Path:
     """The folder of real models and text beside the checkout; tests that need it skip without it."""
     path = Path(os.environ.get("FDPG_SHARED", ROOT.parent / "shared"))
     if not (path / "models").is_dir():
-        pytest.skip(f"needs the real models and text of {path.name}/, which are not beside the checkout")
+        pytest.skip(
+            f"needs the real models and text of {path.name}/, which are not beside the checkout"
+        )
     return path
 
 
@@ -29,3 +33,12 @@ def stories_3m(shared: Path) -> Path:
 def stories_260k(shared: Path) -> Path:
     """A Llama-architecture story model with grouped queries, 260 K parameters."""
     return shared / "models" / "stories260K"
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tests of tiny models: handing their products to threads takes longer than doing them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
