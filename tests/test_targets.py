@@ -350,11 +350,11 @@ def test_feasible_or_not_as_a_linear_program_says():
     """On random problems: fitted where a mixture of all samples has the moments, else refused."""
     generator = np.random.default_rng(0)
     outcomes = []
-    for _ in range(150):
+    for _ in range(300):
         count, features = generator.integers(4, 12), generator.integers(1, 4)
         phi = generator.integers(0, 4, (count, features)).astype(float)
         mixture = generator.dirichlet(np.ones(count)) @ phi
-        goal = mixture + generator.normal(size=features) * generator.choice([0.0, 1.0])
+        goal = mixture + generator.normal(size=features) * generator.choice([0.0, 0.5])
         if (phi.min(0) >= goal).any() or (phi.max(0) <= goal).any():
             continue  # refused before Newton begins
         # The largest smallest weight of a mixture that has the moments; above 0 inside the hull.
