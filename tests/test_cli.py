@@ -1,0 +1,288 @@
+"""The command line: what a person types, and what they read."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import write_tiny_model
+
+from fdpg_fast import cli
+from fdpg_fast._version import __version__
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+SMALL = [
+    *("--sampling.max_new_tokens", "6"),
+    *("--sampling.samples_per_prompt", "16"),
+    *("--run.evaluation_samples", "32"),
+    *("--prompts.source", "once there"),
+]
+
+
+def train(model: Path, out: Path, *more: str, steps: int = 3) -> int:
+    words = ["train", "dog", "--model.name", str(model), *SMALL, "--run.steps", str(steps)]
+    return cli.main([*words, "--out", str(out), *more])
+
+
+@pytest.fixture(scope="module")
+def run(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "dogs"
+    assert train(model, out) == 0
+    return out
+
+
+def refused(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one message of a command that cannot be."""
+    assert cli.main(list(words)) == 2
+    seen = capsys.readouterr()
+    assert "Traceback" not in seen.err
+    assert seen.err.startswith("fdpg: ")
+    return seen.err
+
+
+# ---- help ------------------------------------------------------------------------------------
+
+
+def test_help_is_quick_to_come() -> None:
+    """It imports neither torch nor transformers."""
+    code = (
+        "import sys; from fdpg_fast.cli import main\n"
+        "try: main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "assert not {'torch', 'transformers', 'matplotlib'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for command in ("train", "sample", "evaluate", "report", "env"):
+        assert re.search(rf"^    {command} ", done.stdout, flags=re.MULTILINE)
+
+
+def test_python_m_is_the_same_command() -> None:
+    words = [sys.executable, "-m", "fdpg_fast", "--version"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == f"fdpg-fast {__version__}"
+
+
+def test_train_help_lists_recipes_divergences_baselines_and_keys(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from fdpg_fast.baselines import BASELINES
+    from fdpg_fast.config import Config, recipes
+    from fdpg_fast.divergences import DIVERGENCES
+
+    assert cli.main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for name in (*DIVERGENCES, *BASELINES, *recipes()):
+        assert re.search(rf"^  {name}\b", text, flags=re.MULTILINE), name
+    for part, key, _ in Config()._items():
+        assert f"--{part}.{key} [" in text
+
+
+def test_no_command_shows_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([]) == 2
+    assert "fdpg train demo" in capsys.readouterr().out
+
+
+def test_env_says_what_is_used(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["env"]) == 0
+    text = capsys.readouterr().out
+    for word in ("fdpg_fast", "torch", "CPU instructions", "attention: ", "CUDA"):
+        assert word in text
+
+
+# ---- a whole run ---------------------------------------------------------------------------------
+
+
+def test_train_ends_with_a_table_samples_and_the_report(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(model, tmp_path / "run", "--run.table_every", "2") == 0
+    text = capsys.readouterr().out
+    assert "step 3/3" in text
+    for word in ("samples/s (sample", "goal 1", "KL to base", "entropy/token", "ESS", "gap", "±"):
+        assert word in text
+    assert "samples of step 2: log a | log P | log pi | weight" in text
+    assert re.search(r"contains 'dog'.*±.*│ +1 │", text)
+    before, after = text.index("base:\n"), text.index("tuned:\n")
+    assert text[before:after].count("once there") == 3
+    assert text[after:].count("once there") == 3
+    assert text.strip().endswith(str(tmp_path / "run" / "report.html"))
+    assert (tmp_path / "run" / "report.html").is_file()
+
+
+def test_sample_draws_new_texts_or_the_same(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def texts(*more: str) -> list[dict[str, str]]:
+        assert cli.main(["sample", str(run), "-n", "4", "--jsonl", *more]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    assert [text["prompt"] for text in texts()] == ["once there"] * 4
+    assert texts("--seed", "1") == texts("--seed", "1") != texts("--seed", "2")
+    assert texts("--prompt", "the cat")[0]["prompt"] == "the cat"
+    assert cli.main(["sample", str(run)]) == 0
+    assert capsys.readouterr().out.count("once there") >= 3
+
+
+def test_evaluate_measures_again(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["evaluate", str(run), "--samples", "24", "--seed", "5"]) == 0
+    assert "24 fresh samples" in capsys.readouterr().out
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    assert (evaluation["samples"], evaluation["seed"]) == (24, 5)
+    for name in ("kl", "reverse_kl", "tv", "js", "kl_to_base", "entropy", "distinct_2", "length"):
+        assert len(evaluation["tuned"][name]) == 2
+
+
+def test_report_compares_runs(
+    model: Path,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = tmp_path / "slow"
+    assert train(model, other, "--optimiser.learning_rate", "1e-6") == 0
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    assert cli.main(["report", str(run), str(other)]) == 0
+    assert capsys.readouterr().out.strip() == "comparison.html"
+    page = (tmp_path / "comparison.html").read_text()
+    assert "dogs vs slow" in page
+
+
+def test_resume_needs_only_the_folder(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(model, out, steps=2) == 0
+    assert cli.main(["train", "--resume", "--out", str(out), "--run.steps", "4"]) == 0
+    assert "step 4/4" in capsys.readouterr().out
+    lines = (out / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_yaml_file_with_a_python_scorer_beside_it(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def dogs(texts): return [t.count('dog') for t in texts]\n")
+    (tmp_path / "mine.yaml").write_text(
+        "target:\n  reward: {python: 'mine.py:dogs', beta: 0.5}\n"
+        f"model: {{name: {model}}}\nobjective: {{divergence: reverse_kl}}\n"
+    )
+    out = str(tmp_path / "run")
+    words = ["train", str(tmp_path / "mine.yaml"), *SMALL, "--run.steps", "2", "--out", out]
+    assert cli.main(words) == 0
+    assert cli.main(["evaluate", out, "--samples", "16"]) == 0  # finds mine.py again
+
+
+# ---- mistakes ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["trian"], "trian"),
+        (["train"], "expected a recipe or a YAML file"),
+        (["train", "dgo", "--out", "x"], "Did you mean `dog`"),
+        (["train", "dog"], "expected --out DIR"),
+        (["train", "dog", "--out", "x", "--run.stesp", "3"], "Did you mean `--run.steps`"),
+        (["train", "dog", "--out", "x", "--run.steps", "three"], "a whole number, got three"),
+        (["train", "--resume", "--out", "nowhere"], "no folder nowhere"),
+        (["train", "dog", "--out", "x", "--objective.divergence", "jsd"], "Did you mean 'js'"),
+        (["train", "dog", "--out", "x", "--objective.divergence", "reverse_kl"], "smooth"),
+        (["train", "dog", "--out", "x", "--target.constrain", "[{contain: a}]"], "contains"),
+        (["train", "dog", "--out", "x", "--prompts.source", "no.txt"], "cannot read no.txt"),
+        (["sample", "nowhere"], "no folder nowhere"),
+        (["sample", "nowhere", "-n", "0"], "-n"),
+        (["evaluate", "nowhere"], "no folder nowhere"),
+        (["report", "nowhere"], "no folder nowhere"),
+        (["report"], "DIR"),
+        (["env", "extra"], "extra"),
+    ],
+)
+def test_a_mistake_gives_one_message(
+    model: Path,
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    if words[:2] == ["train", "dog"]:
+        words = [*words, "--model.name", str(model)]
+    said = refused(capsys, *words)
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    from fdpg_fast.run_directory import RunDirectoryError
+
+    with pytest.raises(RunDirectoryError):
+        cli.main(["--debug", "sample", str(tmp_path / "nowhere")])
+
+
+def test_a_model_that_is_not_there_says_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    words = ["train", "dog", "--model.name", str(tmp_path / "nowhere"), "--out", "x"]
+    assert "no such folder here" in refused(capsys, *words)
+
+
+def test_folders_that_cannot_be_used(
+    model: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def train_into(out: Path) -> str:
+        words = ["train", "dog", "--model.name", str(model), *SMALL, "--out", str(out)]
+        return refused(capsys, *words)
+
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("")
+    assert "something else" in train_into(tmp_path / "thesis")
+    assert "--resume" in train_into(run)
+    assert "a file" in train_into(tmp_path / "thesis" / "chapter.tex")
+    assert "cannot write" in train_into(Path("/proc/nowhere"))
+    assert "no config.yaml" in refused(capsys, "evaluate", str(tmp_path / "thesis"))
+
+
+def test_half_a_run_has_no_model_to_sample(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import shutil
+
+    assert train(model, tmp_path / "run", steps=1) == 0
+    shutil.rmtree(tmp_path / "run" / "model")
+    capsys.readouterr()
+    assert "has no model/ yet" in refused(capsys, "sample", str(tmp_path / "run"))
+    assert "has no model/ yet" in refused(capsys, "evaluate", str(tmp_path / "run"))
+
+
+def test_a_damaged_checkpoint_is_named(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(model, out, steps=1) == 0
+    weights = out / "checkpoints" / "step-000001" / "policy.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    capsys.readouterr()
+    said = refused(capsys, "train", "--resume", "--out", str(out), "--run.steps", "2")
+    assert "policy.safetensors" in said
+    assert "Way out" in said

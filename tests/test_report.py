@@ -1,0 +1,158 @@
+"""The report and the card: they hold the numbers of the run, and need nothing from elsewhere."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fdpg_fast.config import Config
+from fdpg_fast.report import evaluation_table, model_card, write_report
+from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
+
+EVALUATION: dict[str, Any] = {
+    "samples": 64,
+    "seed": 0,
+    "goals": {"contains 'dog'": 1.0},
+    "target": {"kl_to_base": [3.7, None], "moment: contains 'dog'": [1.0, 0.0]},
+    "base": {"moment: contains 'dog'": [0.03, 0.01], "kl": [3.6, 0.1], "reverse_kl": ["inf", None]},
+    "tuned": {
+        "moment: contains 'dog'": [0.9, 0.02],
+        "kl": [0.2, 0.1],
+        "reverse_kl": ["inf", None],
+        "kl_to_base": [3.9, 0.1],
+    },
+    "texts": {
+        "prompt": ["Once"],
+        "base": [" upon a <b>time</b>"],
+        "tuned": [" there was a dog & a cat"],
+    },
+}
+
+
+def make_run(folder: Path, steps: int = 3, **settings: Any) -> RunDirectory:
+    run = RunDirectory.create(folder, Config().replace(**settings))
+    run.write_json(
+        run.facts,
+        {
+            "versions": {"fdpg_fast": "0", "torch": "2"},
+            "device": "cpu",
+            "model": "tiny <model>",
+            "target": "a(x) · [contains 'dog']",
+            "goals": {"contains 'dog'": 1.0},
+            "baseline": "loo",
+        },
+    )
+    records: list[dict[str, Any]] = [
+        {
+            "step": step,
+            "moment: contains 'dog'": step / 10,
+            "moment_se: contains 'dog'": 0.01,
+            **{k: 1.0 / step for k in ("kl", "tv", "js", "kl_to_base", "kl_target_base")},
+            **{f"{k}_se": 0.1 for k in ("kl", "tv", "js", "kl_to_base", "log_z")},
+            "reverse_kl": float("inf"),
+            "reverse_kl_se": float("nan"),
+            **{k: 1.0 for k in ("entropy_per_token", "log_z", "target_ess", "length", "grad_norm")},
+            **{k: 1e-7 for k in ("gap_mean", "gap_p99", "gap_max")},
+        }
+        for step in range(1, steps + 1)
+    ]
+    run.append("metrics.jsonl", records)
+    seconds = {"samples": 8, "sample": 1.0, "score": 0.5, "train": 2.5}
+    run.append("timing.jsonl", [{"step": step, **seconds} for step in range(1, steps + 1)])
+    run.write_json(run.evaluation, EVALUATION)
+    return run
+
+
+class Page(HTMLParser):
+    """What a browser would fetch, and what a person would read."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.links: list[str] = []
+        self.words = ""
+        self.open: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words += data
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
+    run = make_run(tmp_path_factory.mktemp("runs") / "dogs")
+    return Page(write_report([run], run.report).read_text(encoding="utf-8"))
+
+
+def test_it_is_one_file(page: Page) -> None:
+    assert page.links
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
+    assert page.open == []
+
+
+def test_it_has_the_plots_of_the_paper_and_of_the_run(page: Page) -> None:
+    # a moment, four divergences, KL to base, entropy, log Z, ESS, length, norm, gap, seconds
+    assert len(page.links) == 13
+
+
+def test_it_shows_numbers_samples_and_settings(page: Page) -> None:
+    for words in ("0.900 ± 0.020", "3.900 ± 0.100", "∞", "tiny <model>", "learning_rate: 3.0e-05"):
+        assert words in page.words
+    assert " upon a <b>time</b>" in page.words  # as text, not as markup
+    assert " there was a dog & a cat" in page.words
+
+
+def test_two_runs_side_by_side(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / a / "run", divergence=d) for a, d in (("x", "js"), ("y", "kl"))]
+    page = Page(write_report(runs, tmp_path / "both.html").read_text(encoding="utf-8"))
+    assert "x/run" in page.words  # both end in "run"
+    assert "y/run" in page.words
+    assert len(page.links) == 14
+    assert not (tmp_path / "x" / "run" / "report.html").exists()
+
+
+def test_a_run_without_steps_or_evaluation(tmp_path: Path) -> None:
+    empty = RunDirectory.create(tmp_path / "empty", Config())
+    with pytest.raises(RunDirectoryError, match="no step yet"):
+        write_report([empty], empty.report)
+    run = make_run(tmp_path / "run")
+    run.evaluation.unlink()
+    page = Page(write_report([run], run.report).read_text(encoding="utf-8"))
+    assert "fresh samples" not in page.words
+
+
+def test_a_damaged_evaluation_is_named(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    run.evaluation.write_text("{")
+    with pytest.raises(RunDirectoryError, match=r"evaluation\.json cannot be read"):
+        write_report([run], run.report)
+
+
+def test_the_table_has_goals_where_there_are_any() -> None:
+    table = {row[0]: row[1:] for row in evaluation_table(EVALUATION)}
+    assert table["contains 'dog'"] == ("0.030 ± 0.010", "0.900 ± 0.020", "1")
+    assert table["KL(π‖a), to the base"] == ("", "3.900 ± 0.100", "3.700")
+    assert table["KL(p‖π), to the target"][2] == "0"
+
+
+def test_the_card_is_markdown_that_a_hub_reads(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "dogs")
+    card = model_card(run)
+    front, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, flags=re.DOTALL).groups()  # type: ignore[union-attr]
+    assert "pipeline_tag: text-generation" in front
+    assert "# dogs" in body
+    assert "| contains 'dog' | 0.030 ± 0.010 | 0.900 ± 0.020 | 1 |" in body
+    assert "temperature 1" in body
+    json.dumps(card)
