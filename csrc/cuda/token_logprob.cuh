@@ -28,6 +28,7 @@
 #include "fdpg/online_logsumexp.h"
 #include "fdpg/params.h"
 #include "fdpg/types.h"
+#include "instructions.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"
 
@@ -54,17 +55,6 @@ struct Cut {
 
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634;
-
-// e^x. 2^y is one instruction of the GPU (in fp32); e^x by the library is seven.
-__device__ __forceinline__ float exponential(float x) {
-  return std::exp2(x * static_cast<float>(kLog2E));
-}
-__device__ __forceinline__ double exponential(double x) { return std::exp(x); }
-
-__device__ __forceinline__ float larger(float a, float b) { return fmaxf(a, b); }
-__device__ __forceinline__ double larger(double a, double b) { return fmax(a, b); }
-
 template <class A, bool kEntropy>
 struct StateOf {
   using type = OnlineLogSumExp<A>;
@@ -87,10 +77,10 @@ __device__ typename StateOf<A, kEntropy>::type fold(const T* elements, int n, A 
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
       const int i = first + k * threads;
-      x[k] = i < n ? load(elements[i]) : kNothing;
-      top = larger(top, x[k]);
+      x[k] = i < n ? widen(elements[i]) : kNothing;
+      top = larger_number(top, x[k]);
     }
-    top = larger(max, top * inv_temperature);
+    top = larger_number(max, top * inv_temperature);
     if (top == kNothing) {
       // All -inf so far, but NaN has no maximum and must be kept.
 #pragma unroll
@@ -132,7 +122,7 @@ __device__ void finish_row(const TokenLogprobParams& p, int64_t row, const State
     const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
     const A inv_temperature = static_cast<A>(p.inv_temperature);
     // Relative to the maximum: two large numbers would cancel in z - lse.
-    logp = std::fma(load(logits[target]), inv_temperature, -state.max) - std::log(state.sum);
+    logp = std::fma(widen(logits[target]), inv_temperature, -state.max) - std::log(state.sum);
     lse = state.value();
     if constexpr (std::is_same_v<State, OnlineEntropy<A>>) entropy = state.entropy();
   }
@@ -246,12 +236,13 @@ __global__ void __launch_bounds__(kBackwardThreads)
     const int64_t offset = p.target[row] - begin;
     if (offset >= 0 && offset < n) target = static_cast<int>(offset);
   }
-  auto value = [&](T x, int i) {
-    A d = gradient(load(x));
-    if (i == target) d += gradient.at_target;
-    return store<T>(d);
+  auto one = [&](int i) {
+    if (zero) {
+      to[i] = narrow<T>(A{0});
+    } else {
+      to[i] = narrow<T>(gradient(widen(from[i])) + (i == target ? gradient.at_target : A{0}));
+    }
   };
-  auto one = [&](int i) { to[i] = zero ? store<T>(A{0}) : value(from[i], i); };
 
   const Stretch s(to, n);
   if (!zero && misalignment(from) != misalignment(to)) {  // two matrices of unlike strides
@@ -268,9 +259,17 @@ __global__ void __launch_bounds__(kBackwardThreads)
     }
 #pragma unroll
     for (int k = 0; k < kBackwardVectors; ++k) {
+      const Vector<T> x = vectors[k];
 #pragma unroll
       for (int e = 0; e < kPerVector<T>; ++e) {
-        vectors[k].element[e] = value(vectors[k].element[e], place(k) + e);
+        vectors[k].element[e] = narrow<T>(gradient(widen(x.element[e])));
+      }
+      const int here = target - place(k);
+      if (here < 0 || here >= kPerVector<T>) continue;  // one vector of the row has the target
+#pragma unroll
+      for (int e = 0; e < kPerVector<T>; ++e) {  // unrolled: registers have no addresses
+        if (e != here) continue;
+        vectors[k].element[e] = narrow<T>(gradient(widen(x.element[e])) + gradient.at_target);
       }
     }
   }
