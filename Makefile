@@ -29,6 +29,8 @@ venv: .venv/ready ## .venv with what builds the package
 install: .venv/installed ## compiles and installs the package into .venv, editable
 .venv/installed: .venv/ready $(BUILT_FROM)
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[test,check]"
+	$(BIN)/python -c 'from fdpg_fast._build import load; i = load().build_info(); \
+	  print("fdpg_fast: CUDA extension", "on:" if i["cuda"] else "off:", i["cuda_reason"])'
 	touch $@
 
 demo: install ## tunes the embedded model; ends with a table, samples and a report

@@ -31,6 +31,7 @@ __all__ = [
     "sample_logprob",
     "sequence_logprob",
     "token_logprob",
+    "weighted_linear_logprob",
 ]
 
 # --------------------------------------------------------------------------------------------------
@@ -377,6 +378,33 @@ def linear_logprob(
     return token_logprob(
         logits, target, inv_temperature=inv_temperature, mask=mask, entropy=entropy
     )
+
+
+def weighted_linear_logprob(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    coefficient: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    inv_temperature: float = 1.0,
+    mask: Tensor | None = None,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of :func:`linear_logprob`'s logp in fp64, and the logp, detached."""
+    logp = linear_logprob(
+        hidden,
+        weight,
+        target,
+        bias=bias,
+        scale=scale,
+        softcap=softcap,
+        inv_temperature=inv_temperature,
+        mask=mask,
+    ).logp
+    return (coefficient.double() * logp.double()).sum(), logp.detach()
 
 
 class Sampled(NamedTuple):

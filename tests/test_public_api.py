@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import inspect
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import fdpg_fast
+from fdpg_fast import ops, reference
 
 NAMES = [name for name in fdpg_fast.__all__ if name != "__version__"]
 
@@ -35,6 +37,17 @@ def test_the_three_lists_of_init_agree() -> None:
     }
     assert typed == fdpg_fast._HOME
     assert sorted(NAMES) == sorted(typed)
+
+
+def test_every_op_has_a_definition_in_plain_pytorch() -> None:
+    """The same name and the same arguments, so that one can stand in for the other."""
+    functions = [
+        n for n in ops.__all__ if inspect.isfunction(getattr(ops, n)) and n != "random_key"
+    ]
+    assert "token_logprob" in functions
+    for name in functions:
+        arguments = [inspect.signature(getattr(m, name)).parameters for m in (ops, reference)]
+        assert list(arguments[0]) == list(arguments[1]), name
 
 
 def test_unknown_name_is_an_attribute_error() -> None:
