@@ -14,12 +14,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The folder of real models and text beside the checkout; tests that need it skip without it."""
+    """Real models and text, in a folder beside the checkout; without it the test skips."""
     path = Path(os.environ.get("FDPG_SHARED", ROOT.parent / "shared"))
     if not (path / "models").is_dir():
-        pytest.skip(
-            f"needs the real models and text of {path.name}/, which are not beside the checkout"
-        )
+        pytest.skip(f"needs the real models and text of {path.name}/ beside the checkout")
     return path
 
 

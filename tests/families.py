@@ -1,7 +1,7 @@
-"""Tiny random models of many families, and the plain fp64 log-probs that everything must agree with.
+"""Tiny random models of many families, and the plain fp64 log-probs that all must agree with.
 
-The weights are larger than at initialisation, so that a wrong mask, position or scale shows: with the
-usual ones every prediction is nearly uniform and the differences hide in the rounding.
+The weights are larger than at initialisation, so that a wrong mask, position or scale shows: with
+the usual ones every prediction is nearly uniform and the differences hide in the rounding.
 """
 
 from __future__ import annotations
@@ -80,9 +80,16 @@ def tiny(family: str, *, vocab: int = VOCAB, seed: int = 0, **changes: Any) -> A
     return model
 
 
-def language_model(family: str, *, eos_ids: Sequence[int] = (0,), **changes: Any) -> LanguageModel:
-    """The same, wrapped."""
-    return LanguageModel.from_model(tiny(family, **changes), name=family, eos_ids=eos_ids)
+def language_model(
+    family: str,
+    *,
+    eos_ids: Sequence[int] = (0,),
+    changes: dict[str, Any] | None = None,
+    **options: Any,
+) -> LanguageModel:
+    """The same, wrapped; ``changes`` are the config's, ``options`` the wrapper's."""
+    model = tiny(family, **(changes or {}))
+    return LanguageModel.from_model(model, name=family, eos_ids=eos_ids, **options)
 
 
 def batch(*prompts: Sequence[int]) -> PromptBatch:

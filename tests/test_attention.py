@@ -1,0 +1,116 @@
+"""Slot attention, mask and cache against the textbook formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
+
+from fdpg_fast.attention import REACH_STEP, SlotCache, slot_attention, slot_mask
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def textbook(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    visible: Tensor,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One head of one slot at a time, in fp64: ``(B, Q, H, D)``."""
+    batch, heads, queries, size = query.shape
+    group = heads // key.shape[1]
+    out = torch.zeros(batch, queries, heads, size, dtype=torch.float64)
+    for b in range(batch):
+        for h in range(heads):
+            scores = query[b, h].double() @ key[b, h // group].double().T / math.sqrt(size)
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            scores = scores.masked_fill(~visible[b, 0], -torch.inf)
+            if sinks is not None:
+                scores = torch.cat((scores, sinks[h].double().expand(queries, 1)), dim=1)
+            weights = torch.softmax(scores, dim=1)[:, : key.shape[2]]
+            out[b, :, h] = weights @ value[b, h // group].double()
+    return out
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+@pytest.mark.parametrize("kind", ["bool", "additive", "none"])
+def test_slot_attention(
+    kind: str, heads: tuple[int, int], queries: int, sinks: bool, softcap: float | None
+) -> None:
+    batch, size = 3, 5
+    keys = queries if kind == "none" and queries > 1 else 7
+    torch.manual_seed(0)
+    query = 3 * torch.randn(batch, heads[0], queries, size)
+    key, value = 3 * torch.randn(2, batch, heads[1], keys, size)
+    if kind == "none":  # causal; a single query sees all
+        visible = torch.ones(queries, keys, dtype=torch.bool).tril(keys - queries)
+        visible = visible.expand(batch, 1, -1, -1)
+        mask = None
+    else:
+        visible = torch.rand(batch, 1, queries, keys) < 0.5
+        visible[..., 0] = True
+        mask = visible if kind == "bool" else torch.zeros(()).where(visible, -torch.inf)
+    s_aux = torch.randn(heads[0]) if sinks else None
+    module = torch.nn.Module()
+    module.num_key_value_groups = heads[0] // heads[1]  # type: ignore[assignment]
+    out, weights = slot_attention(module, query, key, value, mask, softcap=softcap, s_aux=s_aux)
+    assert weights is None
+    expected = textbook(query, key, value, visible, softcap, s_aux)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("window", [None, 2])
+def test_slot_mask_has_one_offset_per_row(window: int | None, queries: int) -> None:
+    rule = causal_mask_function if window is None else sliding_window_causal_mask_function(window)
+    offset = torch.tensor([0, 4, 2])
+    mask = slot_mask(
+        batch_size=3,
+        q_length=queries,
+        kv_length=8,
+        q_offset=offset,
+        kv_offset=0,
+        mask_function=rule,
+    )
+    assert mask is not None
+    assert mask.shape == (3, 1, queries, 8)
+    for b in range(3):
+        for q in range(queries):
+            at = int(offset[b]) + q
+            for k in range(8):
+                seen = k <= at and (window is None or k > at - window)
+                assert mask[b, 0, q, k] == (0 if seen else -torch.inf)
+
+
+def test_the_cache_writes_each_slot_at_its_own_position() -> None:
+    cache = SlotCache(1, slots=3, length=6, device=torch.device("cpu"))
+    cache.positions.copy_(torch.tensor([0, 2, 4]))
+    key = torch.arange(3 * 2 * 2 * 1).view(3, 2, 2, 1).float() + 1
+    keys, values = cache.update(key, -key, 0)
+    assert keys.shape == (3, 2, 6, 1)
+    for slot, at in enumerate([0, 2, 4]):
+        torch.testing.assert_close(keys[slot, :, at : at + 2], key[slot])
+        torch.testing.assert_close(values[slot, :, at : at + 2], -key[slot])
+        assert keys[slot].count_nonzero() == 4
+    place = keys.data_ptr()
+    cache.positions.sub_(1).clamp_(min=0)
+    assert cache.update(key, key, 0)[0].data_ptr() == place
+
+
+def test_reach_is_rounded_up_and_bounded() -> None:
+    cache = SlotCache(1, slots=2, length=REACH_STEP + 5, device=torch.device("cpu"))
+    for needed, reach in ((1, REACH_STEP), (REACH_STEP, REACH_STEP), (REACH_STEP + 1, 37)):
+        cache.set_reach(needed)
+        assert cache.reach == reach == cache.get_mask_sizes(1, 0)[0]
+    key = torch.ones(2, 1, 1, 3)
+    assert cache.update(key, key, 0)[0].shape[2] == 37

@@ -1,0 +1,429 @@
+"""Any causal model of transformers becomes a policy: sound weights, right paths, clear errors."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from families import CONFIGS, VOCAB, batch, double, language_model, reference_logprob, tiny
+from tiny import write_tiny_model
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+
+from fdpg_fast.attention import SLOT, attention_report
+from fdpg_fast.models import LanguageModel, ModelError
+from fdpg_fast.rollout import Rollout
+from fdpg_fast.sampler import Sampler
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPTS = batch([7, 3, 9], [4], [1, 2, 3, 4, 5, 6, 7])
+EOS = tuple(range(6))
+
+
+def draw(model: LanguageModel, each: int = 6, longest: int = 10) -> Rollout:
+    return Sampler(longest, batch_size=8).draw(model, PROMPTS, each, key=3)
+
+
+def gradients(model: LanguageModel) -> list[torch.Tensor]:
+    found = [parameter.grad.clone() for parameter in model.parameters()]
+    model.model.zero_grad()
+    return found
+
+
+# --- weights, dropout, precision ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gpt_neox"])
+def test_dropout_is_off_even_in_train_mode(family: str) -> None:
+    rates = {
+        "gpt2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
+        "llama": {"attention_dropout": 0.5},
+        "opt": {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5},
+        "gpt_neox": {"hidden_dropout": 0.5, "attention_dropout": 0.5},
+    }[family]
+    model = language_model(family, changes=rates)
+    for name in rates:
+        assert getattr(model.model.config, name) == 0.0
+    ids = torch.arange(12)[None]
+    still = model.model(input_ids=ids, use_cache=False).logits
+    model.model.train()
+    for _ in range(2):
+        again = model.model(input_ids=ids, use_cache=False).logits
+        torch.testing.assert_close(again, still, rtol=0, atol=1e-5)
+
+
+def test_masters_are_fp32_whatever_the_checkpoint(tmp_path: Path) -> None:
+    """trl#5329: transformers 5 loads bf16 checkpoints as bf16, and AdamW then trains those."""
+    write_tiny_model(tmp_path)
+    AutoModelForCausalLM.from_pretrained(tmp_path).bfloat16().save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
+    model = LanguageModel.load(tmp_path)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    model = LanguageModel.from_model(tiny("llama").bfloat16())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_bf16_compute_keeps_log_probs_in_fp32() -> None:
+    model = language_model("llama", eos_ids=EOS, compute="bf16")
+    assert model.compute == "bf16"
+    rollout = draw(model)
+    assert rollout.token_logprob.dtype == torch.float32
+    exact = reference_logprob(double(model), rollout).detach().float()
+    for found in (model.token_logprob(rollout), rollout.token_logprob):
+        error = (found - exact).abs()
+        assert 1e-4 < error.max() < 0.5, "bf16 was not used, or is far off"
+    weights = torch.ones(len(rollout), dtype=torch.float64)
+    model.accumulate_gradient(rollout, weights, denominator=1)
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_auto_compute_is_fp32_on_the_cpu() -> None:
+    assert language_model("gpt2", device="cpu").compute == "fp32"
+
+
+def test_copies_have_weights_of_their_own() -> None:
+    model = language_model("gpt2", eos_ids=EOS)
+    rollout = draw(model)
+    before = model.token_logprob(rollout)
+    frozen, learner = model.frozen_copy(), model.trainable_copy()
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+    assert all(parameter.requires_grad for parameter in learner.parameters())
+    with torch.no_grad():
+        for parameter in learner.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    for same in (model, frozen):
+        torch.testing.assert_close(same.token_logprob(rollout), before, rtol=0, atol=0)
+    after = learner.token_logprob(rollout)
+    assert (after - before).abs().max() > 0.01
+    frozen.copy_weights_from(learner)
+    torch.testing.assert_close(frozen.token_logprob(rollout), after, rtol=0, atol=0)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+# --- scoring and gradient ------------------------------------------------------------------------
+
+
+def test_scores_do_not_depend_on_the_micro_batch() -> None:
+    model = language_model("gpt2", eos_ids=EOS)
+    rollout = draw(model)
+    whole = model.token_logprob(rollout)
+    for size in (1, 5, 100):
+        part = model.token_logprob(rollout, micro_batch=size)
+        torch.testing.assert_close(part, whole, rtol=0, atol=1e-5)
+    inside = torch.arange(10) < rollout.lengths[:, None]
+    assert (whole[~inside] == 0).all()
+    with pytest.raises(ValueError, match="micro_batch: expected at least 1 sample, got 0"):
+        model.token_logprob(rollout, micro_batch=0)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2"])
+def test_entropy_and_log_sum_exp(family: str) -> None:
+    model = language_model(family, eos_ids=EOS)
+    rollout = draw(model)
+    scored = model.token_logprob(rollout, entropy=True)
+    assert scored.entropy is not None
+    torch.testing.assert_close(scored.logp, rollout.token_logprob, rtol=0, atol=1e-4)
+    torch.testing.assert_close(scored.lse, rollout.lse, rtol=0, atol=1e-4)
+    row, length = 0, int(rollout.lengths[0])
+    text = rollout.tokens[row, : 3 + length]
+    logits = double(model)(input_ids=text[None], use_cache=False).logits[0, 2:-1]
+    logp = torch.log_softmax(logits, dim=-1)
+    torch.testing.assert_close(
+        scored.entropy[row, :length].double(), -(logp.exp() * logp).sum(-1), rtol=0, atol=1e-4
+    )
+
+
+def test_the_tied_weight_gets_both_its_gradients() -> None:
+    model = language_model("gpt2", eos_ids=EOS)
+    assert model.model.lm_head.weight is model.model.transformer.wte.weight
+    rollout = draw(model)
+    weights = torch.randn(len(rollout), dtype=torch.float64)
+    model.accumulate_gradient(rollout, weights, denominator=1)
+    plain = double(model)
+    plain.zero_grad()
+    (-(weights * reference_logprob(plain, rollout).sum(1)).sum()).backward()
+    own, truth = model.model.lm_head.weight.grad, plain.lm_head.weight.grad
+    assert (own.double() - truth).abs().max() < 1e-4 * truth.abs().max()
+    # Rows of tokens that are never read get a gradient from the head, those read from both.
+    assert (own.abs().sum(1) > 0).all()
+
+
+def test_gradients_add_up_over_calls() -> None:
+    model = language_model("llama", eos_ids=EOS)
+    rollout = draw(model)
+    weights = torch.randn(len(rollout), dtype=torch.float64)
+    model.accumulate_gradient(rollout, weights, denominator=7)
+    whole = gradients(model)
+    first = torch.arange(5)
+    rest = torch.arange(5, len(rollout))
+    for rows in (first, rest):
+        model.accumulate_gradient(rollout.select(rows), weights[rows], denominator=7)
+    for a, b in zip(gradients(model), whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+def test_samples_of_weight_zero_are_not_computed() -> None:
+    model = language_model("gpt2", eos_ids=EOS)
+    rollout = draw(model)
+    weights = torch.randn(len(rollout), dtype=torch.float64)
+    weights[3::2] = 0
+    rows_seen = []
+    hidden = model.hidden
+
+    def watched(tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        rows_seen.append(len(tokens))
+        return hidden(tokens, *rest)
+
+    model.hidden = watched  # type: ignore[method-assign]
+    logp = model.accumulate_gradient(rollout, weights, denominator=7)
+    used = weights.nonzero()[:, 0]
+    assert sum(rows_seen) == len(used)
+    sparse = gradients(model)
+    model.accumulate_gradient(rollout.select(used), weights[used], denominator=7)
+    for a, b in zip(sparse, gradients(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    inside = torch.arange(10) < rollout.lengths[:, None]
+    assert logp[3::2][inside[3::2]].isnan().all()
+    assert not logp[used].isnan().any()
+    assert (logp[~inside] == 0).all()
+    # Nothing to learn from: no gradient, no error.
+    none = model.accumulate_gradient(rollout, torch.zeros_like(weights), denominator=7)
+    assert none[inside].isnan().all()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_activation_checkpointing_changes_nothing(family: str) -> None:
+    model = language_model(family, eos_ids=EOS)
+    rollout = draw(model)
+    weights = torch.randn(len(rollout), dtype=torch.float64)
+    model.accumulate_gradient(rollout, weights, denominator=1)
+    saving = language_model(family, eos_ids=EOS, activation_checkpointing=True)
+    layers = [m for m in saving.model.modules() if getattr(m, "gradient_checkpointing", False)]
+    assert layers
+    saving.accumulate_gradient(rollout, weights, denominator=1)
+    for a, b in zip(gradients(saving), gradients(model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
+    assert not saving.model.training
+    torch.testing.assert_close(draw(saving).tokens, rollout.tokens)
+
+
+def test_bad_weights_and_ids_are_named() -> None:
+    model = language_model("gpt2", eos_ids=EOS)
+    rollout = draw(model)
+    weights = torch.ones(len(rollout), dtype=torch.float64)
+    weights[4] = torch.nan
+    with pytest.raises(ValueError, match="`weights` must be finite, got nan for sample 4"):
+        model.accumulate_gradient(rollout, weights, denominator=1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    rollout.tokens[5, 2] = VOCAB
+    with pytest.raises(ValueError, match=r"must be in 0\.\.60, got 61 in row 5, column 2"):
+        model.token_logprob(rollout)
+
+
+# --- families ------------------------------------------------------------------------------------
+
+
+def test_heads_are_found_by_their_numbers() -> None:
+    """One config name means opposite things in two families; only logits can tell."""
+    assert language_model("gpt2").head.scale == 1.0
+    assert language_model("cohere").head.scale == 0.25
+    assert language_model("granite").head.scale == pytest.approx(1 / 3)
+    assert language_model("gemma2").head.softcap == 3.0
+    head = language_model("gemma2").head
+    hidden = torch.randn(5, 32)
+    expected = 3.0 * torch.tanh(hidden @ head.weight.T / 3.0)
+    torch.testing.assert_close(head.logits(hidden), expected)
+
+
+class _Strange(GPT2LMHeadModel):
+    """A head that no formula of ours describes."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        out.logits = out.logits + torch.sin(out.logits)
+        return out
+
+
+def test_an_unknown_head_is_right_and_loud() -> None:
+    plain = tiny("gpt2")
+    strange = _Strange(plain.config)
+    strange.load_state_dict(plain.state_dict())
+    with pytest.warns(RuntimeWarning, match="its output layer is not a known formula"):
+        model = LanguageModel.from_model(strange, name="strange", eos_ids=EOS)
+    assert model.head is None
+    assert model.attention == SLOT
+    rollout = draw(model)
+    with torch.no_grad():
+        truth = reference_logprob(double(model), rollout)
+    for found in (rollout.token_logprob, model.token_logprob(rollout)):
+        torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-4)
+    weights = torch.randn(len(rollout), dtype=torch.float64)
+    model.accumulate_gradient(rollout, weights, denominator=1)
+    reference = double(model)
+    reference.zero_grad()
+    (-(weights * reference_logprob(reference, rollout).sum(1)).sum()).backward()
+    for own, true in zip(model.parameters(), reference.parameters(), strict=True):
+        error = (own.grad.double() - true.grad).abs().max()
+        assert error < 1e-4 * true.grad.abs().max()
+
+
+@pytest.mark.parametrize("family", ["falcon", "bloom", "gpt_neo"])
+def test_a_family_without_slots_is_right_and_loud(family: str) -> None:
+    with pytest.warns(RuntimeWarning, match="sampling without a key-value cache"):
+        model = language_model(family, eos_ids=EOS)
+    assert model.attention != SLOT
+    rollout = draw(model, each=3)
+    with torch.no_grad():
+        truth = reference_logprob(double(model), rollout)
+    for found in (rollout.token_logprob, model.token_logprob(rollout)):
+        torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_the_attention_can_be_chosen(attention: str) -> None:
+    model = language_model("gpt2", eos_ids=EOS, attention=attention)
+    assert model.attention == attention
+    slots = language_model("gpt2", eos_ids=EOS)
+    assert (slots.attention, draw(slots).texts) == (SLOT, draw(model).texts)
+
+
+def test_attention_that_does_not_exist_or_fit() -> None:
+    with pytest.raises(ModelError, match=r"cannot use attention 'quick'.*fdpg env"):
+        language_model("gpt2", attention="quick")
+    with pytest.raises(ModelError, match=f"attention '{SLOT}' does not fit: FalconForCausalLM"):
+        language_model("falcon", attention=SLOT)
+    report = {name: available for name, available, _ in attention_report()}
+    assert report[SLOT]
+    assert report["sdpa"]
+
+
+def test_the_self_test_finds_a_wrong_path() -> None:
+    model = language_model("gpt2")
+    found = model.self_test()
+    assert set(found) == {"tolerance", "scoring", "head", "decoding"}
+    assert max(found[name] for name in ("scoring", "head", "decoding")) <= found["tolerance"]
+    model._fused = (1.1, None)
+    with pytest.raises(ModelError, match=r"differs from the model's own forward pass by .* nats"):
+        model.self_test()
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def test_load_save_load(tmp_path: Path) -> None:
+    model = LanguageModel.load(write_tiny_model(tmp_path / "one"))
+    assert model.name == str(tmp_path / "one")
+    assert model.eos_ids == (0,)
+    assert model.bos_prompt == (0,)
+    assert model.context_length == 32
+    assert model.vocab_size == 20
+    assert model.encode("once there was") == [1, 2, 3]
+    assert model.decode(torch.tensor([[1, 2, 0]])) == ["once there"]
+    rollout = Sampler(8).draw(model, batch([1, 2]), 6, key=0)
+    model.save(tmp_path / "two")
+    assert not list((tmp_path / "two").glob("*.bin")), "no pickle"
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    assert plain.dtype == torch.float32
+    assert plain.config._attn_implementation != SLOT, "our name must not be in the file"
+    assert plain.generation_config.temperature == 1.0
+    assert plain.generation_config.top_k == 0
+    with torch.no_grad():
+        truth = reference_logprob(plain.double(), rollout)
+    torch.testing.assert_close(rollout.token_logprob.double(), truth, rtol=0, atol=1e-4)
+    again = LanguageModel.load(tmp_path / "two")
+    torch.testing.assert_close(again.token_logprob(rollout), model.token_logprob(rollout))
+    assert (again.eos_ids, again.bos_prompt) == (model.eos_ids, model.bos_prompt)
+
+
+def test_what_cannot_be_loaded_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"no/such-model.*local folder, set HF_HOME.*embedded"):
+        LanguageModel.load("no/such-model")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ModelError, match=r"empty.*a folder that save_pretrained wrote"):
+        LanguageModel.load(tmp_path / "empty")
+    folder = write_tiny_model(tmp_path / "broken")
+    (folder / "model.safetensors").write_bytes(b"not weights")
+    with pytest.raises(ModelError, match=r"broken.*cannot be loaded"):
+        LanguageModel.load(folder)
+
+
+def test_code_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_type"] = "mine"
+    config["auto_map"] = {
+        "AutoConfig": "mine.Config",
+        "AutoModelForCausalLM": "mine.Model",
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "mine.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        LanguageModel.load(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+class _Tokenizer:
+    """As much of a tokenizer as ids need; `adds` is what it puts around a text."""
+
+    def __init__(self, adds: tuple[Sequence[int], Sequence[int]] = ((), ()), **ids: int) -> None:
+        self.adds = adds
+        self.bos_token_id, self.eos_token_id = ids.get("bos"), ids.get("eos")
+
+    def __call__(self, text: str, add_special_tokens: bool = True) -> Any:
+        bare = [int(word) for word in text.split()]
+        before, after = self.adds if add_special_tokens else ((), ())
+        return type("Encoding", (), {"input_ids": [*before, *bare, *after]})
+
+
+def test_where_end_and_beginning_come_from() -> None:
+    plain = tiny("gpt2")
+    plain.generation_config.eos_token_id = [9, 2]
+    plain.config.eos_token_id = 2
+    plain.config.bos_token_id = None
+    model = LanguageModel.from_model(plain, _Tokenizer(eos=5, bos=7))
+    assert model.eos_ids == (9, 2, 5)
+    assert model.bos_prompt == (7,)
+    plain.generation_config.eos_token_id = plain.config.eos_token_id = 50256
+    model = LanguageModel.from_model(plain, _Tokenizer())
+    assert model.eos_ids == (), "ids that the vocabulary does not have end nothing"
+    with pytest.raises(ModelError, match="neither a begin-of-text nor an end-of-text token"):
+        _ = model.bos_prompt
+    assert LanguageModel.from_model(plain, eos_ids=[3]).bos_prompt == (3,)
+
+
+def test_a_prompt_may_begin_a_text_but_not_end_it() -> None:
+    model = language_model("gpt2")
+    for adds, expected in (
+        (((), ()), [4, 5]),
+        (((1,), ()), [1, 4, 5]),
+        (((1,), (2,)), [1, 4, 5]),
+        (((), (2, 2)), [4, 5]),
+    ):
+        model.tokenizer = _Tokenizer(adds)
+        assert model.encode("4 5") == expected
+
+
+def test_devices_and_compute_are_checked() -> None:
+    with pytest.raises(ModelError, match="expected auto, cpu, cuda or cuda:N, got 'gpu'"):
+        language_model("gpt2", device="gpu")
+    with pytest.raises(ModelError, match="expected auto, fp32 or bf16, got 'int8'"):
+        language_model("gpt2", compute="int8")
+    if not torch.cuda.is_available():
+        with pytest.raises(ModelError, match="this torch sees no GPU"):
+            language_model("gpt2", device="cuda")
+
+
+def test_every_family_of_the_tests_loads_without_a_word() -> None:
+    quiet = [name for name in CONFIGS if name not in ("falcon", "bloom", "gpt_neo")]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in quiet:
+            assert language_model(name).attention == SLOT, name

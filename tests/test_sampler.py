@@ -1,0 +1,223 @@
+"""The sampler draws from the model, the same samples in any batch, and says what fails."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import scipy.stats
+import torch
+from families import batch, language_model, tiny
+from torch import Tensor
+from transformers import GenerationConfig
+
+from fdpg_fast.attention import SlotDecoder
+from fdpg_fast.models import LanguageModel
+from fdpg_fast.rollout import Rollout
+from fdpg_fast.sampler import Sampler, SamplingError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPTS = ([7, 3], [9], [1, 2, 3, 4, 5, 6, 7])
+EOS = tuple(range(6))
+
+
+@pytest.fixture(scope="module")
+def model() -> LanguageModel:
+    return language_model("gpt2", eos_ids=EOS)
+
+
+def samples(rollout: Rollout) -> list[list[int]]:
+    """The sampled ids of each row, without prompt and padding."""
+    ends = rollout.prompt_lengths + rollout.lengths
+    bounds = zip(rollout.prompt_lengths.tolist(), ends.tolist(), strict=True)
+    return [
+        row[start:end] for row, (start, end) in zip(rollout.tokens.tolist(), bounds, strict=True)
+    ]
+
+
+def assert_same_samples(left: Rollout, right: Rollout) -> None:
+    """Equal but for a rare tie: products round differently in another batch."""
+    pairs = zip(samples(left), samples(right), strict=True)
+    different = sum(a != b for a, b in pairs)
+    assert different <= 1 + len(left) // 100
+
+
+@pytest.mark.parametrize("slots", [64, 1000])
+def test_samples_follow_the_law_of_the_model(slots: int) -> None:
+    """Chi-squared against every text that a model of five tokens can write."""
+    vocab, longest, count = 5, 3, 8000
+    model = language_model("gpt2", changes={"vocab": vocab, "seed": 3})
+    prompt = [3, 1]
+    rollout = Sampler(longest, batch_size=slots).draw(model, batch(prompt), count, key=11)
+
+    def next_logprob(text: list[int]) -> Tensor:
+        with torch.no_grad():
+            logits = model.model(input_ids=torch.tensor([text]), use_cache=False).logits
+        return torch.log_softmax(logits[0, -1].double(), dim=-1)
+
+    law: dict[tuple[int, ...], float] = {}
+    for text in itertools.product(range(vocab), repeat=longest):
+        end = text.index(0) + 1 if 0 in text else longest
+        if any(text[end:]):
+            continue  # the same sample as another text: it has ended
+        logp = sum(float(next_logprob([*prompt, *text[:t]])[text[t]]) for t in range(end))
+        law[text[:end]] = torch.tensor(logp).exp().item()
+    assert sum(law.values()) == pytest.approx(1)
+
+    seen = dict.fromkeys(law, 0)
+    for sample in samples(rollout):
+        seen[tuple(sample)] += 1
+    # Texts expected fewer than five times are counted together, as the test requires.
+    rare = [text for text in law if law[text] * count < 5]
+    common = [text for text in law if text not in rare]
+    observed = [seen[text] for text in common] + [sum(seen[text] for text in rare)]
+    expected = [law[text] * count for text in common] + [sum(law[text] for text in rare) * count]
+    assert len(common) > 20
+    assert scipy.stats.chisquare(observed, expected).pvalue > 1e-3
+
+
+def test_a_sample_ends_with_its_first_end_of_text(model: LanguageModel) -> None:
+    longest = 10
+    rollout = Sampler(longest, batch_size=16).draw(model, batch(*PROMPTS), 30, key=2)
+    texts = samples(rollout)
+    assert 0 < int(rollout.finished.sum()) < len(rollout)
+    for text, finished in zip(texts, rollout.finished.tolist(), strict=True):
+        assert not any(token in EOS for token in text[:-1])
+        assert finished == (text[-1] in EOS)
+        assert finished or len(text) == longest
+    inside = torch.arange(longest) < rollout.lengths[:, None]
+    assert (rollout.token_logprob[inside] < 0).all()
+    assert (rollout.token_logprob[~inside] == 0).all()
+    assert (rollout.lse[~inside] == 0).all()
+    assert rollout.texts[0] == " ".join(map(str, texts[0]))
+    assert rollout.prompt_texts[30] == "9"
+    for row, tokens in enumerate(rollout.tokens.tolist()):
+        prompt = PROMPTS[rollout.prompt_index[row]]
+        assert tokens[: len(prompt)] == prompt
+        assert not any(tokens[len(prompt) + len(texts[row]) :])
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_samples_do_not_depend_on_the_batch(family: str) -> None:
+    model = language_model(family, eos_ids=EOS)
+    prompts = batch(*PROMPTS)
+    one = Sampler(12, batch_size=1).draw(model, prompts, 16, key=9)
+    for slots, every in ((7, 1), (64, 8), (64, 100)):
+        other = Sampler(12, batch_size=slots, check_every=every).draw(model, prompts, 16, key=9)
+        assert_same_samples(one, other)
+    assert samples(Sampler(12).draw(model, prompts, 16, key=10)) != samples(one)
+
+
+def test_samples_depend_on_their_number_and_not_on_their_neighbours(model: LanguageModel) -> None:
+    """So many processes can share a draw, and prompts may come in any company."""
+    sampler = Sampler(12, batch_size=8)
+    together = samples(sampler.draw(model, batch(*PROMPTS), 16, key=4))
+    apart = [
+        samples(sampler.draw(model, batch(prompt), 16, key=4, first_sample_id=16 * g))
+        for g, prompt in enumerate(PROMPTS)
+    ]
+    assert sum(a != b for a, b in zip(together, itertools.chain(*apart), strict=True)) <= 1
+
+
+def test_memory_is_kept_from_draw_to_draw(model: LanguageModel) -> None:
+    sampler = Sampler(12, batch_size=8)
+    places = []
+    for key in range(3):
+        sampler.draw(model, batch(*PROMPTS), 4, key=key)
+        decoder = sampler._decoder
+        assert isinstance(decoder, SlotDecoder)
+        places.append([layer.keys.data_ptr() for layer in decoder.cache.slot_layers])
+    assert places[0] == places[1] == places[2]
+    # Another model, with heads of other sizes, may follow.
+    other = language_model("llama", eos_ids=EOS)
+    mixed = sampler.draw(other, batch(*PROMPTS), 4, key=0)
+    assert_same_samples(mixed, Sampler(12, batch_size=8).draw(other, batch(*PROMPTS), 4, key=0))
+
+
+def test_the_device_is_asked_only_now_and_then(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between looks at what has finished, a step reads nothing back."""
+    asked = 0
+    tolist = Tensor.tolist
+
+    def counted(self: Tensor) -> object:
+        nonlocal asked
+        asked += 1
+        return tolist(self)
+
+    def forbidden(self: Tensor) -> float:
+        raise AssertionError("a step asked the device for a number")
+
+    step = SlotDecoder.step
+
+    def watched(self: SlotDecoder, tokens: Tensor, reach: int) -> Tensor:
+        nonlocal asked
+        asked = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(Tensor, "tolist", counted)
+            patch.setattr(Tensor, "item", forbidden)
+            patch.setattr(Tensor, "__bool__", forbidden)
+            logits = step(self, tokens, reach)
+        assert asked == 0
+        return logits
+
+    monkeypatch.setattr(SlotDecoder, "step", watched)
+    Sampler(12, batch_size=8).draw(model, batch(*PROMPTS), 4, key=0)
+
+
+def test_sampling_habits_of_a_checkpoint_are_ignored(tmp_path: Path) -> None:
+    """trl#5783: a generation config made temperature 1 nearly greedy, without a word."""
+    plain = tiny("gpt2")
+    plain.generation_config = GenerationConfig(
+        do_sample=True, temperature=0.01, top_k=1, top_p=0.1, eos_token_id=[4, 0]
+    )
+    plain.save_pretrained(tmp_path)
+    model = LanguageModel.from_model(type(plain).from_pretrained(tmp_path))
+    assert model.eos_ids == (4, 0)
+    rollout = Sampler(8).draw(model, batch([7, 3]), 64, key=1)
+    assert len({tuple(text) for text in samples(rollout)}) > 50
+    same = language_model("gpt2", eos_ids=(4, 0))
+    assert_same_samples(rollout, Sampler(8).draw(same, batch([7, 3]), 64, key=1))
+    assert model.model.generation_config.temperature == 1.0
+    assert model.model.generation_config.top_k == 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_no_numbers_are_named(value: float) -> None:
+    model = language_model("gpt2")
+    sampler = Sampler(6, batch_size=4)
+    good = sampler.draw(model, batch([7, 3]), 8, key=0)
+    spoiled = model.frozen_copy()
+    with torch.no_grad():
+        spoiled.model.transformer.ln_f.weight[0] = value
+    with pytest.raises(SamplingError, match=r"not finite: prompt '7 3', sample 5, token 0"):
+        sampler.draw(spoiled, batch([7, 3]), 8, key=0, first_sample_id=5)
+    # What it left in memory does no harm.
+    assert samples(sampler.draw(model, batch([7, 3]), 8, key=0)) == samples(good)
+
+
+def test_what_cannot_be_drawn_is_named(model: LanguageModel) -> None:
+    sampler = Sampler(10)
+    with pytest.raises(ValueError, match=r"'' has no tokens. Start it with the model's bos_prompt"):
+        sampler.draw(model, batch([]), 4, key=0)
+    long = [1] * 31
+    with pytest.raises(ValueError, match=r"of 31 tokens and 10 new ones do not fit the 40 tokens"):
+        sampler.draw(model, batch([3], long), 4, key=0)
+    for wrong in (61, -1):
+        with pytest.raises(ValueError, match=rf"has token id {wrong}, expected 0\.\.60"):
+            sampler.draw(model, batch([3, wrong]), 4, key=0)
+    with pytest.raises(ValueError, match="`samples_per_prompt` must be at least 1, got 0"):
+        sampler.draw(model, batch([3]), 0, key=0)
+    with pytest.raises(ValueError, match="at least one prompt"):
+        sampler.draw(model, batch(), 4, key=0)
+    for setting in ("max_new_tokens", "batch_size", "check_every"):
+        with pytest.raises(ValueError, match=f"`{setting}` must be at least 1, got 0"):
+            Sampler(**{"max_new_tokens": 4, setting: 0})
+
+
+def test_a_prompt_may_fill_the_context(model: LanguageModel) -> None:
+    rollout = Sampler(1).draw(model, batch([1] * 39), 4, key=0)
+    assert rollout.lengths.tolist() == [1] * 4
