@@ -182,7 +182,7 @@ class LanguageModel:
         """
         name = os.fspath(name_or_path) or "default"
         source = _embedded_model() if name == "default" else name
-        with _quiet_loading():
+        with _no_progress_bar():
             try:
                 model = transformers.AutoModelForCausalLM.from_pretrained(
                     source, dtype=torch.float32, trust_remote_code=trust_remote_code
@@ -190,7 +190,7 @@ class LanguageModel:
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
                     source, trust_remote_code=trust_remote_code
                 )
-            except (OSError, ValueError, ImportError, KeyError) as error:
+            except Exception as error:  # a checkpoint can be wrong in any way
                 raise ModelError(_why_not_loaded(name, error)) from error
         return cls(
             model,
@@ -236,7 +236,8 @@ class LanguageModel:
         The generation config says temperature 1 and no truncation, so that ``generate`` of the
         saved model samples from the distribution that was trained.
         """
-        self.model.save_pretrained(folder)
+        with _no_progress_bar():
+            self.model.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
@@ -275,7 +276,7 @@ class LanguageModel:
         return full
 
     def decode(self, tokens: Sequence[Sequence[int]] | Tensor) -> list[str]:
-        """One text per row of ids, without special tokens; without a tokenizer the ids, as numbers."""
+        """One text per row, special tokens left out; with no tokenizer, the ids as numbers."""
         rows = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
         if self.tokenizer is None:
             return [" ".join(map(str, row)) for row in rows]
@@ -824,8 +825,8 @@ def _first_line(error: Exception) -> str:
 
 
 @contextlib.contextmanager
-def _quiet_loading() -> Iterator[None]:
-    """No progress bar for reading a file."""
+def _no_progress_bar() -> Iterator[None]:
+    """Of transformers, for reading or writing a file."""
     log = transformers.utils.logging
     shown = log.is_progress_bar_enabled()
     log.disable_progress_bar()
