@@ -202,9 +202,7 @@ class _Head:
         chunk: int,
     ) -> None:
         self.dtype = result_dtype(hidden.dtype, weight.dtype)
-        # A CPU multiplies bf16 into fp32 no faster than fp32; a GPU much faster.
-        low = hidden.dtype == weight.dtype and hidden.dtype.itemsize < 4
-        self.low_precision = low and hidden.is_cuda
+        self.low_precision = _multiplies_as_they_are(hidden, weight)
         self.hidden = hidden if self.low_precision else hidden.to(self.dtype)  # [N, D]
         self.weight = weight if self.low_precision else weight.to(self.dtype)  # [V, D]
         self.bias = None if bias is None else bias.to(self.dtype)
@@ -280,6 +278,11 @@ class _Head:
         )
         zeros = self.hidden.new_zeros
         return [zeros(shape if want else (0,), dtype=self.dtype) for want, shape in wanted]
+
+
+def _multiplies_as_they_are(hidden: Tensor, weight: Tensor) -> bool:
+    """A GPU multiplies bf16 into fp32 much faster than fp32, and torch's CPU not at all."""
+    return hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype.itemsize < 4
 
 
 def _kept(mask: Tensor | None) -> Tensor | None:

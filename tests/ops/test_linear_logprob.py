@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any, NamedTuple
 
 import pytest
@@ -276,6 +277,29 @@ def test_compiles_to_one_node() -> None:
     compiled = torch.compile(logp, fullgraph=True, backend=backend)
     assert torch.equal(compiled(*x.leaves()), logp(*x.leaves()))
     assert [name for name in seen if "getitem" not in name] == ["fdpg.linear_logprob.default"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_low_precision_products_of_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path that keeps bf16 inputs as they are, with torch's GPU-only product imitated."""
+
+    def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        product = a.to(out_dtype) @ b.to(out_dtype)
+        return product if out is None else out.copy_(product)
+
+    module = sys.modules["fdpg_fast.ops.linear_logprob"]
+    x, c = make(case, torch.bfloat16), torch.randn(case.n)
+    expected = fused(case, x)
+    expected_grads = torch.autograd.grad((c * expected[0]).sum(), x.leaves())
+    monkeypatch.setattr(module, "_multiplies_as_they_are", lambda hidden, weight: True)
+    monkeypatch.setattr(torch, "mm", mm)
+    got = fused(case, x)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+    for total in ((c * got[0]).sum(), weighted(case, x, c)[0]):
+        for a, b in zip(torch.autograd.grad(total, x.leaves()), expected_grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)  # gradients are rounded to bf16
 
 
 def test_infinite_bias_removes_a_token() -> None:
