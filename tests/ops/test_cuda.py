@@ -1,0 +1,163 @@
+"""The ops on a CUDA device: the same numbers as on the CPU, in stream order, in a graph.
+
+What the kernels themselves do with ragged rows, padding and bad input is tested in tests/csrc/simt,
+with and without a device; here it is torch's side: devices, streams, graphs, autograd, messages.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from divergence_cases import EVERY_BASELINE, EVERY_DIVERGENCE, batch
+from torch import Tensor
+
+from fdpg_fast import ops
+from fdpg_fast.baselines import Baseline
+from fdpg_fast.divergences import Divergence
+
+ON_CUDA = ["token_logprob", "token_logprob_backward", "token_logprob_backward_", "fdiv_weights"]
+N, V = 9, 50257
+
+
+@pytest.fixture(scope="module")
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        reason = "torch has no CUDA" if torch.version.cuda is None else "there is no CUDA device"
+        pytest.skip(f"needs a CUDA device: {reason}")
+    return torch.device("cuda")
+
+
+def rows(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, targets and a mask on the CPU."""
+    generator = torch.Generator().manual_seed(3)
+    logits = 4 * torch.randn(N, V, generator=generator)
+    mask = torch.arange(N) % 4 != 2
+    return logits.to(dtype), torch.randint(V, (N,), generator=generator), mask
+
+
+def token_logprob(logits: Tensor, target: Tensor, mask: Tensor, inplace: bool) -> list[Tensor]:
+    """The three results, and the gradient of a sum that uses them all."""
+    logits = logits.clone().requires_grad_()
+    z = logits * 1  # not a leaf, so that its gradient may take its place
+    out = ops.token_logprob(
+        z, target, inv_temperature=0.8, mask=mask, entropy=True, inplace_backward=inplace
+    )
+    assert out.entropy is not None
+    results = [out.logp.detach(), out.lse.detach(), out.entropy.detach()]
+    (out.logp.sum() + 0.5 * out.lse.square().sum() + 0.25 * out.entropy.sum()).backward()
+    assert logits.grad is not None
+    return [*results, logits.grad]
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str
+)
+def test_token_logprob_agrees_with_the_cpu(
+    cuda: torch.device, dtype: torch.dtype, inplace: bool
+) -> None:
+    inputs = rows(dtype)
+    expected = token_logprob(*inputs, inplace)
+    got = token_logprob(*(t.to(cuda) for t in inputs), inplace)
+    again = token_logprob(*(t.to(cuda) for t in inputs), inplace)
+    for one, two, truth in zip(got, again, expected, strict=True):
+        assert torch.equal(one, two)
+        if truth.dtype in (torch.bfloat16, torch.float16):  # at most one rounding apart
+            torch.testing.assert_close(one.cpu(), truth, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
+        else:
+            torch.testing.assert_close(one.cpu(), truth, rtol=2e-6, atol=2e-5)
+
+
+def test_a_target_out_of_range_is_nan(cuda: torch.device) -> None:
+    logits, target, _ = rows()
+    target[4] = V
+    out = ops.token_logprob(logits.to(cuda), target.to(cuda), entropy=True)
+    assert out.entropy is not None
+    for result in (out.logp, out.lse, out.entropy):
+        assert result.isnan().nonzero().flatten().tolist() == [4]
+
+
+PAIRS = [(d, b) for d in EVERY_DIVERGENCE for b in EVERY_BASELINE if b != "analytic" or d == "kl"]
+
+
+@pytest.mark.parametrize(("divergence", "baseline"), PAIRS)
+def test_fdiv_weights_agrees_with_the_cpu(
+    cuda: torch.device, divergence: str, baseline: str
+) -> None:
+    f, b = Divergence.parse(divergence), Baseline.parse(baseline)
+    inputs = batch(1, [3, 1, 0, 7, 2, 611], zeros=0.2 if f.allows_zero_targets else 0.0)
+
+    def run(device: torch.device | str) -> list[Tensor]:
+        state = torch.tensor([0.3, 0.9], dtype=torch.float64, device=device)
+        kept = state if b.keeps_state else None
+        moved = (t.to(device) for t in inputs)
+        out = ops.fdiv_weights(*moved, divergence=f, baseline=b, baseline_state=kept)
+        return [out.weights.cpu(), out.statistics.cpu(), state.cpu()]
+
+    for got, expected in zip(run(cuda), run("cpu"), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-10, equal_nan=True)
+
+
+def test_samples_not_grouped_by_prompt_are_nan(cuda: torch.device) -> None:
+    log_pi, log_q, log_score, log_z, prompt = (t.to(cuda) for t in batch(1, [3, 4]))
+    out = ops.fdiv_weights(
+        *(log_pi, log_q, log_score, log_z, prompt.flip(0)),
+        divergence=Divergence.parse("js"),
+        baseline=Baseline.parse("loo"),
+    )
+    assert out.weights.isnan().all()
+    assert out.statistics.isnan().all()
+
+
+def test_order_of_a_side_stream(cuda: torch.device) -> None:
+    """The kernels follow the work of the current stream, not of the default one."""
+    logits, target, mask = (t.to(cuda) for t in rows())
+    expected = ops.token_logprob(2 * logits, target, mask=mask).logp
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # the next line is late
+        doubled = 2 * logits
+        got = ops.token_logprob(doubled, target, mask=mask).logp
+    torch.cuda.current_stream().wait_stream(stream)
+    assert torch.equal(got, expected)
+
+
+def test_in_a_cuda_graph(cuda: torch.device) -> None:
+    logits, target, mask = (t.to(cuda) for t in rows())
+    weighing = [t.to(cuda) for t in batch(1, [30, 40])]
+    state = torch.zeros(2, dtype=torch.float64, device=cuda)
+    f, b = Divergence.parse("js"), Baseline.parse("ema(0.9)")
+
+    def step() -> tuple[Tensor, Tensor]:
+        out = ops.token_logprob(logits, target, mask=mask)
+        weights = ops.fdiv_weights(*weighing, divergence=f, baseline=b, baseline_state=state)
+        return out.logp, weights.weights
+
+    expected = [t.clone() for t in step()]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for _ in range(2):  # nothing is left over from one replay to the next but the state
+        state.zero_()
+        graph.replay()
+        for got, truth in zip(captured, expected, strict=True):
+            assert torch.equal(got, truth)
+
+
+def test_opcheck(cuda: torch.device) -> None:
+    logits, target, mask = (t.to(cuda) for t in rows(torch.bfloat16))
+    sample = (logits[:, :77].requires_grad_(), target % 77, 0.8, mask, True)
+    torch.library.opcheck(torch.ops.fdpg.token_logprob.default, sample)
+    inputs = tuple(t.to(cuda) for t in batch(1, [3, 4]))
+    js_loo = (Divergence.parse("js").id, 0.0, Baseline.parse("loo").id, 0.0, None, 10.0, 10.0)
+    torch.library.opcheck(torch.ops.fdpg.fdiv_weights.default, (*inputs, *js_loo))
+
+
+def test_an_op_without_a_cuda_kernel_is_named(cuda: torch.device) -> None:
+    """The dispatcher's own message, which is clear enough: the op and the backend."""
+    values, lengths = torch.zeros(2, 3, device=cuda), torch.tensor([1, 2], device=cuda)
+    missing = {"sequence_logprob"} - set(ON_CUDA)
+    for op in missing:
+        with pytest.raises(NotImplementedError, match=f"fdpg::{op}.*CUDA"):
+            getattr(torch.ops.fdpg, op)(values, lengths)
