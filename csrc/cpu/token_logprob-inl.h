@@ -75,6 +75,8 @@ struct SoftmaxGradient {
     int64_t j = 0;
     for (; j + kUnroll * S::kLanes <= vocab; j += kUnroll * S::kLanes) {
       for (int64_t k = 0; k < kUnroll; ++k) {
+        prefetch<S>(x + j, k);
+        prefetch<S>(out + j, k);
         S::store(out + j + k * S::kLanes, of(S::load(x + j + k * S::kLanes)));
       }
     }
