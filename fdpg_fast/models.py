@@ -302,12 +302,14 @@ class LanguageModel:
         the scoring below know.
         """
         module = self.model if self._fused is None else self.model.base_model
-        where = {"position_ids": positions} if self._takes_positions else {}
+        options: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            options["past_key_values"] = cache
+        if self._takes_positions:
+            options["position_ids"] = positions
         bf16 = self.compute == "bf16"
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
-            out = module(
-                input_ids=tokens, past_key_values=cache, use_cache=cache is not None, **where
-            )
+            out = module(input_ids=tokens, **options)
         states: Tensor = out.logits if self._fused is None else out.last_hidden_state
         return states.float()
 
