@@ -6,25 +6,15 @@
 namespace fdpg::cuda {
 namespace {
 
-// Calls fn(cut, T{}) with the storage type of the logits.
-template <class Fn>
-cudaError_t with_cut(const TokenLogprobParams& p, Fn&& fn) {
-  cudaError_t status = cudaErrorInvalidValue;  // no vocabulary, or a dtype that there is not
-  if (p.vocab <= 0) return status;
-  visit_dtype(p.dtype, [&](auto tag) { status = fn(Cut(p.vocab, sizeof(tag)), tag); });
-  return status;
-}
-
 template <class T, bool kEntropy>
 cudaError_t run_forward(const TokenLogprobParams& p, const Cut& cut, void* workspace,
                         cudaStream_t stream) {
-  using State = typename StateOf<accumulate_t<T>, kEntropy>::type;
+  using State = state_t<accumulate_t<T>, kEntropy>;
   constexpr int kRowThreads = 128;
-  const std::size_t shared_bytes = (cut.part + kPerVector<T>)*sizeof(T);
   State* partial = static_cast<State*>(workspace);
   const cudaError_t status =
-      launch(token_logprob_parts<T, kEntropy>, p.rows * cut.parts, cut.threads, shared_bytes,
-             stream, p, cut.part, cut.parts, partial);
+      launch(token_logprob_parts<T, kEntropy>, p.rows * cut.parts, cut.threads,
+             cut.stage_bytes<T>(), stream, p, cut.part, cut.parts, partial);
   if (status != cudaSuccess || cut.parts == 1) return status;
   return launch(token_logprob_rows<T, State>, divide_up(p.rows, kRowThreads), kRowThreads, 0,
                 stream, p, cut.parts, partial);
@@ -34,7 +24,7 @@ cudaError_t run_forward(const TokenLogprobParams& p, const Cut& cut, void* works
 
 std::size_t token_logprob_workspace(const TokenLogprobParams& p) {
   std::size_t bytes = 0;
-  with_cut(p, [&](const Cut& cut, auto tag) {
+  with_cut(p.dtype, p.vocab, [&](const Cut& cut, auto tag) {
     using A = accumulate_t<decltype(tag)>;
     const std::size_t state = p.entropy ? sizeof(OnlineEntropy<A>) : sizeof(OnlineLogSumExp<A>);
     if (cut.parts > 1) bytes = p.rows * cut.parts * state;
@@ -44,7 +34,7 @@ std::size_t token_logprob_workspace(const TokenLogprobParams& p) {
 }
 
 Status token_logprob(const TokenLogprobParams& p, void* workspace, Stream stream) {
-  return with_cut(p, [&](const Cut& cut, auto tag) {
+  return with_cut(p.dtype, p.vocab, [&](const Cut& cut, auto tag) {
     using T = decltype(tag);
     return p.entropy ? run_forward<T, true>(p, cut, workspace, stream)
                      : run_forward<T, false>(p, cut, workspace, stream);

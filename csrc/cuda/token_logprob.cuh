@@ -2,17 +2,11 @@
 // gradient.
 //
 // Forward. Fused: temperature, max, sum of exponentials, entropy, gather. Never written: anything
-// of size V. A row is cut into parts of at most 32 KiB; a block stages one part in shared memory
-// with 16-byte asynchronous copies, all in flight at once, and folds it into (max, sum). Where a
-// row has several parts they meet in a second kernel of one thread per row.
+// of size V. A block folds one part of a row (row_parts.cuh), all its 16-byte copies in flight at
+// once; where a row has several parts they meet in a second kernel of one thread per row.
 //   bytes per row:  V * sizeof(T) read, 8 + 4 for the target and its logit, 8 (12) written;
 //                   per part 8 (12) written and read again: 0.1 % at 32 KiB
 //   floor:          N V sizeof(T) / bandwidth: [8192, 128256] in bf16 is 2.10 GB, 0.70 ms at 3 TB/s
-//
-// How a row is cut and which thread adds which elements is a function of V alone: not of N, nor of
-// the row's address. So a row gives the same bits in any batch, and few rows still fill the
-// machine. The detour through shared memory is what makes this possible with 16-byte loads, since
-// the rows of an odd vocabulary (50257) start at every alignment.
 //
 // Backward. One read and one write of each logit, nothing carried between elements; in place or
 // not.
@@ -25,88 +19,12 @@
 
 #include "device.cuh"
 //
-#include "fdpg/online_logsumexp.h"
 #include "fdpg/params.h"
-#include "fdpg/types.h"
-#include "instructions.cuh"
-#include "reduce.cuh"
-#include "vec.cuh"
+#include "row_parts.cuh"
 
 namespace fdpg::cuda {
 
-// How a row of `vocab` elements of `element_bytes` is cut: a function of these two alone.
-struct Cut {
-  static constexpr int kPartBytes = 32 << 10;
-  static constexpr int kMaxThreads = 256;
-
-  int64_t part;   // elements of a part; the last one may be shorter
-  int64_t parts;  // of a row
-  int threads;    // of a block
-
-  Cut(int64_t vocab, int64_t element_bytes) {
-    const int64_t limit = kPartBytes / element_bytes;
-    part = round_up(divide_up(vocab, divide_up(vocab, limit)), 128);
-    parts = divide_up(vocab, part);
-    // A thread for every 16 elements of a small vocabulary: half as many would wait on a barrier.
-    threads = static_cast<int>(round_up(divide_up(part, 16), kWarp));
-    if (threads > kMaxThreads) threads = kMaxThreads;
-  }
-};
-
 namespace {
-
-template <class A, bool kEntropy>
-struct StateOf {
-  using type = OnlineLogSumExp<A>;
-};
-template <class A>
-struct StateOf<A, true> {
-  using type = OnlineEntropy<A>;
-};
-
-// What a thread has seen of its elements: those at `threads` apart, eight at a time, so that the
-// running sum is rescaled once per eight.
-template <bool kEntropy, class T, class A = accumulate_t<T>>
-__device__ typename StateOf<A, kEntropy>::type fold(const T* elements, int n, A inv_temperature) {
-  constexpr int kGroup = 8;
-  constexpr A kNothing = -static_cast<A>(INFINITY);
-  const int threads = blockDim.x;
-  A max = kNothing, sum = 0, weighted = 0;
-  for (int first = threadIdx.x; first < n; first += kGroup * threads) {
-    A x[kGroup], top = kNothing;
-#pragma unroll
-    for (int k = 0; k < kGroup; ++k) {
-      const int i = first + k * threads;
-      x[k] = i < n ? widen(elements[i]) : kNothing;
-      top = larger_number(top, x[k]);
-    }
-    top = larger_number(max, top * inv_temperature);
-    if (top == kNothing) {
-      // All -inf so far, but NaN has no maximum and must be kept.
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k) sum += x[k] == kNothing ? A{0} : x[k];
-      continue;
-    }
-    const A shift = max - top;  // -inf for the first group, whose `sum` is 0
-    const A scale = exponential(shift);
-    if constexpr (kEntropy) weighted = max == kNothing ? A{0} : (weighted + sum * shift) * scale;
-    sum *= scale;
-    max = top;
-#pragma unroll
-    for (int k = 0; k < kGroup; ++k) {
-      // One rounding, of a number that is small where it matters.
-      const A distance = std::fma(x[k], inv_temperature, -max);
-      const A weight = exponential(distance);
-      sum += weight;
-      if constexpr (kEntropy) weighted += weight > 0 ? weight * distance : A{0};
-    }
-  }
-  if constexpr (kEntropy) {
-    return {max, sum, weighted};
-  } else {
-    return {max, sum};
-  }
-}
 
 template <class T>
 __device__ __forceinline__ bool masked(const T& p, int64_t row) {
@@ -143,19 +61,17 @@ __device__ void zero_row(const TokenLogprobParams& p, int64_t row) {
 template <class T, bool kEntropy>
 __global__ void __launch_bounds__(Cut::kMaxThreads)
     token_logprob_parts(TokenLogprobParams p, int part, int parts,
-                        typename StateOf<accumulate_t<T>, kEntropy>::type* partial) {
-  FDPG_DYNAMIC_SHARED(T, stage);  // part + kPerVector<T>
+                        state_t<accumulate_t<T>, kEntropy>* partial) {
+  FDPG_DYNAMIC_SHARED(T, stage);
   const int64_t row = blockIdx.x / parts;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x % parts) * part;
   if (masked(p, row)) {  // not read
     if (parts == 1 && threadIdx.x == 0) zero_row<accumulate_t<T>>(p, row);
     return;
   }
-  const int n = static_cast<int>(min(static_cast<int64_t>(part), p.vocab - begin));
-  const T* from = static_cast<const T*>(p.logits) + row * p.row_stride + begin;
-  const T* elements = stage_in_shared(stage, from, n);
+  const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
   const auto inv_temperature = static_cast<accumulate_t<T>>(p.inv_temperature);
-  const auto state = block_merge(fold<kEntropy>(elements, n, inv_temperature));
+  const auto state =
+      fold_part<kEntropy>(logits, p.vocab, blockIdx.x % parts, part, inv_temperature, stage);
   if (threadIdx.x != 0) return;
   if (parts == 1) {
     finish_row<T>(p, row, state);
@@ -170,9 +86,7 @@ __global__ void token_logprob_rows(TokenLogprobParams p, int parts, const State*
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= p.rows) return;
   if (masked(p, row)) return zero_row<accumulate_t<T>>(p, row);
-  State state = partial[row * parts];
-  for (int k = 1; k < parts; ++k) state.merge(partial[row * parts + k]);
-  finish_row<T>(p, row, state);
+  finish_row<T>(p, row, merge_parts(partial + row * parts, parts));
 }
 
 // -------------------------------------------------------------------------------------------------
@@ -209,8 +123,9 @@ __global__ void __launch_bounds__(kBackwardThreads)
     token_logprob_backward_parts(TokenLogprobBackwardParams p, int parts) {
   using A = accumulate_t<T>;
   const int64_t row = blockIdx.x / parts;
-  const int64_t begin = static_cast<int64_t>(blockIdx.x % parts) * kBackwardPart<T>;
-  const int n = static_cast<int>(min(static_cast<int64_t>(kBackwardPart<T>), p.vocab - begin));
+  const PartOfRow here(blockIdx.x % parts, kBackwardPart<T>, p.vocab);
+  const int64_t begin = here.begin;
+  const int n = here.size;
   // Not __restrict__: `to` may be `from`. A thread writes an element only after it has read it, and
   // nobody else reads it.
   const T* from = static_cast<const T*>(p.logits) + row * p.row_stride + begin;

@@ -26,6 +26,9 @@ Status token_logprob(const TokenLogprobParams& p, void* workspace, Stream stream
 
 Status token_logprob_backward(const TokenLogprobBackwardParams& p, Stream stream);
 
+std::size_t sample_logprob_workspace(const SampleLogprobParams& p);
+Status sample_logprob(const SampleLogprobParams& p, void* workspace, Stream stream);
+
 std::size_t fdiv_weights_workspace(const FdivWeightsParams& p);
 Status fdiv_weights(const FdivWeightsParams& p, void* workspace, Stream stream);
 

@@ -1,0 +1,192 @@
+// sample_logprob on CUDA: the token that inverting the distribution in fp64 gives, bit for bit
+// under every schedule and in any batch.
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "fdpg/random.h"
+#include "harness.h"
+//
+#include "sample_logprob.cu"  // its launchers and kernels, built for the emulator or for the device
+
+using namespace fdpg;
+
+namespace {
+
+template <class T>
+struct Case {
+  using A = accumulate_t<T>;
+  int64_t rows, vocab, stride;
+  double inv_temperature;
+  Buffer<T> logits;
+  Buffer<int64_t> seed, sample_id, position;
+  Buffer<int64_t> token;
+  Buffer<A> logp, lse;
+
+  Case(int64_t rows, int64_t vocab, int64_t padding, int offset, double inv_temperature = 1)
+      : rows(rows),
+        vocab(vocab),
+        stride(vocab + padding),
+        inv_temperature(inv_temperature),
+        logits(rows ? (rows - 1) * stride + vocab : 0, offset),
+        seed(std::vector<int64_t>{0x123456789abcdef}),
+        sample_id(rows),
+        position(rows),
+        token(rows),
+        logp(rows),
+        lse(rows) {
+    std::mt19937 random(static_cast<unsigned>(vocab));
+    std::normal_distribution<double> normal(0, 3);
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t j = 0; j < vocab; ++j) {
+        const bool banned = row % 3 == 2 && j % 2 == 0 && j + 1 < vocab;
+        logits[row * stride + j] = store<T>(static_cast<A>(banned ? -INFINITY : normal(random)));
+      }
+      if (row + 1 < rows) logits.forbid(row * stride + vocab, padding);
+      sample_id[row] = 7 * row;
+      position[row] = row % 5;
+    }
+  }
+  ~Case() { logits.allow(0, logits.size()); }
+
+  void run() {
+    SampleLogprobParams p{};
+    p.logits = logits.data();
+    visit_dtype_of(p);
+    p.rows = rows;
+    p.vocab = vocab;
+    p.row_stride = stride;
+    p.inv_temperature = inv_temperature;
+    p.seed = seed.data();
+    p.sample_id = sample_id.data();
+    p.position = position.data();
+    p.token = token.data();
+    p.logp = logp.data();
+    p.lse = lse.data();
+    Buffer<double> workspace(static_cast<int64_t>(cuda::sample_logprob_workspace(p) / 8));
+    run_on_device([&] { return cuda::sample_logprob(p, workspace.data(), nullptr); });
+  }
+
+  static void visit_dtype_of(SampleLogprobParams& p) {
+#define FDPG_SAME(id, Type) \
+  if (std::is_same_v<T, Type>) p.dtype = Dtype::id;
+    FDPG_DTYPES(FDPG_SAME)
+#undef FDPG_SAME
+  }
+
+  double z(int64_t row, int64_t j) const {
+    return static_cast<double>(load(logits[row * stride + j])) * inv_temperature;
+  }
+
+  // Tokens, and their log-probs, by one running sum in fp64.
+  void check() const {
+    for (int64_t row = 0; row < rows; ++row) {
+      double max = -INFINITY, total = 0;
+      for (int64_t j = 0; j < vocab; ++j) max = std::max(max, z(row, j));
+      for (int64_t j = 0; j < vocab; ++j) total += std::exp(z(row, j) - max);
+      const double goal = total * random_uniform(seed[0], sample_id[row], position[row]);
+      double below = 0;
+      int64_t expected = 0;
+      for (; expected < vocab; ++expected) {
+        below += std::exp(z(row, expected) - max);
+        if (below > goal) break;
+      }
+      CHECK(token[row] == expected);
+      const double log_total = max + std::log(total);
+      CHECK_NEAR(lse[row], log_total, 3e-7 * (5 + std::fabs(log_total)));
+      CHECK_NEAR(logp[row], z(row, expected) - log_total, 3e-6);
+    }
+  }
+};
+
+template <class T>
+void every_size() {
+  for (const auto& [rows, vocab, padding, offset] :
+       std::vector<std::array<int, 4>>{{3, 1, 0, 0},
+                                       {40, 7, 2, 1},
+                                       {40, 31, 0, 1},
+                                       {9, 1000, 24, 0},
+                                       {9, 8003, 0, 3},
+                                       {0, 5, 0, 0}}) {
+    Case<T> c(rows, vocab, padding, offset, vocab == 8003 ? 0.7 : 1.0);
+    std::vector<int64_t> tokens;
+    for_each_schedule([&](int schedule) {
+      c.run();
+      if (schedule == 0) tokens.assign(c.token.data(), c.token.data() + rows);
+      CHECK(same_bits(c.token, tokens));
+    });
+    c.check();
+  }
+}
+
+// A part, a run and a token are chosen; and the same whatever lies beside the row.
+template <class T>
+void rows_of_several_parts() {
+  Case<T> c(4, 50257, 0, 1);
+  c.run();
+  c.check();
+  for (int64_t row = 0; row < 4; ++row) {
+    Case<T> alone(1, 50257, 0, 0);
+    for (int64_t j = 0; j < c.vocab; ++j) alone.logits[j] = c.logits[row * c.stride + j];
+    alone.sample_id[0] = c.sample_id[row];
+    alone.position[0] = c.position[row];
+    alone.run();
+    CHECK(alone.token[0] == c.token[row]);
+    CHECK(alone.logp[0] == c.logp[row] && alone.lse[0] == c.lse[row]);
+  }
+}
+
+// 2000 draws of one distribution: chi-squared, and a token without probability is never drawn.
+void law() {
+  constexpr int64_t kDraws = 2000, kVocab = 40;
+  Case<float> c(kDraws, kVocab, 0, 0);
+  std::vector<double> weight(kVocab), count(kVocab);
+  double total = 0;
+  for (int64_t j = 0; j < kVocab; ++j) {
+    weight[j] = j == 17 ? 0 : 1.0 + static_cast<double>(j % 5);
+    total += weight[j];
+    for (int64_t row = 0; row < kDraws; ++row) {
+      c.logits[row * kVocab + j] = static_cast<float>(std::log(weight[j]));
+    }
+  }
+  c.run();
+  for (int64_t row = 0; row < kDraws; ++row) count[c.token[row]] += 1;
+  double chi_squared = 0;
+  for (int64_t j = 0; j < kVocab; ++j) {
+    const double expected = kDraws * weight[j] / total;
+    if (expected > 0) chi_squared += (count[j] - expected) * (count[j] - expected) / expected;
+  }
+  CHECK(count[17] == 0);
+  CHECK(chi_squared < 38 + 4 * std::sqrt(2 * 38.0));  // 38 degrees of freedom
+}
+
+void rows_without_an_answer() {
+  constexpr int64_t kVocab = 20000;
+  Case<float> c(4, kVocab, 0, 0);
+  for (int64_t j = 0; j < kVocab; ++j) c.logits[j] = -INFINITY;
+  c.logits[1 * kVocab + 19000] = NAN;
+  c.logits[2 * kVocab + 3] = INFINITY;
+  c.run();
+  for (int64_t row = 0; row < 3; ++row) {
+    CHECK(c.token[row] == 0);
+    CHECK(std::isnan(c.logp[row]) && std::isnan(c.lse[row]));
+  }
+  CHECK(std::isfinite(c.logp[3]) && std::isfinite(c.lse[3]));
+}
+
+}  // namespace
+
+int main() {
+  return run_tests([] {
+    every_size<float>();
+    every_size<BFloat16>();
+    every_size<Float16>();
+    every_size<double>();
+    rows_of_several_parts<float>();
+    rows_of_several_parts<BFloat16>();
+    law();
+    rows_without_an_answer();
+  });
+}
