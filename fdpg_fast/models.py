@@ -621,7 +621,9 @@ class LanguageModel:
         ]
         reference = []
         for row in rows:
-            out = self.model(input_ids=torch.tensor([row], device=self.device), use_cache=False)
+            ids = torch.tensor([row], device=self.device)
+            # All ones says nothing new, but without it transformers warns of padding ids in `ids`.
+            out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
             reference.append(out.logits[0].float())
         if attention == SLOT:
             self._use_attention(attention)
