@@ -125,6 +125,7 @@ def train(words: Sequence[str]) -> int:
 def sample(known: argparse.Namespace) -> int:
     """`fdpg sample`: texts from a tuned model."""
     from fdpg_fast.evaluation import draw_texts
+    from fdpg_fast.progress import joined
     from fdpg_fast.run_directory import RunDirectory
 
     run = RunDirectory.open(known.folder)
@@ -137,7 +138,7 @@ def sample(known: argparse.Namespace) -> int:
 
             print(json.dumps({"prompt": prompt, "sample": text}, ensure_ascii=False))
         else:
-            print(f"{prompt}{text}\n")
+            print(joined(prompt, text), end="\n\n")
     return 0
 
 
@@ -290,7 +291,7 @@ def _show_evaluation(evaluation: dict[str, Any]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from fdpg_fast.progress import one_line
+    from fdpg_fast.progress import joined, one_line
     from fdpg_fast.report import evaluation_table
 
     console = Console()
@@ -305,7 +306,8 @@ def _show_evaluation(evaluation: dict[str, Any]) -> None:
         for prompt, text in list(
             zip(evaluation["texts"]["prompt"], evaluation["texts"][name], strict=True)
         )[:3]:
-            console.print(Text.assemble("  ", (one_line(prompt), "dim"), " ", one_line(text)))
+            whole, start = joined(prompt, text), len(prompt)
+            console.print(Text.assemble("  ", (whole[:start], "dim"), one_line(whole[start:])))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ so what was seen can be looked up afterwards.
 from __future__ import annotations
 
 import math
+import re
 import sys
 import time
 from collections import deque
@@ -19,7 +20,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["Display", "PlainDisplay", "SilentDisplay", "TerminalDisplay", "for_this_terminal"]
+__all__ = [
+    "Display",
+    "PlainDisplay",
+    "SilentDisplay",
+    "TerminalDisplay",
+    "for_this_terminal",
+    "joined",
+    "one_line",
+]
 
 Record = Mapping[str, Any]
 
@@ -188,17 +197,16 @@ class TerminalDisplay:
             self._live = None
 
     def _panel(self, record: Record, timing: Record) -> RenderableType:
-        """The numbers in as many columns as fit."""
+        """The numbers in as many columns as fit, and the speed."""
         cells = [
-            Text.assemble((f"{name}  ", "dim"), value)
-            for name, value in [*self._numbers(record), ("speed", speed_of(timing))]
+            Text.assemble((f"{name}  ", "dim"), value) for name, value in self._numbers(record)
         ]
         width = max(cell.cell_len for cell in cells) + 3
-        columns = max(1, self.console.width // width)
+        columns = max(1, (self.console.width + 3) // width)
         grid = Table.grid(padding=(0, 3))
         for at in range(0, len(cells), columns):
             grid.add_row(*cells[at : at + columns])
-        return grid
+        return Group(grid, Text(speed_of(timing), style="dim"))
 
 
 def for_this_terminal() -> Display:
@@ -224,8 +232,14 @@ def plus_minus(record: Record, value: str, error: str) -> str:
 
 def one_line(text: str, limit: int = 240) -> str:
     """A sample on one line."""
-    flat = " ".join(text.split())
+    flat = re.sub(r"\s+", " ", text)
     return flat if len(flat) <= limit else flat[: limit - 1] + "…"
+
+
+def joined(prompt: str, text: str) -> str:
+    """A prompt and its sample as one text; some tokenizers swallow the space between them."""
+    apart = text[:1].isalnum() and not prompt[-1:].isspace()
+    return f"{prompt} {text}" if prompt and apart else prompt + text
 
 
 def _moments(record: Record) -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fdpg_fast.config import Config
+from fdpg_fast.progress import joined
 from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
 
 if TYPE_CHECKING:
@@ -262,6 +263,14 @@ def _draw_lines(
             axes.fill_between(run.steps, low, high, color=f"C{at}", alpha=0.2, linewidth=0)
     if floor is not None:
         axes.set_ylim(bottom=floor)
+    if all(math.isnan(value) for run in runs for value in run.column(key)):
+        said = "infinite in every step" if _infinite(runs, key) else "not known in any step"
+        axes.text(0.5, 0.5, said, ha="center", color="gray", transform=axes.transAxes)
+        axes.set_axis_off()
+
+
+def _infinite(runs: Sequence[_Run], key: str) -> bool:
+    return any(record.get(key) == "inf" for run in runs for record in run.metrics)
 
 
 def _draw_moment(axes: Axes, runs: Sequence[_Run], name: str) -> None:
@@ -349,12 +358,18 @@ def _side_by_side(runs: Sequence[_Run]) -> str:
     texts = [run.evaluation["texts"] for run in measured if run.evaluation]
     rows = []
     for at in range(min(len(t["tuned"]) for t in texts)):
-        prompt = f"<em>{html.escape(texts[0]['prompt'][at])}</em>"
+        prompt = texts[0]["prompt"][at]
         cells = [texts[0]["base"][at], *[t["tuned"][at] for t in texts]]
-        rows.append([prompt + html.escape(cell) for cell in cells])
+        rows.append([_prompted(prompt, cell) for cell in cells])
     header = ["base", *[run.name if len(measured) > 1 else "tuned" for run in measured]]
     note = "<p class=note>Each row was drawn with the same random numbers.</p>"
     return _section("Samples side by side", note + _table(header, rows, escape=False))
+
+
+def _prompted(prompt: str, text: str) -> str:
+    whole = joined(prompt, text)
+    start, rest = whole[: len(prompt)], whole[len(prompt) :]
+    return f"<em>{html.escape(start)}</em>{html.escape(rest)}"
 
 
 def _settings(runs: Sequence[_Run]) -> str:

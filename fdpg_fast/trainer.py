@@ -395,7 +395,7 @@ class Trainer:
         checks = {k: v for k, v in self.policy.checks.items() if k != "tolerance"}
         wanted = ", ".join(f"{name} = {goal:g}" for name, goal in self.target.moments.items())
         rows = {
-            "model": f"{self.base.name}, {count / 1e6:.1f} M parameters, {self.policy.compute}",
+            "model": f"{_model_name(self.base)}, {count / 1e6:.1f} M parameters, {self.policy.compute}",
             "device": device_name(self.policy.device),
             "checked": ", ".join(f"{name} to {error:.0e} nats" for name, error in checks.items()),
             "target": str(self.target) + (f"  ({wanted})" if wanted else ""),
@@ -418,7 +418,7 @@ class Trainer:
             "compute": self.policy.compute,
             "attention": self.policy.attention,
             "checks": self.policy.checks,
-            "model": self.base.name,
+            "model": _model_name(self.base),
             "parameters": sum(p.numel() for p in self.parameters.values()),
             "target": str(self.target),
             "goals": self.target.moments,
@@ -734,6 +734,10 @@ def _load_parameters(
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(saved[name])
+
+
+def _model_name(model: LanguageModel) -> str:
+    return "the embedded story model" if model.name == "default" else model.name
 
 
 def _samples(rows: Sequence[int]) -> str:
