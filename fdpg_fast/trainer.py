@@ -395,7 +395,7 @@ class Trainer:
         checks = {k: v for k, v in self.policy.checks.items() if k != "tolerance"}
         wanted = ", ".join(f"{name} = {goal:g}" for name, goal in self.target.moments.items())
         rows = {
-            "model": f"{_model_name(self.base)}, {count / 1e6:.1f} M parameters, {self.policy.compute}",
+            "model": f"{_model_name(self.base)}, {count / 1e6:.1f} M weights, {self.policy.compute}",
             "device": device_name(self.policy.device),
             "checked": ", ".join(f"{name} to {error:.0e} nats" for name, error in checks.items()),
             "target": str(self.target) + (f"  ({wanted})" if wanted else ""),
