@@ -2,8 +2,6 @@
 // arguments becomes the current one, its current stream takes the kernels, and a failed launch
 // becomes a message. Nothing waits for the device, so nothing here looks at values: what the CPU
 // refuses as out of range is NaN in the results (fdpg/cuda.h).
-//
-// An op that is not registered here has no CUDA kernel yet; torch's dispatcher says so by name.
 #include "fdpg/cuda.h"
 
 #include <cuda_runtime_api.h>  // cudaGetErrorString
@@ -21,7 +19,8 @@
 namespace fdpg::binding {
 namespace {
 
-// Where an op runs: on the device of `lead` while this lives, on that device's current stream.
+// Where an op runs: on the device of `lead` while this lives, on that device's current stream. Made
+// after the arguments are checked: the dispatcher comes here if any of them is on a CUDA device.
 class Place {
  public:
   explicit Place(const Tensor& lead) : guard_(lead.get_device_index()) {
@@ -57,8 +56,8 @@ void check(const char* op, cuda::Status status) {
 std::tuple<Tensor, Tensor, Tensor> token_logprob(const Tensor& logits, const Tensor& target,
                                                  double inv_temperature, const OptionalTensor& mask,
                                                  bool entropy) {
-  const Place place(logits);
   const TokenLogprob call(logits, target, inv_temperature, mask, entropy);
+  const Place place(logits);
   const Workspace workspace(logits, cuda::token_logprob_workspace(call.params));
   check("token_logprob", cuda::token_logprob(call.params, workspace.data(), place.stream()));
   return {call.logp, call.lse, call.entropy};
@@ -68,9 +67,9 @@ Tensor token_logprob_backward(const Tensor& logits, const Tensor& target, const 
                               const OptionalTensor& entropy, const OptionalTensor& grad_logp,
                               const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
                               double inv_temperature, const OptionalTensor& mask) {
-  const Place place(logits);
   const TokenLogprobBackward call(/*in_place=*/false, logits, target, lse, entropy, grad_logp,
                                   grad_lse, grad_entropy, inv_temperature, mask);
+  const Place place(logits);
   check("token_logprob_backward", cuda::token_logprob_backward(call.params, place.stream()));
   return call.grad_logits;
 }
@@ -79,10 +78,33 @@ void token_logprob_backward_(const Tensor& logits, const Tensor& target, const T
                              const OptionalTensor& entropy, const OptionalTensor& grad_logp,
                              const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
                              double inv_temperature, const OptionalTensor& mask) {
-  const Place place(logits);
   const TokenLogprobBackward call(/*in_place=*/true, logits, target, lse, entropy, grad_logp,
                                   grad_lse, grad_entropy, inv_temperature, mask);
+  const Place place(logits);
   check("token_logprob_backward_", cuda::token_logprob_backward(call.params, place.stream()));
+}
+
+std::tuple<Tensor, Tensor, Tensor> sample_logprob(const Tensor& logits, const Tensor& seed,
+                                                  const Tensor& sample_id, const Tensor& position,
+                                                  double inv_temperature) {
+  const SampleLogprob call(logits, seed, sample_id, position, inv_temperature);
+  const Place place(logits);
+  const Workspace workspace(logits, cuda::sample_logprob_workspace(call.params));
+  check("sample_logprob", cuda::sample_logprob(call.params, workspace.data(), place.stream()));
+  return {call.token, call.logp, call.lse};
+}
+
+Tensor sequence_logprob(const Tensor& values, const Tensor& lengths) {
+  const SequenceLogprob call(values, lengths);
+  const Place place(values);
+  check("sequence_logprob", cuda::sequence_logprob(call.params, place.stream()));
+  return call.out;
+}
+
+void log_partition_(const Tensor& state, const Tensor& log_weight, const Tensor& prompt) {
+  const LogPartition call(state, log_weight, prompt);
+  const Place place(state);
+  check("log_partition_", cuda::log_partition(call.params, place.stream()));
 }
 
 std::tuple<Tensor, Tensor> fdiv_weights(const Tensor& log_pi, const Tensor& log_q,
@@ -91,12 +113,21 @@ std::tuple<Tensor, Tensor> fdiv_weights(const Tensor& log_pi, const Tensor& log_
                                         double divergence_param, int64_t baseline,
                                         double baseline_param, const OptionalTensor& baseline_state,
                                         double ratio_clip, double reward_clip) {
-  const Place place(log_pi);
   const FdivWeights call(log_pi, log_q, log_score, log_z, prompt, divergence, divergence_param,
                          baseline, baseline_param, baseline_state, ratio_clip, reward_clip);
+  const Place place(log_pi);
   const Workspace workspace(log_pi, cuda::fdiv_weights_workspace(call.params));
   check("fdiv_weights", cuda::fdiv_weights(call.params, workspace.data(), place.stream()));
   return {call.weights, call.statistics};
+}
+
+Tensor fdiv_terms(const Tensor& log_pi, const Tensor& log_q, const Tensor& log_score,
+                  const Tensor& log_z, const Tensor& prompt, int64_t divergence,
+                  double divergence_param) {
+  const FdivTerms call(log_pi, log_q, log_score, log_z, prompt, divergence, divergence_param);
+  const Place place(log_pi);
+  check("fdiv_terms", cuda::fdiv_terms(call.params, place.stream()));
+  return call.out;
 }
 
 }  // namespace
@@ -105,7 +136,11 @@ STABLE_TORCH_LIBRARY_IMPL(fdpg, CUDA, m) {
   m.impl("token_logprob", TORCH_BOX(&token_logprob));
   m.impl("token_logprob_backward", TORCH_BOX(&token_logprob_backward));
   m.impl("token_logprob_backward_", TORCH_BOX(&token_logprob_backward_));
+  m.impl("sample_logprob", TORCH_BOX(&sample_logprob));
+  m.impl("sequence_logprob", TORCH_BOX(&sequence_logprob));
+  m.impl("log_partition_", TORCH_BOX(&log_partition_));
   m.impl("fdiv_weights", TORCH_BOX(&fdiv_weights));
+  m.impl("fdiv_terms", TORCH_BOX(&fdiv_terms));
 }
 
 }  // namespace fdpg::binding

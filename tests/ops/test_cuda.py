@@ -15,7 +15,6 @@ from fdpg_fast import ops
 from fdpg_fast.baselines import Baseline
 from fdpg_fast.divergences import Divergence
 
-ON_CUDA = ["token_logprob", "token_logprob_backward", "token_logprob_backward_", "fdiv_weights"]
 N, V = 9, 50257
 
 
@@ -154,10 +153,54 @@ def test_opcheck(cuda: torch.device) -> None:
     torch.library.opcheck(torch.ops.fdpg.fdiv_weights.default, (*inputs, *js_loo))
 
 
-def test_an_op_without_a_cuda_kernel_is_named(cuda: torch.device) -> None:
-    """The dispatcher's own message, which is clear enough: the op and the backend."""
-    values, lengths = torch.zeros(2, 3, device=cuda), torch.tensor([1, 2], device=cuda)
-    missing = {"sequence_logprob"} - set(ON_CUDA)
-    for op in missing:
-        with pytest.raises(NotImplementedError, match=f"fdpg::{op}.*CUDA"):
-            getattr(torch.ops.fdpg, op)(values, lengths)
+def test_sample_logprob_agrees_with_the_cpu(cuda: torch.device) -> None:
+    logits, _, _ = rows()
+    ids, position = torch.arange(N), torch.arange(N) % 3
+    expected = ops.sample_logprob(logits, 7, ids, position, inv_temperature=0.9)
+    got = ops.sample_logprob(
+        logits.to(cuda), 7, ids.to(cuda), position.to(cuda), inv_temperature=0.9
+    )
+    assert torch.equal(got.token.cpu(), expected.token)
+    torch.testing.assert_close(got.logp.cpu(), expected.logp, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(got.lse.cpu(), expected.lse, rtol=1e-6, atol=2e-6)
+    same = ops.token_logprob(logits.to(cuda), got.token, inv_temperature=0.9)
+    assert torch.equal(same.logp, got.logp)  # what was sampled is what is scored
+
+
+def test_sequence_logprob_has_the_bits_of_the_cpu(cuda: torch.device) -> None:
+    values = torch.randn(70, 45)[:, :40]
+    lengths = torch.randint(41, (70,))
+    expected = ops.sequence_logprob(values, lengths)
+    assert torch.equal(ops.sequence_logprob(values.to(cuda), lengths.to(cuda)).cpu(), expected)
+
+
+def test_log_partition_agrees_with_the_cpu(cuda: torch.device) -> None:
+    expected = ops.new_log_partition(5)
+    got = ops.new_log_partition(5, cuda)
+    for _ in range(3):
+        log_weight = 30 * torch.randn(200, dtype=torch.float64)
+        prompt = torch.randint(4, (200,))
+        ops.log_partition_(expected, log_weight, prompt)
+        ops.log_partition_(got, log_weight.to(cuda), prompt.to(cuda))
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("divergence", EVERY_DIVERGENCE)
+def test_fdiv_terms_agrees_with_the_cpu(cuda: torch.device, divergence: str) -> None:
+    f = Divergence.parse(divergence)
+    inputs = batch(1, [3, 1, 0, 7], zeros=0.2)
+    expected = ops.fdiv_terms(*inputs, divergence=f)
+    got = ops.fdiv_terms(*(t.to(cuda) for t in inputs), divergence=f)
+    torch.testing.assert_close(got.cpu(), expected, rtol=1e-9, atol=1e-10, equal_nan=True)
+
+
+def test_arguments_on_two_devices(cuda: torch.device) -> None:
+    logits, target, _ = rows()
+    with pytest.raises(
+        (RuntimeError, ValueError), match=r"`target` must be on the device of `logits`"
+    ):
+        ops.token_logprob(logits, target.to(cuda))
+    with pytest.raises(
+        (RuntimeError, ValueError), match=r"`target` must be on the device of `logits`"
+    ):
+        ops.token_logprob(logits.to(cuda), target)

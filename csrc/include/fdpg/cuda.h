@@ -29,7 +29,13 @@ Status token_logprob_backward(const TokenLogprobBackwardParams& p, Stream stream
 std::size_t sample_logprob_workspace(const SampleLogprobParams& p);
 Status sample_logprob(const SampleLogprobParams& p, void* workspace, Stream stream);
 
+Status sequence_logprob(const SequenceLogprobParams& p, Stream stream);
+
+Status log_partition(const LogPartitionParams& p, Stream stream);
+
 std::size_t fdiv_weights_workspace(const FdivWeightsParams& p);
 Status fdiv_weights(const FdivWeightsParams& p, void* workspace, Stream stream);
+
+Status fdiv_terms(const FdivTermsParams& p, Stream stream);
 
 }  // namespace fdpg::cuda

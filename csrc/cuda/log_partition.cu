@@ -1,0 +1,11 @@
+// log_partition.cu: the launch of log_partition.cuh.
+#include "fdpg/cuda.h"
+#include "log_partition.cuh"
+
+namespace fdpg::cuda {
+
+Status log_partition(const LogPartitionParams& p, Stream stream) {
+  return launch(add_weights, p.prompts, kPartitionThreads, 0, stream, p);
+}
+
+}  // namespace fdpg::cuda

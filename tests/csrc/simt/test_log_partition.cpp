@@ -1,0 +1,65 @@
+// log_partition on CUDA: the CPU's numbers, over several updates.
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "fdpg/cpu.h"
+#include "harness.h"
+//
+#include "log_partition.cu"  // its launcher and kernel, built for the emulator or for the device
+
+using namespace fdpg;
+
+namespace {
+
+std::vector<double> fresh(int64_t prompts) {
+  std::vector<double> state;
+  for (int64_t g = 0; g < prompts; ++g) state.insert(state.end(), {-INFINITY, -INFINITY, 0.0});
+  return state;
+}
+
+// Prompts in no order, weights far apart, some of them zero, one prompt without any.
+void agrees_with_cpu(int64_t sequences, int64_t prompts) {
+  Buffer<double> expected(fresh(prompts)), log_weight(sequences);
+  Buffer<int64_t> prompt(sequences);
+  std::vector<double> first;
+  for_each_schedule([&](int schedule) {
+    std::mt19937 random(5);
+    std::normal_distribution<double> normal(-200, 20);
+    Buffer<double> got(fresh(prompts));
+    for (int update = 0; update < 3; ++update) {
+      for (int64_t i = 0; i < sequences; ++i) {
+        log_weight[i] = i % 4 == 1 ? -INFINITY : normal(random);
+        prompt[i] = prompts == 1 ? 0 : static_cast<int64_t>(random() % (prompts - 1));
+      }
+      LogPartitionParams p{log_weight.data(), prompt.data(), sequences, prompts, got.data()};
+      run_on_device([&] { return cuda::log_partition(p, nullptr); });
+      if (schedule > 0) continue;
+      p.state = expected.data();
+      CHECK(cpu::log_partition(p) == kOk);
+      for (int64_t k = 0; k < 3 * prompts; ++k) CHECK_NEAR(got[k], expected[k], 1e-12 * 400);
+    }
+    if (schedule == 0) first.assign(got.data(), got.data() + 3 * prompts);
+    CHECK(same_bits(got, first));
+  });
+}
+
+void a_prompt_that_does_not_exist() {
+  Buffer<double> state(fresh(2)), log_weight(std::vector<double>{0, 0, 0});
+  Buffer<int64_t> prompt(std::vector<int64_t>{0, 2, 1});
+  const LogPartitionParams p{log_weight.data(), prompt.data(), 3, 2, state.data()};
+  run_on_device([&] { return cuda::log_partition(p, nullptr); });
+  for (int k = 0; k < 6; ++k) CHECK(std::isnan(state[k]));
+}
+
+}  // namespace
+
+int main() {
+  return run_tests([] {
+    agrees_with_cpu(0, 2);
+    agrees_with_cpu(1, 1);
+    agrees_with_cpu(300, 1);
+    agrees_with_cpu(70, 9);
+    a_prompt_that_does_not_exist();
+  });
+}
