@@ -182,6 +182,10 @@ class LanguageModel:
         """
         name = os.fspath(name_or_path) or "default"
         source = _embedded_model() if name == "default" else name
+        # No hub name looks like this, so do not wait a minute for the network to say so.
+        is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
+        if is_path and not Path(source).is_dir():
+            raise ModelError(f"model {name!r}: no such folder. Check the path.")
         with _no_progress_bar():
             try:
                 model = transformers.AutoModelForCausalLM.from_pretrained(
