@@ -53,22 +53,22 @@ int64_t choose(const double* parts, int64_t n, double* uniform) {
   return chosen;
 }
 
-// exp(scale (x - anchor)) of x[0..n), n <= kLeaf, as doubles.
+// exp(scale x - offset) of x[0..n), n <= kLeaf, as doubles.
 template <class S, class T>
-void exp_leaf(const T* x, int64_t n, typename S::Real scale, typename S::Real anchor, double* out) {
+void exp_leaf(const T* x, int64_t n, typename S::Real scale, typename S::Real offset, double* out) {
   using Vec = typename S::Vec;
-  const Vec scale_v = S::broadcast(scale), anchor_v = S::broadcast(anchor);
+  const Vec scale_v = S::broadcast(scale), minus_offset = S::broadcast(-offset);
   typename S::Real e[kLeaf];
   for (int64_t j = 0; j < n; j += S::kLanes) {
     const Vec x_v = n - j < S::kLanes ? S::load_first(x + j, n - j) : S::load(x + j);
-    S::store(e + j, S::exp(S::mul(S::sub(x_v, anchor_v), scale_v)));
+    S::store(e + j, S::exp(S::fma(x_v, scale_v, minus_offset)));
   }
   for (int64_t j = 0; j < n; ++j) out[j] = e[j];
 }
 
 // One of x[0..n) with probability proportional to exp(scale x); some of them is positive.
 template <class S, class T>
-int64_t descend(const T* x, int64_t n, typename S::Real scale, typename S::Real anchor,
+int64_t descend(const T* x, int64_t n, typename S::Real scale, typename S::Real offset,
                 double uniform) {
   int64_t first = 0;
   while (n > kLeaf) {
@@ -77,7 +77,7 @@ int64_t descend(const T* x, int64_t n, typename S::Real scale, typename S::Real 
     double sums[kMaxParts] = {};
     for (int64_t k = 0; k < parts; ++k) {
       Sums block;
-      sum_block<S, false>(x + first + k * part, k + 1 < parts ? part : n - k * part, scale, anchor,
+      sum_block<S, false>(x + first + k * part, k + 1 < parts ? part : n - k * part, scale, offset,
                           &block);
       sums[k] = block.sum;
     }
@@ -86,7 +86,7 @@ int64_t descend(const T* x, int64_t n, typename S::Real scale, typename S::Real 
     n = chosen + 1 < parts ? part : n - chosen * part;
   }
   double e[kLeaf];
-  exp_leaf<S>(x + first, n, scale, anchor, e);
+  exp_leaf<S>(x + first, n, scale, offset, e);
   return first + choose(e, n, &uniform);
 }
 
@@ -109,10 +109,10 @@ int64_t sample_logprob(const SampleLogprobParams& p, int64_t begin, int64_t end)
     double uniform = random_uniform(p.seed[0], p.sample_id[i], p.position[i]);
     const int64_t first = choose(block_sums, (p.vocab + block - 1) / block, &uniform) * block;
     const int64_t n = p.vocab - first < block ? p.vocab - first : block;
-    const int64_t token = first + descend<S>(x + first, n, scale, row.anchor, uniform);
+    const int64_t token = first + descend<S>(x + first, n, scale, row.offset, uniform);
     p.token[i] = token;
-    logp[i] = static_cast<Real>(row.logp(load(x[token]), scale));
-    lse[i] = static_cast<Real>(row.lse(scale));
+    logp[i] = static_cast<Real>(row.logp(static_cast<double>(load(x[token])) * scale));
+    lse[i] = static_cast<Real>(row.lse());
   }
   return kOk;
 }

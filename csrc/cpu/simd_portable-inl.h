@@ -2,7 +2,7 @@
 // for every CPU and for double. Also the dictionary: the words that each instruction set has.
 //
 //   Real, Vec, kLanes      the number, the vector, numbers per vector
-//   broadcast add sub mul fma  (fma may round twice where the CPU has none)
+//   broadcast add mul fma  (fma may round twice where the CPU has none)
 //   max(x, or_else)        or_else in a lane where either is NaN
 //   load store             from and to every storage type that accumulates in Real; unaligned
 //   load_first(p, n)       the first n lanes, 0 < n < kLanes; the rest are -inf and not read
@@ -34,7 +34,6 @@ struct Portable {
 
   static FDPG_ALWAYS_INLINE Vec broadcast(Real x) { return Vec{} + x; }
   static FDPG_ALWAYS_INLINE Vec add(Vec a, Vec b) { return a + b; }
-  static FDPG_ALWAYS_INLINE Vec sub(Vec a, Vec b) { return a - b; }
   static FDPG_ALWAYS_INLINE Vec mul(Vec a, Vec b) { return a * b; }
   static FDPG_ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   static FDPG_ALWAYS_INLINE Vec max(Vec x, Vec or_else) { return x > or_else ? x : or_else; }

@@ -30,7 +30,8 @@ constexpr int64_t kUnroll = 4;
 // is an error of the exponential; the tokens that matter lie near the maximum.
 constexpr double kHeadroom = 2;
 
-// What logits come to relative to an anchor a, with d = scale (x - a):  sum exp d,  sum d exp d.
+// What logits come to relative to an offset h, with z = scale x and d = z - h:
+// sum exp d,  sum d exp d.
 struct Sums {
   double sum = 0;
   double weighted = 0;
@@ -38,15 +39,17 @@ struct Sums {
 
 template <class Real>
 struct SoftmaxRow {
-  Real anchor = -static_cast<Real>(__builtin_inff());  // -inf: every logit is
+  Real offset;  // the anchor's z, rounded; -inf: every logit is
   Sums sums;
 
-  double lse(double scale) const { return anchor * scale + __builtin_log(sums.sum); }
-  // log p of a token with logit x: from the anchor, since at large |z| z - lse would cancel.
-  double logp(double x, double scale) const {
-    return (x - anchor) * scale - __builtin_log(sums.sum);
+  double lse() const { return offset + __builtin_log(sums.sum); }
+  // log p of a token: from the offset, since at large |z| z - lse would cancel. Not above 0, though
+  // the sum is rounded.
+  double logp(double z) const {
+    const double value = (z - offset) - __builtin_log(sums.sum);
+    return value > 0 ? 0 : value;
   }
-  // H = lse - sum p z = log sum exp d - sum p d, which does not cancel at large |z|.
+  // H = lse - sum p z = log sum exp d - sum p d, which does not cancel either.
   double entropy() const { return __builtin_log(sums.sum) - sums.weighted / sums.sum; }
 };
 
@@ -87,8 +90,8 @@ struct BlockAccumulator {
         weighted(S::broadcast(0)),
         most(S::broadcast(-static_cast<typename S::Real>(__builtin_inff()))) {}
 
-  FDPG_ALWAYS_INLINE void push(Vec x, Vec scale, Vec anchor) {
-    const Vec d = S::mul(S::sub(x, anchor), scale);
+  FDPG_ALWAYS_INLINE void push(Vec x, Vec scale, Vec minus_offset) {
+    const Vec d = S::fma(x, scale, minus_offset);
     const Vec e = S::exp(d);
     most = S::max(x, most);
     sum = S::add(sum, e);
@@ -96,23 +99,23 @@ struct BlockAccumulator {
   }
 };
 
-// Sums over x[0..n) relative to `anchor`. Returns the largest x: if it lies more than kHeadroom
-// above the anchor, the sums are meaningless.
+// Sums over x[0..n) relative to `offset`. Returns the largest x: if its z lies more than kHeadroom
+// above the offset, the sums are meaningless.
 template <class S, bool kEntropy, class T>
-typename S::Real sum_block(const T* x, int64_t n, typename S::Real scale, typename S::Real anchor,
+typename S::Real sum_block(const T* x, int64_t n, typename S::Real scale, typename S::Real offset,
                            Sums* sums) {
   using Vec = typename S::Vec;
-  const Vec scale_v = S::broadcast(scale), anchor_v = S::broadcast(anchor);
+  const Vec scale_v = S::broadcast(scale), minus_offset = S::broadcast(-offset);
   BlockAccumulator<S, kEntropy> part[kUnroll];
   int64_t i = 0;
   for (; i + kUnroll * S::kLanes <= n; i += kUnroll * S::kLanes) {
     for (int64_t k = 0; k < kUnroll; ++k) {
       prefetch<S>(x + i, k);
-      part[k].push(S::load(x + i + k * S::kLanes), scale_v, anchor_v);
+      part[k].push(S::load(x + i + k * S::kLanes), scale_v, minus_offset);
     }
   }
-  for (; i + S::kLanes <= n; i += S::kLanes) part[0].push(S::load(x + i), scale_v, anchor_v);
-  if (i < n) part[1].push(S::load_first(x + i, n - i), scale_v, anchor_v);
+  for (; i + S::kLanes <= n; i += S::kLanes) part[0].push(S::load(x + i), scale_v, minus_offset);
+  if (i < n) part[1].push(S::load_first(x + i, n - i), scale_v, minus_offset);
   sums->sum = S::sum(S::add(S::add(part[0].sum, part[1].sum), S::add(part[2].sum, part[3].sum)));
   if constexpr (kEntropy) {
     sums->weighted = S::sum(S::add(S::add(part[0].weighted, part[1].weighted),
@@ -122,25 +125,31 @@ typename S::Real sum_block(const T* x, int64_t n, typename S::Real scale, typena
 }
 
 // Walks a row x[0..vocab) in blocks. If `block_sums` is not null, it receives the sum of every
-// block of `block` logits, relative to the row's final anchor.
+// block of `block` logits, relative to the row's final offset.
 template <class S, bool kEntropy, class T>
 SoftmaxRow<typename S::Real> softmax_row(const T* x, int64_t vocab, typename S::Real scale,
                                          int64_t block = kBlock, double* block_sums = nullptr) {
   using Real = typename S::Real;
-  SoftmaxRow<Real> row;
+  constexpr Real kMinusInf = -static_cast<Real>(__builtin_inff());
+  SoftmaxRow<Real> row = {kMinusInf, {}};
   Sums& total = row.sums;
+  Real anchor = kMinusInf;
   for (int64_t begin = 0; begin < vocab; begin += block) {
     const int64_t n = vocab - begin < block ? vocab - begin : block;
     Sums sums;
-    if (row.anchor == -static_cast<Real>(__builtin_inff())) row.anchor = largest<S>(x + begin, n);
-    if (row.anchor != -static_cast<Real>(__builtin_inff())) {  // else nothing but -inf so far
-      const Real most = sum_block<S, kEntropy>(x + begin, n, scale, row.anchor, &sums);
-      const double rise = (static_cast<double>(most) - row.anchor) * scale;
-      if (rise > kHeadroom) {
-        row.anchor = most;
-        sum_block<S, kEntropy>(x + begin, n, scale, row.anchor, &sums);
-        const double factor = __builtin_exp(-rise);
-        total.weighted = (total.weighted - total.sum * rise) * factor;
+    if (anchor == kMinusInf) {
+      anchor = largest<S>(x + begin, n);
+      row.offset = anchor * scale;
+    }
+    if (anchor != kMinusInf) {  // else nothing but -inf so far
+      const Real most = sum_block<S, kEntropy>(x + begin, n, scale, row.offset, &sums);
+      if ((static_cast<double>(most) - anchor) * scale > kHeadroom) {
+        const double lower = row.offset;
+        anchor = most;
+        row.offset = anchor * scale;
+        sum_block<S, kEntropy>(x + begin, n, scale, row.offset, &sums);
+        const double shift = lower - row.offset, factor = __builtin_exp(shift);
+        total.weighted = (total.weighted + total.sum * shift) * factor;
         total.sum *= factor;
         if (block_sums) {
           for (int64_t b = 0; b < begin / block; ++b) block_sums[b] *= factor;
@@ -151,6 +160,10 @@ SoftmaxRow<typename S::Real> softmax_row(const T* x, int64_t vocab, typename S::
     total.weighted += sums.weighted;
     if (block_sums) block_sums[begin / block] = sums.sum;
   }
+  // A z beyond 2^25 that is not exact (scale is not 1) may be off by more than the headroom: there
+  // fp32 cannot tell tokens apart, and the sums mean nothing.
+  const double error = static_cast<double>(anchor) * scale - row.offset;
+  if (error > kHeadroom || error < -kHeadroom) total.sum = __builtin_nan("");
   return row;
 }
 

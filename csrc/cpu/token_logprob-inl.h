@@ -40,8 +40,8 @@ int64_t token_logprob(const TokenLogprobParams& p, int64_t begin, int64_t end) {
       const T* const x = static_cast<const T*>(p.logits) + i * p.row_stride;
       const SoftmaxRow<Real> row = entropy ? softmax_row<S, true>(x, p.vocab, scale)
                                            : softmax_row<S, false>(x, p.vocab, scale);
-      row_lse = row.lse(scale);
-      row_logp = row.logp(load(x[target]), scale);
+      row_lse = row.lse();
+      row_logp = row.logp(static_cast<double>(load(x[target])) * scale);
       row_entropy = row.entropy();
     }
     logp[i] = static_cast<Real>(row_logp);
@@ -52,21 +52,21 @@ int64_t token_logprob(const TokenLogprobParams& p, int64_t begin, int64_t end) {
 }
 
 // The softmax part of a row's gradient:  out_j = exp(d_j) (constant + slope d_j),
-// d = scale (x - anchor).
+// d = scale x - offset.
 template <class S, bool kEntropy>
 struct SoftmaxGradient {
   using Real = typename S::Real;
   using Vec = typename S::Vec;
-  Vec scale, anchor, constant, slope;
+  Vec scale, minus_offset, constant, slope;
 
-  SoftmaxGradient(Real scale, Real anchor, Real constant, Real slope)
+  SoftmaxGradient(Real scale, Real offset, Real constant, Real slope)
       : scale(S::broadcast(scale)),
-        anchor(S::broadcast(anchor)),
+        minus_offset(S::broadcast(-offset)),
         constant(S::broadcast(constant)),
         slope(S::broadcast(slope)) {}
 
   FDPG_ALWAYS_INLINE Vec of(Vec x) const {
-    const Vec d = S::mul(S::sub(x, anchor), scale);
+    const Vec d = S::fma(x, scale, minus_offset);
     return S::mul(S::exp(d), kEntropy ? S::fma(S::clamp_low(d), slope, constant) : constant);
   }
 
@@ -125,25 +125,22 @@ int64_t token_logprob_backward(const TokenLogprobBackwardParams& p, int64_t begi
       continue;
     }
     // softmax_j = exp(d_j + log_weight)
-    Real anchor;
-    double log_weight;
+    Real offset = all_lse[i];
+    double log_weight = 0;
     if constexpr (kSumAgain<T>) {
       const SoftmaxRow<Real> row = softmax_row<S, false>(x, p.vocab, scale);
-      anchor = row.anchor;
+      offset = row.offset;
       log_weight = -__builtin_log(row.sums.sum);
-    } else {
-      anchor = static_cast<Real>(all_lse[i] / p.inv_temperature);
-      log_weight = static_cast<double>(anchor) * scale - all_lse[i];
     }
     const double weight = __builtin_exp(log_weight) * scale;
     const double shift = log_weight + (grad_entropy ? all_entropy[i] : 0);
     const double constant = weight * (g_lse - g_logp - g_entropy * shift);
     const double slope = -weight * g_entropy;
-    const double d = (static_cast<double>(load(x[target])) - anchor) * scale;
+    const double d = static_cast<double>(load(x[target])) * scale - offset;
     if (g_entropy != 0) {
-      SoftmaxGradient<S, true>(scale, anchor, constant, slope).row(x, out, p.vocab);
+      SoftmaxGradient<S, true>(scale, offset, constant, slope).row(x, out, p.vocab);
     } else {
-      SoftmaxGradient<S, false>(scale, anchor, constant, slope).row(x, out, p.vocab);
+      SoftmaxGradient<S, false>(scale, offset, constant, slope).row(x, out, p.vocab);
     }
     const double p_target = __builtin_exp(d + log_weight);
     // 1 - p by expm1: a target that is all but certain has a gradient that is all but zero.

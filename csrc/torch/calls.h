@@ -38,7 +38,7 @@ struct TokenLogprob {
     params.row_stride = z.row_stride;
     params.target = args.vector<int64_t>("target", target, z.rows);
     params.mask = args.optional_vector<bool>("mask", mask, z.rows);
-    params.inv_temperature = inv_temperature;
+    params.inv_temperature = args.positive("inv_temperature", inv_temperature);
     params.logp = logp.data_ptr();
     params.lse = lse.data_ptr();
     params.entropy = want_entropy ? entropy.data_ptr() : nullptr;
@@ -69,7 +69,7 @@ struct TokenLogprobBackward {
     params.grad_row_stride = in_place ? z.row_stride : z.columns;
     params.target = args.vector<int64_t>("target", target, z.rows);
     params.mask = args.optional_vector<bool>("mask", mask, z.rows);
-    params.inv_temperature = inv_temperature;
+    params.inv_temperature = args.positive("inv_temperature", inv_temperature);
     params.lse = args.vector("lse", lse, z.rows, type);
     params.grad_logp = args.optional_vector("grad_logp", grad_logp, z.rows, type);
     params.grad_lse = args.optional_vector("grad_lse", grad_lse, z.rows, type);
@@ -101,7 +101,7 @@ struct SampleLogprob {
     params.rows = z.rows;
     params.vocab = z.columns;
     params.row_stride = z.row_stride;
-    params.inv_temperature = inv_temperature;
+    params.inv_temperature = args.positive("inv_temperature", inv_temperature);
     params.seed = args.vector<int64_t>("seed", seed, 1);
     params.sample_id = args.vector<int64_t>("sample_id", sample_id, z.rows);
     params.position = args.vector<int64_t>("position", position, z.rows);

@@ -10,6 +10,7 @@
 
 #include <cstdint>
 #include <initializer_list>
+#include <limits>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -163,6 +164,13 @@ class Arguments {
       names += (names.empty() ? "" : " or ") + name_of(type);
     }
     fail(op_, ": `", name, "` must be ", names, ", got ", name_of(got));
+  }
+
+  double positive(const char* name, double value) const {
+    if (!(value > 0) || value == std::numeric_limits<double>::infinity()) {
+      fail(op_, ": `", name, "` must be positive and finite, got ", value);
+    }
+    return value;
   }
 
   void dimensions(const char* name, const Tensor& t, int64_t expected) const {

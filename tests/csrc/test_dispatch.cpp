@@ -76,7 +76,7 @@ void exp_is_accurate() {
       worst = std::max(worst, std::fabs(y[i] - expected) / ulp);
     }
     std::printf("exp on %s: at most %.2f ulp\n", e.isa, worst);
-    CHECK(worst < 2);
+    CHECK(worst < (std::strcmp(e.isa, "portable") == 0 ? 1.2 : 1));
   }
 }
 

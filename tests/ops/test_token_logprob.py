@@ -388,6 +388,15 @@ def test_messages(logits: Tensor, target: Tensor, message: str) -> None:
         ops.token_logprob(logits, target)
 
 
+@pytest.mark.parametrize("inv_temperature", [0.0, -1.0, math.nan, math.inf])
+def test_temperature_messages(inv_temperature: float) -> None:
+    message = r"`inv_temperature` must be positive and finite, got"
+    with pytest.raises(RuntimeError, match="token_logprob: " + message):
+        ops.token_logprob(LOGITS, TARGET, inv_temperature=inv_temperature)
+    with pytest.raises(RuntimeError, match="sample_logprob: " + message):
+        ops.sample_logprob(LOGITS, 0, TARGET, TARGET, inv_temperature=inv_temperature)
+
+
 def test_shape_messages() -> None:
     with pytest.raises(ValueError, match="token_logprob: `target` must have the shape"):
         ops.token_logprob(LOGITS, torch.tensor([0]))
