@@ -391,11 +391,11 @@ class Trainer:
     def header(self) -> dict[str, str]:
         """What a person should know before the first step."""
         config = self.config
-        count = sum(p.numel() for p in self.parameters.values())
+        millions = sum(p.numel() for p in self.parameters.values()) / 1e6
         checks = {k: v for k, v in self.policy.checks.items() if k != "tolerance"}
         wanted = ", ".join(f"{name} = {goal:g}" for name, goal in self.target.moments.items())
         rows = {
-            "model": f"{_model_name(self.base)}, {count / 1e6:.1f} M weights, {self.policy.compute}",
+            "model": f"{_model_name(self.base)}, {millions:.1f} M weights, {self.policy.compute}",
             "device": device_name(self.policy.device),
             "checked": ", ".join(f"{name} to {error:.0e} nats" for name, error in checks.items()),
             "target": str(self.target) + (f"  ({wanted})" if wanted else ""),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +16,9 @@ import pytest
 import torch
 from tiny import write_tiny_model
 
-from fdpg_fast import cli
+from fdpg_fast import checkpoint, cli
 from fdpg_fast._version import __version__
+from fdpg_fast.run_directory import RunDirectory
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -176,6 +180,39 @@ def test_resume_needs_only_the_folder(
     assert "step 4/4" in capsys.readouterr().out
     lines = (out / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c_saves_and_a_second_one_leaves_at_once(
+    model: Path, tmp_path: Path, times: int
+) -> None:
+    out = tmp_path / "run"
+    words = ["train", "dog", "--model.name", str(model), *SMALL, "--run.steps", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fdpg_fast", *words, "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    for line in process.stdout:
+        if line.startswith("step 3/"):
+            break
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        if times > 1:
+            time.sleep(0.01)  # two signals at once would be one
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in errors
+    if times == 1:
+        run = RunDirectory.open(out)
+        newest = checkpoint.latest(run.checkpoints)
+        assert newest is not None
+        last = run.read("metrics.jsonl")[-1]["step"]
+        assert checkpoint.load(newest).step == last
 
 
 def test_a_yaml_file_with_a_python_scorer_beside_it(model: Path, tmp_path: Path) -> None:
