@@ -111,7 +111,7 @@ int64_t sample_logprob(const SampleLogprobParams& p, int64_t begin, int64_t end)
     const int64_t n = p.vocab - first < block ? p.vocab - first : block;
     const int64_t token = first + descend<S>(x + first, n, scale, row.offset, uniform);
     p.token[i] = token;
-    logp[i] = static_cast<Real>(row.logp(static_cast<double>(load(x[token])) * scale));
+    logp[i] = static_cast<Real>(row.logp(S::product(load(x[token]), scale)));
     lse[i] = static_cast<Real>(row.lse());
   }
   return kOk;

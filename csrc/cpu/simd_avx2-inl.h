@@ -26,6 +26,7 @@ struct Avx2 {
   static FDPG_ALWAYS_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static FDPG_ALWAYS_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
   static FDPG_ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static FDPG_ALWAYS_INLINE double product(float a, float b) { return double{a} * b; }
   static FDPG_ALWAYS_INLINE Vec max(Vec x, Vec or_else) { return _mm256_max_ps(x, or_else); }
 
   static FDPG_ALWAYS_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }

@@ -3,6 +3,7 @@
 //
 //   Real, Vec, kLanes      the number, the vector, numbers per vector
 //   broadcast add mul fma  (fma may round twice where the CPU has none)
+//   product(a, b)          of two numbers, as fma sees it: exact, or rounded where fma is not one
 //   max(x, or_else)        or_else in a lane where either is NaN
 //   load store             from and to every storage type that accumulates in Real; unaligned
 //   load_first(p, n)       the first n lanes, 0 < n < kLanes; the rest are -inf and not read
@@ -36,6 +37,7 @@ struct Portable {
   static FDPG_ALWAYS_INLINE Vec add(Vec a, Vec b) { return a + b; }
   static FDPG_ALWAYS_INLINE Vec mul(Vec a, Vec b) { return a * b; }
   static FDPG_ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static FDPG_ALWAYS_INLINE double product(Real a, Real b) { return a * b; }
   static FDPG_ALWAYS_INLINE Vec max(Vec x, Vec or_else) { return x > or_else ? x : or_else; }
 
   template <class T>

@@ -162,7 +162,7 @@ SoftmaxRow<typename S::Real> softmax_row(const T* x, int64_t vocab, typename S::
   }
   // A z beyond 2^25 that is not exact (scale is not 1) may be off by more than the headroom: there
   // fp32 cannot tell tokens apart, and the sums mean nothing.
-  const double error = static_cast<double>(anchor) * scale - row.offset;
+  const double error = S::product(anchor, scale) - row.offset;
   if (error > kHeadroom || error < -kHeadroom) total.sum = __builtin_nan("");
   return row;
 }

@@ -41,7 +41,7 @@ int64_t token_logprob(const TokenLogprobParams& p, int64_t begin, int64_t end) {
       const SoftmaxRow<Real> row = entropy ? softmax_row<S, true>(x, p.vocab, scale)
                                            : softmax_row<S, false>(x, p.vocab, scale);
       row_lse = row.lse();
-      row_logp = row.logp(static_cast<double>(load(x[target])) * scale);
+      row_logp = row.logp(S::product(load(x[target]), scale));
       row_entropy = row.entropy();
     }
     logp[i] = static_cast<Real>(row_logp);
@@ -136,7 +136,7 @@ int64_t token_logprob_backward(const TokenLogprobBackwardParams& p, int64_t begi
     const double shift = log_weight + (grad_entropy ? all_entropy[i] : 0);
     const double constant = weight * (g_lse - g_logp - g_entropy * shift);
     const double slope = -weight * g_entropy;
-    const double d = static_cast<double>(load(x[target])) * scale - offset;
+    const double d = S::product(load(x[target]), scale) - offset;
     if (g_entropy != 0) {
       SoftmaxGradient<S, true>(scale, offset, constant, slope).row(x, out, p.vocab);
     } else {
