@@ -4,8 +4,8 @@
 // refuses as out of range is NaN in the results (fdpg/cuda.h).
 #include "fdpg/cuda.h"
 
-#include <cuda_runtime_api.h>  // cudaGetErrorString
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <cuda_runtime_api.h>                       // cudaGetErrorString
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>  // streams, where USE_CUDA is defined
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

@@ -20,6 +20,9 @@
 #endif
 #endif
 
+// A buffer from this size on is left as it comes: most of its pages are never touched.
+inline constexpr std::size_t kSparse = std::size_t{1} << 30;
+
 // n elements that a kernel may read and write, at `offset` elements past a 16-byte boundary, and
 // not one byte more: what follows is a red zone in the AddressSanitizer build.
 template <class T>
@@ -34,7 +37,7 @@ class Buffer {
 #else
     if (posix_memalign(&base_, 16, bytes ? bytes : 1) != 0) std::abort();
 #endif
-    std::memset(base_, 0xff, bytes);  // NaN, -1
+    if (bytes < kSparse) std::memset(base_, 0xff, bytes);  // NaN, -1
     data_ = static_cast<T*>(base_) + offset;
   }
   Buffer(const std::vector<T>& values, int offset = 0)

@@ -1,7 +1,6 @@
 // sample_logprob on CUDA: the token that inverting the distribution in fp64 gives, bit for bit
 // under every schedule and in any batch.
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <random>
 #include <vector>
@@ -103,18 +102,18 @@ struct Case {
 
 template <class T>
 void every_size() {
-  for (const auto& [rows, vocab, padding, offset] :
-       std::vector<std::array<int, 4>>{{3, 1, 0, 0},
-                                       {40, 7, 2, 1},
-                                       {40, 31, 0, 1},
-                                       {9, 1000, 24, 0},
-                                       {9, 8003, 0, 3},
-                                       {0, 5, 0, 0}}) {
-    Case<T> c(rows, vocab, padding, offset, vocab == 8003 ? 0.7 : 1.0);
+  struct Shape {
+    int64_t rows, vocab, padding;
+    int offset;
+  };
+  for (const Shape& shape : {Shape{3, 1, 0, 0}, Shape{40, 7, 2, 1}, Shape{40, 31, 0, 1},
+                             Shape{9, 1000, 24, 0}, Shape{9, 8003, 0, 3}, Shape{0, 5, 0, 0}}) {
+    const double inv_temperature = shape.vocab == 8003 ? 0.7 : 1.0;
+    Case<T> c(shape.rows, shape.vocab, shape.padding, shape.offset, inv_temperature);
     std::vector<int64_t> tokens;
     for_each_schedule([&](int schedule) {
       c.run();
-      if (schedule == 0) tokens.assign(c.token.data(), c.token.data() + rows);
+      if (schedule == 0) tokens.assign(c.token.data(), c.token.data() + shape.rows);
       CHECK(same_bits(c.token, tokens));
     });
     c.check();

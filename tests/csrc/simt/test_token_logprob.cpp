@@ -330,6 +330,51 @@ void rows_without_an_answer() {
   CHECK_NEAR(sum, 0.0, 1e-3);
 }
 
+// Offsets beyond 2^31 elements: two rows, far apart, at the ends of 4 GiB of which little is
+// touched.
+void far_apart() {
+  constexpr int64_t kVocab = 1000, kStride = (int64_t{1} << 31) + 8;
+  using T = BFloat16;
+  Case<T> near({2, kVocab});
+  Buffer<T> far(kStride + kVocab);
+  for (int64_t row = 0; row < 2; ++row) {
+    for (int64_t j = 0; j < kVocab; ++j) far[row * kStride + j] = near.logits[row * kVocab + j];
+  }
+  Case<T>::Results expected(2), got(2);
+  near.forward(expected, false);
+  TokenLogprobParams p{};
+  p.logits = far.data();
+  p.dtype = dtype<T>();
+  p.rows = 2;
+  p.vocab = kVocab;
+  p.row_stride = kStride;
+  p.target = near.target.data();
+  p.inv_temperature = 1;
+  p.logp = got.logp.data();
+  p.lse = got.lse.data();
+  run_on_device([&] { return cuda::token_logprob(p, nullptr, nullptr); });
+  for (int64_t row = 0; row < 2; ++row) {
+    CHECK(got.logp[row] == expected.logp[row] && got.lse[row] == expected.lse[row]);
+  }
+
+  Buffer<float> grad(std::vector<float>{1, 1});
+  TokenLogprobBackwardParams b{};
+  b.logits = b.grad_logits = far.data();
+  b.dtype = dtype<T>();
+  b.rows = 2;
+  b.vocab = kVocab;
+  b.row_stride = b.grad_row_stride = kStride;
+  b.target = near.target.data();
+  b.inv_temperature = 1;
+  b.lse = got.lse.data();
+  b.grad_logp = grad.data();
+  run_on_device([&] { return cuda::token_logprob_backward(b, nullptr); });
+  for (int64_t row = 0; row < 2; ++row) {
+    const double at_target = 1 - std::exp(near.truth[row].logp);
+    CHECK_NEAR(load(far[row * kStride + near.target[row]]), at_target, 0.004);
+  }
+}
+
 template <class T>
 void every_size() {
   for (const Shape& shape : std::vector<Shape>{
@@ -361,6 +406,7 @@ int main() {
     backward<BFloat16>({2, 50257, 0, 1}, true, Place::kInPlace);
     same_in_any_batch<float>(1000);
     same_in_any_batch<BFloat16>(33001);
+    far_apart();
     rows_without_an_answer<float>();
     rows_without_an_answer<BFloat16>();
   });
