@@ -1,0 +1,111 @@
+"""token_logprob against PyTorch: forward, and forward with backward in place.
+
+Bytes, by hand. Forward: N V logits read; 8 N of targets and 8 N of results are left out.
+Backward: N V logits read and N V gradients written. Forward and backward: 3 N V elements.
+FLOPs: 16 per logit forward (an exponential of degree 6, two sums, a maximum), 30 forward and
+backward; on the CPU neither memory nor arithmetic waits much for the other.
+"""
+
+from __future__ import annotations
+
+import peers
+import pytest
+import torch
+from conftest import Contest
+from shapes import SHAPES
+from torch import Tensor
+
+from fdpg_fast import ops, reference
+
+CPU_SHAPES = ["stories", "gpt2_chunk", "gpt2_decode", "gpt2"]
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+# In fp32; of the time to read the logits, how much of it ours may be spending.
+BARS = {
+    "stories": {"log_softmax + gather": 2.0},
+    "gpt2_chunk": {"log_softmax + gather": 2.0},
+    "gpt2_decode": {"log_softmax + gather": 6.0, "read": 0.6},
+    "gpt2": {"log_softmax + gather": 6.0, "read": 0.6},
+}
+BACKWARD_BARS = {"stories": 1.8, "gpt2_chunk": 1.8, "gpt2_decode": 5.0, "gpt2": 5.0}
+OP = torch.ops.fdpg.token_logprob
+BACKWARD_ = torch.ops.fdpg.token_logprob_backward_
+
+
+def rows(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = SHAPES[name]
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(shape.rows, shape.vocab, generator=generator)
+    return logits.to(dtype), torch.randint(shape.vocab, (shape.rows,), generator=generator)
+
+
+def assert_right(got: Tensor, logits: Tensor, target: Tensor, atol: float) -> None:
+    few = slice(0, 32)  # fp64 is slow; rows do not depend on one another
+    exact = reference.token_logprob(logits[few].double(), target[few]).logp
+    torch.testing.assert_close(got[few].double(), exact, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CPU_SHAPES)
+def test_forward(contest: Contest, name: str, dtype: str) -> None:
+    logits, target = rows(name, DTYPES[dtype])
+    assert_right(ops.token_logprob(logits, target).logp, logits, target, 2e-6)
+    others = {
+        other: lambda function=function: function(logits, target)
+        for other, function in peers.TOKEN_LOGPROB.items()
+    }
+    inputs = [logits]
+    if dtype == "fp32":
+        others["torch.compile"] = lambda: compiled(logits, target)
+        compiled = peers.compiled(peers.log_softmax_and_gather)
+        bars = BARS[name]
+    else:
+        others["ours in fp32"] = lambda: ops.token_logprob(inputs[1], target)
+        inputs.append(logits.float())
+        bars = {"ours in fp32": 1.0}
+    contest.run(
+        lambda: ops.token_logprob(logits, target),
+        {"read": lambda: read(logits), **others},
+        bytes_moved=logits.numel() * logits.element_size(),
+        bars=bars,
+        prepare=lambda: [read(x) for x in inputs],
+        shape=str(SHAPES[name]),
+        dtype=dtype,
+    )
+
+
+def read(x: Tensor) -> Tensor:
+    """Reads every byte and does next to nothing with it: the sum of 64-bit words."""
+    return x.view(-1).view(torch.int64 if x.numel() % 4 == 0 else torch.int16).sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", CPU_SHAPES)
+def test_forward_and_backward(contest: Contest, name: str, dtype: str) -> None:
+    original, target = rows(name, DTYPES[dtype])
+    logits = original.clone()
+    weight = torch.randn(len(target), generator=torch.Generator().manual_seed(1))
+
+    def ours() -> None:
+        _, lse, _ = OP(logits, target)
+        BACKWARD_(logits, target, lse, None, weight, None, None, 1.0, None)
+
+    def autograd() -> Tensor:
+        leaf = logits.detach().requires_grad_()
+        logp = peers.log_softmax_and_gather(leaf, target)
+        return torch.autograd.grad(logp, leaf, weight.to(logp.dtype))[0]
+
+    ours()
+    leaf = original[:8].double().requires_grad_()
+    logp = reference.token_logprob(leaf, target[:8]).logp
+    (exact,) = torch.autograd.grad(logp, leaf, weight[:8].double())
+    tolerance = {"rtol": 1e-2, "atol": 1e-6} if dtype == "bf16" else {"rtol": 0, "atol": 1e-6}
+    torch.testing.assert_close(logits[:8].double(), exact, **tolerance)
+    contest.run(
+        ours,
+        {"autograd of log_softmax + gather": autograd},
+        bytes_moved=3 * logits.numel() * logits.element_size(),
+        bars={"autograd of log_softmax + gather": BACKWARD_BARS[name]},
+        prepare=lambda: logits.copy_(original),
+        shape=str(SHAPES[name]),
+        dtype=dtype,
+    )

@@ -1,0 +1,178 @@
+"""How a benchmark here is run, and where its numbers go.
+
+``contest`` runs contenders in turn, round after round, so that what else the machine does falls on
+all of them alike; read ratios, not times. pytest-benchmark times our own entry; the others' times
+stand beside it in ``extra_info``. A run with timing on writes
+``benchmarks/results/<device>/<commit>.json`` (pytest-benchmark's format, less the raw rounds and
+the machine's name); ``--benchmark-json=PATH`` sends it elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import peers
+import pytest
+import torch
+
+from fdpg_fast import _build
+
+RESULTS = Path(__file__).parent / "results"
+SECONDS = float(os.environ.get("FDPG_BENCH_SECONDS", "4"))  # of one contest, all contenders
+LEAST_ROUNDS, MOST_ROUNDS = 7, 200
+
+Contenders = Mapping[str, Callable[[], object]]
+
+
+# --------------------------------------------------------------------------------------------------
+# The contest
+
+
+def seconds_of(function: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+class Contest:
+    """Times our entry against others in interleaved rounds."""
+
+    def __init__(self, benchmark: Any) -> None:
+        self._benchmark = benchmark
+
+    def run(
+        self,
+        ours: Callable[[], object],
+        others: Contenders,
+        *,
+        bytes_moved: int,
+        bars: Mapping[str, float] | None = None,
+        prepare: Callable[[], object] = lambda: None,
+        **info: Any,
+    ) -> None:
+        """Runs and records.
+
+        Args:
+            ours: our entry.
+            others: name -> entry; what is to be beaten, and ``read``: reading the input alone.
+            bytes_moved: the least that ours must move, counted by hand in the benchmark.
+            bars: name -> the speed-up over it that is asked for.
+            prepare: runs, untimed, before every entry, so that all find the caches alike: an input
+                is read once, as if a matrix product had just made it.
+            info: what else to record, such as shape and dtype.
+        """
+        times: dict[str, list[float]] = {name: [] for name in others}
+
+        def others_in_turn() -> None:
+            for name, other in others.items():
+                prepare()
+                times[name].append(seconds_of(other))
+            prepare()
+
+        rounds = LEAST_ROUNDS
+        if self._benchmark.enabled:
+            others_in_turn()  # warms up: first touch of memory, compilation
+            ours()
+            for values in times.values():
+                values.clear()
+            others_in_turn()
+            one = sum(values[0] for values in times.values()) + seconds_of(ours)
+            rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, round(SECONDS / one)))
+        self._benchmark.pedantic(ours, setup=others_in_turn, rounds=rounds)
+        if not self._benchmark.enabled:
+            return
+        median = self._benchmark.stats.stats.median
+        speedup = {name: statistics.median(values) / median for name, values in times.items()}
+        self._benchmark.extra_info.update(
+            info,
+            bytes=bytes_moved,
+            gigabytes_per_second=bytes_moved / median / 1e9,
+            milliseconds={name: 1e3 * statistics.median(values) for name, values in times.items()},
+            speedup=speedup,
+            bars=dict(bars or {}),
+        )
+
+
+@pytest.fixture
+def contest(benchmark: Any) -> Contest:
+    return Contest(benchmark)
+
+
+# --------------------------------------------------------------------------------------------------
+# Where the numbers go
+
+
+def device() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    import cpuinfo  # pytest-benchmark brings it
+
+    isa, threads = _build.load().cpu_isa(), torch.get_num_threads()
+    return f"{cpuinfo.get_cpu_info().get('brand_raw', 'cpu')} {isa} {threads} threads"
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm|c)\)", "", text.lower())).strip("-")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads the option
+def pytest_configure(config: pytest.Config) -> None:
+    # torch.compile's own imports.
+    config.addinivalue_line("filterwarnings", "ignore:.*torch.jit.*:DeprecationWarning")
+    if config.option.benchmark_disable or config.option.benchmark_json:
+        return
+    from pytest_benchmark.utils import get_commit_info
+
+    commit = get_commit_info()
+    name = (commit.get("id") or "unversioned")[:10] + ("-dirty" if commit.get("dirty") else "")
+    path = RESULTS / slug(device()) / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    config.option.benchmark_json = str(path)
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
+    machine_info.pop("node", None)
+    build = _build.load().build_info()
+    machine_info["device"] = device()
+    machine_info["torch"] = torch.__version__
+    machine_info["threads"] = torch.get_num_threads()
+    machine_info["cpu_isa"] = _build.load().cpu_isa()
+    machine_info["compiler"] = build["compiler"]
+    machine_info["peers"] = peers.report()
+
+
+def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: Any) -> None:
+    commit_info.pop("project", None)
+
+
+def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: Any) -> None:
+    for row in output_json["benchmarks"]:
+        row["stats"].pop("data", None)
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    session = getattr(config, "_benchmarksession", None)
+    contests = [b for b in getattr(session, "benchmarks", []) if "speedup" in b.extra_info]
+    if not contests:
+        return
+    terminalreporter.section("ours against others, medians of interleaved rounds")
+    for b in contests:
+        info = b.extra_info
+        terminalreporter.write_line(
+            f"{b.name}: {1e3 * b.stats.median:.3f} ms, {info['gigabytes_per_second']:.1f} GB/s"
+        )
+        for name, ratio in info["speedup"].items():
+            bar = info["bars"].get(name)
+            verdict = "" if bar is None else f"  bar {bar:g}: {'ok' if ratio >= bar else 'BELOW'}"
+            terminalreporter.write_line(
+                f"    {ratio:8.2f} x  {name} ({info['milliseconds'][name]:.3f} ms){verdict}"
+            )
+    for name, why in peers.report().items():
+        if why != "available":
+            terminalreporter.write_line(f"not measured: {name}, {why}")
