@@ -41,6 +41,9 @@ SLOT = "fdpg_slot"
 # batched product goes to MKL (64 keys took 0.78 ms, 48 took 1.0 ms: B=256, H=16, 2 cores).
 REACH_STEP = 32
 
+# Up to this many keys, attention on the CPU is faster as plain matrix products than as sdpa.
+SHORT = 64
+
 
 class _SlotLayer(CacheLayerMixin):
     """Keys and values of one layer, ``(B, Hk, T, D)``, written at each slot's own position."""
@@ -164,20 +167,17 @@ def slot_attention(
     Returns:
         ``(B, Q, H, D)``, and None for the attention weights that nobody asks for.
     """
-    plain = softcap is None and s_aux is None
-    # On the CPU a step of one query per slot is two matrix products per head: sdpa's tiling takes
-    # twice as long (2.0 against 1.0 ms at B=256, H=16, D=8, T=48, and 5.3 against 3.0 at T=256).
-    products = (
-        query.shape[2] == 1
-        and query.device.type == "cpu"
-        and attention_mask is not None
-        and kwargs.get("position_bias") is None
+    beyond_sdpa = softcap is not None or s_aux is not None
+    usual = getattr(module, "is_causal", True) and kwargs.get("position_bias") is None
+    # On the CPU sdpa's tiling costs more than it saves when there is little to tile (fp32, ms):
+    #   one query, B=256 H=16 D=8, 2 cores: T=48 2.0, products 1.0;  T=256 5.3, products 3.0
+    #   forward and backward, B=64 H=16 D=8, 1 core: T=43 17, products 11;  T=200 132, products 473
+    small = query.device.type == "cpu" and (query.shape[2] == 1 or key.shape[2] <= SHORT)
+    if beyond_sdpa or (small and usual):
+        return _products(query, key, value, attention_mask, scaling, softcap, s_aux), None
+    return sdpa_attention_forward(
+        module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
-    if plain and not products:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-    return _products(query, key, value, attention_mask, scaling, softcap, s_aux), None
 
 
 def _products(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
+from fdpg_fast import attention
 from fdpg_fast.attention import REACH_STEP, SlotCache, slot_attention, slot_mask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -44,9 +45,17 @@ def textbook(
 @pytest.mark.parametrize("queries", [1, 5])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("kind", ["bool", "additive", "none"])
+@pytest.mark.parametrize("short", [True, False])
 def test_slot_attention(
-    kind: str, heads: tuple[int, int], queries: int, sinks: bool, softcap: float | None
+    short: bool,
+    kind: str,
+    heads: tuple[int, int],
+    queries: int,
+    sinks: bool,
+    softcap: float | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(attention, "SHORT", 64 if short else 0)
     batch, size = 3, 5
     keys = queries if kind == "none" and queries > 1 else 7
     torch.manual_seed(0)
