@@ -10,6 +10,7 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,8 +41,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [word for word in given if word != "--debug"]
+    formatwarning = warnings.formatwarning
     parser = _parser()
     try:
+        # Python's own form of a warning shows the line of code that gave it.
+        warnings.formatwarning = lambda message, *where: f"fdpg: warning: {message}\n"
         if not given:
             parser.print_help()
             return USAGE_ERROR
@@ -57,20 +61,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if debug or not _is_explained(error):
+        explained = _explained(error)
+        if debug or explained is None:
             raise
-        print(f"fdpg: {error}", file=sys.stderr)
+        print(f"fdpg: {explained}", file=sys.stderr)
         return USAGE_ERROR
+    finally:
+        warnings.formatwarning = formatwarning
 
 
-def _is_explained(error: Exception) -> bool:
-    """Whether the message says what was wrong and what to do: this package's own errors do."""
+def _explained(error: Exception) -> str | None:
+    """What to tell the user, or None for a fault of the program, which needs its traceback."""
+    if isinstance(error, RuntimeError) and (
+        "out of memory" in str(error) or "can't allocate memory" in str(error)
+    ):
+        return (
+            f"not enough memory: {str(error).splitlines()[0]} Way out: a smaller "
+            "--optimiser.micro_batch or --sampling.sampler_batch (the result stays the same), or "
+            "--model.activation_checkpointing true"
+        )
     if type(error).__module__.startswith("fdpg_fast."):
-        return True
-    # torch's own words for it name the size that did not fit.
-    return type(error).__name__ in ("OutOfMemoryError",) or (
-        isinstance(error, ValueError | OSError | ImportError) and _raised_by_package(error)
-    )
+        return str(error)
+    expected = isinstance(error, ValueError | OSError | ImportError) and _raised_by_package(error)
+    return str(error) if expected else None
 
 
 def _raised_by_package(error: BaseException) -> bool:

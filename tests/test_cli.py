@@ -34,6 +34,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.fixture(autouse=True)
+def no_plots(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Two seconds of plots for each run are only drawn where they are looked at."""
+    if "report" not in request.node.name:
+        monkeypatch.setattr("fdpg_fast.trainer.write_report", lambda runs, path: path)
+        monkeypatch.setattr("fdpg_fast.evaluation.write_report", lambda runs, path: path)
+
+
 SMALL = [
     *("--sampling.max_new_tokens", "6"),
     *("--sampling.samples_per_prompt", "16"),
@@ -269,6 +277,49 @@ def test_a_mistake_gives_one_message(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_too_little_memory_says_what_to_make_smaller(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(known: object) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nDetails")
+
+    monkeypatch.setattr(cli, "env", allocate)
+    said = refused(capsys, "env")
+    assert "Tried to allocate 2.00 GiB" in said
+    assert "--optimiser.micro_batch" in said
+
+
+def test_a_fault_of_the_program_is_not_called_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(known: object) -> int:
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(cli, "env", fail)
+    with pytest.raises(KeyError):
+        cli.main(["env"])
+
+
+def test_a_target_built_in_python_is_evaluated_there(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import fdpg_fast as fdpg
+
+    out = tmp_path / "run"
+    target = fdpg.load(str(model)).constrain({fdpg.contains("dog"): 1.0})
+    fdpg.Trainer(
+        target,
+        prompts="once",
+        out=out,
+        steps=1,
+        samples_per_prompt=8,
+        max_new_tokens=4,
+        evaluation_samples=0,
+    ).train()
+    capsys.readouterr()
+    assert "built in Python" in refused(capsys, "evaluate", str(out))
+    assert "built in Python" in refused(capsys, "train", "--resume", "--out", str(out))
+    assert cli.main(["sample", str(out)]) == 0  # needs no target
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     from fdpg_fast.run_directory import RunDirectoryError
 
@@ -281,7 +332,7 @@ def test_a_model_that_is_not_there_says_what_to_do(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     words = ["train", "dog", "--model.name", str(tmp_path / "nowhere"), "--out", "x"]
-    assert "no such folder here" in refused(capsys, *words)
+    assert "no such folder" in refused(capsys, *words)
 
 
 def test_folders_that_cannot_be_used(
