@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bench_token_logprob import DTYPES, read, rows
+from bench_token_logprob import DTYPES, read, rows, warm
 from conftest import Contest
 from shapes import SHAPES
 from torch import Tensor
@@ -66,7 +66,7 @@ def test_sample(contest: Contest, name: str, dtype: str) -> None:
         others,
         bytes_moved=logits.numel() * logits.element_size(),
         bars=bars,
-        prepare=lambda: [read(x) for x in inputs],
+        prepare=lambda: warm(*inputs),
         shape=str(SHAPES[name]),
         dtype=dtype,
     )

@@ -25,7 +25,7 @@ from fdpg_fast import _build
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS = float(os.environ.get("FDPG_BENCH_SECONDS", "4"))  # of one contest, all contenders
-LEAST_ROUNDS, MOST_ROUNDS = 7, 200
+MOST_ROUNDS = 200
 
 Contenders = Mapping[str, Callable[[], object]]
 
@@ -51,9 +51,11 @@ class Contest:
         ours: Callable[[], object],
         others: Contenders,
         *,
-        bytes_moved: int,
+        bytes_moved: float = 0,
+        flops: float = 0,
         bars: Mapping[str, float] | None = None,
         prepare: Callable[[], object] = lambda: None,
+        least_rounds: int = 7,
         **info: Any,
     ) -> None:
         """Runs and records.
@@ -61,10 +63,10 @@ class Contest:
         Args:
             ours: our entry.
             others: name -> entry; what is to be beaten, and ``read``: reading the input alone.
-            bytes_moved: the least that ours must move, counted by hand in the benchmark.
+            bytes_moved, flops: the least that ours must move and compute, counted by hand in the
+                benchmark; 0 where the other is what it waits for.
             bars: name -> the speed-up over it that is asked for.
-            prepare: runs, untimed, before every entry, so that all find the caches alike: an input
-                is read once, as if a matrix product had just made it.
+            prepare: runs, untimed, before every entry, so that all find the caches alike.
             info: what else to record, such as shape and dtype.
         """
         times: dict[str, list[float]] = {name: [] for name in others}
@@ -75,7 +77,7 @@ class Contest:
                 times[name].append(seconds_of(other))
             prepare()
 
-        rounds = LEAST_ROUNDS
+        rounds = least_rounds
         if self._benchmark.enabled:
             others_in_turn()  # warms up: first touch of memory, compilation
             ours()
@@ -83,7 +85,7 @@ class Contest:
                 values.clear()
             others_in_turn()
             one = sum(values[0] for values in times.values()) + seconds_of(ours)
-            rounds = max(LEAST_ROUNDS, min(MOST_ROUNDS, round(SECONDS / one)))
+            rounds = max(least_rounds, min(MOST_ROUNDS, round(SECONDS / one)))
         self._benchmark.pedantic(ours, setup=others_in_turn, rounds=rounds)
         if not self._benchmark.enabled:
             return
@@ -92,7 +94,9 @@ class Contest:
         self._benchmark.extra_info.update(
             info,
             bytes=bytes_moved,
+            flops=flops,
             gigabytes_per_second=bytes_moved / median / 1e9,
+            gigaflops_per_second=flops / median / 1e9,
             milliseconds={name: 1e3 * statistics.median(values) for name, values in times.items()},
             speedup=speedup,
             bars=dict(bars or {}),
@@ -164,9 +168,12 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("ours against others, medians of interleaved rounds")
     for b in contests:
         info = b.extra_info
-        terminalreporter.write_line(
-            f"{b.name}: {1e3 * b.stats.median:.3f} ms, {info['gigabytes_per_second']:.1f} GB/s"
-        )
+        rates = [
+            f"{info[f'giga{what}_per_second']:.1f} {unit}"
+            for what, unit in (("bytes", "GB/s"), ("flops", "GFLOP/s"))
+            if info[what]
+        ]
+        terminalreporter.write_line(", ".join([f"{b.name}: {1e3 * b.stats.median:.3f} ms", *rates]))
         for name, ratio in info["speedup"].items():
             bar = info["bars"].get(name)
             verdict = "" if bar is None else f"  bar {bar:g}: {'ok' if ratio >= bar else 'BELOW'}"

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import math
 import os
 import re
+import tempfile
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -99,7 +103,7 @@ class PlainLoop:
 
 
 class Disco:
-    """naver/disco's own tuner and JS loss (its research licence keeps it out of our dependencies)."""
+    """naver/disco's own tuner and its JS loss; its licence, for research only, is not ours."""
 
     name = "disco"
 
@@ -132,37 +136,41 @@ class Disco:
 
 
 class TrlRloo:
-    """TRL's RLOO trainer with the word as reward and its KL penalty: its nearest thing to f-DPG."""
+    """TRL's RLOO trainer with the word as reward and its KL penalty: its nearest thing to f-DPG.
+
+    Its trainer owns its loop, so it runs in a thread of its own and a callback lets one optimiser
+    step through at a time.
+    """
 
     name = "TRL RLOO"
 
     def __init__(self, model_path: str, shape: StepShape, micro_batch: int = 64) -> None:
         os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
-        import time
-
         from datasets import Dataset
         from transformers import AutoTokenizer, TrainerCallback
         from trl import RLOOConfig, RLOOTrainer
 
-        class Clock(TrainerCallback):  # its loop owns the process, so a step is timed from inside
-            seconds: list[float] = []  # noqa: RUF012
+        begin, done = threading.Semaphore(0), threading.Semaphore(0)
+        self.begin, self.done, self.error = begin, done, None
 
-            def on_step_begin(self, *args, **kwargs):
-                self.start = time.perf_counter()
+        class Gate(TrainerCallback):
+            def on_step_begin(self, *args: object, **kwargs: object) -> None:
+                begin.acquire()
 
-            def on_step_end(self, *args, **kwargs):
-                self.seconds.append(time.perf_counter() - self.start)
+            def on_step_end(self, *args: object, **kwargs: object) -> None:
+                done.release()
 
-        self.make = lambda steps, out: RLOOTrainer(
+        folder = tempfile.TemporaryDirectory()
+        trainer = RLOOTrainer(
             model=model_path,
             reward_funcs=lambda completions, **_: contains_dog(completions).tolist(),
             args=RLOOConfig(
-                output_dir=out,
+                output_dir=folder.name,
                 per_device_train_batch_size=micro_batch,
                 gradient_accumulation_steps=shape.samples // micro_batch,
                 num_generations=shape.samples,
                 max_completion_length=shape.tokens,
-                max_steps=steps,
+                max_steps=10_000,
                 learning_rate=shape.learning_rate,
                 top_k=0,
                 temperature=1.0,
@@ -176,14 +184,39 @@ class TrlRloo:
                 disable_tqdm=True,
                 dataloader_pin_memory=False,
             ),
-            train_dataset=Dataset.from_dict({"prompt": [PROMPT] * 1024}),
+            train_dataset=Dataset.from_dict({"prompt": [PROMPT] * 16}),
             processing_class=AutoTokenizer.from_pretrained(model_path, padding_side="left"),
-            callbacks=[self.clock],
+            callbacks=[Gate()],
         )
-        self.clock = Clock()
 
-    def steps(self, count: int, out: str) -> list[float]:
-        """Seconds of each of ``count`` whole optimiser steps, as its own callbacks see them."""
-        self.clock.seconds.clear()
-        self.make(count, out).train()
-        return list(self.clock.seconds)
+        def run() -> None:
+            try:
+                with folder:
+                    trainer.train()
+            except Exception as error:
+                self.error = error
+                done.release()
+
+        threading.Thread(target=run, daemon=True).start()
+
+    def step(self) -> None:
+        self.begin.release()
+        self.done.acquire()
+        if self.error is not None:
+            raise self.error
+
+
+CONTENDERS = {PlainLoop: None, TrlRloo: "trl", Disco: "disco"}  # and the module each one needs
+
+
+def contenders(
+    model_path: str, shape: StepShape
+) -> tuple[dict[str, Callable[[], None]], list[str]]:
+    """Name -> one step, for those that can run here, and the names of those that cannot."""
+    steps, missing = {}, []
+    for contender, module in CONTENDERS.items():
+        if module is None or importlib.util.find_spec(module) is not None:
+            steps[contender.name] = contender(model_path, shape).step
+        else:
+            missing.append(contender.name)
+    return steps, missing

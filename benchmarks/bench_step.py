@@ -1,0 +1,73 @@
+"""One whole training step against the ways others take it, on a real 3.4 M-parameter model.
+
+256 samples of 40 tokens, prompt "Once upon a time", target a(x) [x contains "dog"], fp32. All
+contenders train the same checkpoint with the same batch and learning rate, and take their steps in
+turn. Ours records everything a run logs; the others compute what they need.
+
+FLOPs of ours, by hand, per token: 12 D^2 multiply-adds in each of 8 layers, 1.57 M, and V D in the
+head, 1.79 M. Sampling and the base's scoring are a forward pass each, 13.4 MFLOP together; training
+is a forward pass, two backward, and the head's logits once more, 23.8 MFLOP. Times 10,240 tokens:
+381 GFLOP. These matrix products alone, in their shapes here, are timed as `matrix products`.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Contest
+from step_peers import PROMPT, WORD, StepShape, contenders
+
+import fdpg_fast as fdpg
+
+SHARED = Path(os.environ.get("FDPG_SHARED", Path(__file__).parents[2] / "shared"))
+MODEL = SHARED / "models" / "tinystories-instruct-3M-chat-gpt2"
+
+
+def matrix_products(shape: StepShape) -> None:
+    """The products of one step of a GPT-2 with 8 layers of 128 and 14,019 tokens, and no more."""
+    layers, size, vocab, prompt = 8, 128, 14019, 4
+    layer = [(size, 3 * size), (size, size), (size, 4 * size), (4 * size, size)]
+
+    def forward(rows: int, widths: list[tuple[int, int]], times: int) -> None:
+        for a, b in widths:
+            x, w = torch.ones(rows, a), torch.ones(a, b)
+            for _ in range(times):
+                torch.mm(x, w)
+
+    head = [(size, vocab)]
+    for _ in range(shape.tokens):  # sampling: one token of every sample at a time
+        forward(shape.samples, layer, layers)
+        forward(shape.samples, head, 1)
+    rows, chunk = shape.samples * (shape.tokens + prompt), 256
+    forward(rows, layer, 4 * layers)  # base; training forward; two products backward
+    for _ in range(shape.samples * shape.tokens // chunk):
+        forward(chunk, head, 5)  # base; training forward; recomputed; two products backward
+
+
+@pytest.mark.skipif(not MODEL.is_dir(), reason="needs the 3M story model beside the checkout")
+def test_step(contest: Contest) -> None:
+    shape = StepShape()
+    base = fdpg.load(MODEL)
+    trainer = fdpg.Trainer(
+        base.constrain({fdpg.regex(WORD.pattern, case=False): 1.0}),
+        divergence="js",
+        prompts=PROMPT,
+        samples_per_prompt=shape.samples,
+        max_new_tokens=shape.tokens,
+        learning_rate=shape.learning_rate,
+    )
+    others, missing = contenders(str(MODEL), shape)
+    contest.run(
+        trainer.step,
+        {"matrix products": lambda: matrix_products(shape), **others},
+        bars={"plain PyTorch loop": 1.7, "TRL RLOO": 1.0, "disco": 1.0},
+        shape=f"{shape.samples} samples x {shape.tokens} tokens",
+        dtype="fp32",
+        flops=381e9,
+        least_rounds=5,
+        not_installed=missing,
+    )
+    assert trainer.steps_done > 0

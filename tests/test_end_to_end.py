@@ -1,0 +1,87 @@
+"""Whole runs on real language models: the samples end up distributed as the target says.
+
+Truth here is importance sampling from the base, which knows nothing of training: what p says of a
+feature and how far p is from a, both with standard errors.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from fdpg_fast.config import Config
+from fdpg_fast.progress import SilentDisplay
+from fdpg_fast.trainer import Trainer
+
+pytestmark = pytest.mark.slow
+
+MODELS = ["stories_3m", "stories_260k"]
+
+
+def run_recipe(
+    recipe: str, model: Path, out: Path, steps: int, **settings: Any
+) -> tuple[Trainer, list[dict[str, Any]]]:
+    config = Config.read(recipe, ["--model.name", str(model)])
+    config = config.replace(steps=steps, evaluation_samples=0, table_every=0, **settings)
+    trainer = Trainer.from_config(config, out=out, display=SilentDisplay())
+    trainer.train()
+    assert trainer.run is not None
+    return trainer, trainer.run.read("metrics.jsonl")
+
+
+def late(records: list[dict[str, Any]], name: str, count: int) -> float:
+    """Mean over the last steps: a single step of 256 samples is uncertain by 3 points."""
+    return sum(record[name] for record in records[-count:]) / count
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_story_gets_a_dog(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    path = request.getfixturevalue(model)
+    trainer, records = run_recipe("dog", path, tmp_path / "dog", steps=16)
+    dogs = [record["moment: contains 'dog'"] for record in records]
+    assert dogs[0] < 0.08
+    assert late(records, "moment: contains 'dog'", 4) > 0.6
+    # Not by leaving the language behind: p itself is -log Z from the base.
+    assert late(records, "kl_to_base", 4) < 2.5 * -records[-1]["log_z"]
+    assert all(record["gap_mean"] < 1e-4 for record in records)
+    _assert_loads_in_transformers(trainer)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_half_of_the_stories_get_a_female_word(
+    model: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    path = request.getfixturevalue(model)
+    trainer, _ = run_recipe("half_female", path, tmp_path / "female", steps=20)
+    share, error = trainer.evaluate(2048)["tuned"]["moment: a female word"]
+    assert error < 0.012
+    assert share == pytest.approx(0.5, abs=0.03)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_reward_rises_at_the_kl_that_its_beta_implies(
+    model: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    path = request.getfixturevalue(model)
+    trainer, _ = run_recipe("cheerful", path, tmp_path / "cheerful", steps=24)
+    measured = trainer.evaluate(1024)
+    base, tuned, target = (measured[name] for name in ("base", "tuned", "target"))
+    reward = "moment: cheerful words"
+    assert tuned[reward][0] > base[reward][0] + 0.5 * (target[reward][0] - base[reward][0])
+    assert tuned["kl_to_base"][0] < 1.5 * target["kl_to_base"][0]
+
+
+def _assert_loads_in_transformers(trainer: Trainer) -> None:
+    assert trainer.run is not None
+    model = transformers.AutoModelForCausalLM.from_pretrained(trainer.run.model).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(trainer.run.model)
+    text = tokenizer("Once upon a time there was a dog", return_tensors="pt").input_ids
+    with torch.no_grad():
+        theirs = torch.log_softmax(model(text).logits, -1)
+        ours = torch.log_softmax(trainer.policy.model(text).logits, -1)
+    assert math.isclose(float((theirs - ours).abs().max()), 0, abs_tol=1e-5)
