@@ -2,7 +2,12 @@
 // memory.
 #pragma once
 
-#if !defined(__x86_64__)
+// Switching stacks by hand takes ten instructions, swapcontext two system calls. SIMT_UCONTEXT asks
+// for the latter where the former exists, to test it.
+#if !defined(__x86_64__) && !defined(SIMT_UCONTEXT)
+#define SIMT_UCONTEXT
+#endif
+#ifdef SIMT_UCONTEXT
 #include <ucontext.h>
 #endif
 
@@ -21,10 +26,10 @@ enum class State : unsigned char { kReady, kAtBarrier, kInWarp, kDone };
 
 // One CUDA thread.
 struct Fiber {
-#if defined(__x86_64__)
-  void* stack_pointer;
-#else
+#ifdef SIMT_UCONTEXT
   ucontext_t context;
+#else
+  void* stack_pointer;
 #endif
   void* fake_stack;  // AddressSanitizer's
   const char* stack;

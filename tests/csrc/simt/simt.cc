@@ -38,7 +38,7 @@ Runtime& r = runtime;
 // -------------------------------------------------------------------------------------------------
 // Fibers
 
-#if defined(__x86_64__)
+#ifndef SIMT_UCONTEXT
 // Saves what the ABI says a call keeps, swaps stacks, restores.
 asm(".text\n"
     ".type simt_switch,@function\n"
@@ -56,7 +56,7 @@ void switch_fiber(Fiber& from, Fiber& to) {
   if (__sanitizer_start_switch_fiber) {
     __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.stack_bytes);
   }
-#if defined(__x86_64__)
+#ifndef SIMT_UCONTEXT
   simt_switch(&from.stack_pointer, to.stack_pointer);
 #else
   swapcontext(&from.context, &to.context);
@@ -88,7 +88,7 @@ void make_fiber(unsigned i) {
   fiber.stack_bytes = kStackBytes;
   // A launch that failed left its red zones behind.
   if (__asan_unpoison_memory_region) __asan_unpoison_memory_region(stack, kStackBytes);
-#if defined(__x86_64__)
+#ifndef SIMT_UCONTEXT
   void** top = reinterpret_cast<void**>(stack + kStackBytes);
   *--top = nullptr;  // fiber_main's return address; keeps the stack aligned
   *--top = reinterpret_cast<void*>(&fiber_main);

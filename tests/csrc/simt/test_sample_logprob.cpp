@@ -5,6 +5,7 @@
 #include <random>
 #include <vector>
 
+#include "fdpg/cpu.h"
 #include "fdpg/random.h"
 #include "harness.h"
 //
@@ -50,7 +51,7 @@ struct Case {
   }
   ~Case() { logits.allow(0, logits.size()); }
 
-  void run() {
+  SampleLogprobParams params() {
     SampleLogprobParams p{};
     p.logits = logits.data();
     visit_dtype_of(p);
@@ -64,6 +65,11 @@ struct Case {
     p.token = token.data();
     p.logp = logp.data();
     p.lse = lse.data();
+    return p;
+  }
+
+  void run() {
+    const SampleLogprobParams p = params();
     Buffer<double> workspace(static_cast<int64_t>(cuda::sample_logprob_workspace(p) / 8));
     run_on_device([&] { return cuda::sample_logprob(p, workspace.data(), nullptr); });
   }
@@ -117,6 +123,8 @@ void every_size() {
       CHECK(same_bits(c.token, tokens));
     });
     c.check();
+    CHECK(cpu::sample_logprob(c.params(), 0, shape.rows) == kOk);
+    CHECK(same_bits(c.token, tokens));  // the CPU draws the same
   }
 }
 

@@ -5,6 +5,7 @@
 #include <random>
 #include <vector>
 
+#include "fdpg/cpu.h"
 #include "fdpg/types.h"
 #include "harness.h"
 //
@@ -135,7 +136,7 @@ struct Case {
     explicit Results(int64_t rows) : logp(rows), lse(rows), entropy(rows) {}
   };
 
-  void forward(Results& out, bool entropy) {
+  TokenLogprobParams params(Results& out, bool entropy) {
     TokenLogprobParams p{};
     p.logits = logits.data();
     p.dtype = dtype<T>();
@@ -148,6 +149,11 @@ struct Case {
     p.logp = out.logp.data();
     p.lse = out.lse.data();
     p.entropy = entropy ? out.entropy.data() : nullptr;
+    return p;
+  }
+
+  void forward(Results& out, bool entropy) {
+    const TokenLogprobParams p = params(out, entropy);
     Buffer<unsigned char> workspace(static_cast<int64_t>(cuda::token_logprob_workspace(p)));
     run_on_device([&] { return cuda::token_logprob(p, workspace.data(), nullptr); });
   }
@@ -175,7 +181,10 @@ void forward(const Shape& shape) {
       CHECK(same_bits(out.logp, logp) && same_bits(out.lse, lse));
       CHECK(!entropy || same_bits(out.entropy, entropies));
     });
+    typename Case<T>::Results on_cpu(shape.rows);
+    CHECK(cpu::token_logprob(c.params(on_cpu, entropy), 0, shape.rows) == kOk);
     for (int64_t row = 0; row < shape.rows; ++row) {
+      CHECK_NEAR(out.logp[row], on_cpu.logp[row], unit * (20 + 4 * std::fabs(on_cpu.logp[row])));
       const Row& truth = c.truth[row];
       // logp carries no error of the level of the logits, lse half a unit of its own size.
       CHECK_NEAR(out.logp[row], truth.logp, unit * (20 + 4 * std::fabs(truth.logp)));
