@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdpg_fast import ops
+from fdpg_fast import _build, ops
 from fdpg_fast.baselines import BASELINES
 from fdpg_fast.divergences import DIVERGENCES
 
@@ -164,9 +164,24 @@ def registered() -> list[str]:
     return sorted({s.split("::")[1].split(".")[0] for s in schemas if s.startswith("fdpg::")})
 
 
+def moved(sample: Sample, device: str) -> Sample:
+    """The sample on a device; leaves stay leaves."""
+    return tuple(
+        x.detach().to(device).requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x
+        for x in sample
+    )
+
+
+NEEDS_GPU = pytest.mark.skipif(
+    not (torch.cuda.is_available() and _build.load().build_info()["cuda"]),
+    reason="needs a GPU and the CUDA extension",
+)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
 @pytest.mark.parametrize("op", registered())
-def test_opcheck(op: str) -> None:
+def test_opcheck(op: str, device: str) -> None:
     assert op in SAMPLES, f"torch.ops.fdpg.{op} has no samples in {__file__}"
     torch.manual_seed(0)
     for sample in SAMPLES[op]():
-        torch.library.opcheck(getattr(torch.ops.fdpg, op).default, sample)
+        torch.library.opcheck(getattr(torch.ops.fdpg, op).default, moved(sample, device))
