@@ -74,7 +74,7 @@ def test_forward(contest: Contest, name: str, dtype: str) -> None:
 
 
 def warm(*inputs: Tensor) -> None:
-    """Brings inputs as near as they fit. Measured: a last-level cache keeps them after three reads."""
+    """Brings inputs as near as they fit: a last-level cache keeps them after three reads."""
     for x in inputs:
         for _ in range(3):
             read(x)
