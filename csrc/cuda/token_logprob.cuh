@@ -23,7 +23,6 @@
 #include "row_parts.cuh"
 
 namespace fdpg::cuda {
-
 namespace {
 
 template <class T>
