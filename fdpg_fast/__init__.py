@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from fdpg_fast import ops
     from fdpg_fast.baselines import Baseline
     from fdpg_fast.building import load
-    from fdpg_fast.building import load
     from fdpg_fast.checkpoint import CheckpointError
     from fdpg_fast.config import Config, ConfigError
     from fdpg_fast.divergences import Divergence
@@ -101,7 +100,6 @@ _MODULES = {
         *("classifier", "contains", "function", "length", "regex", "words"),
     ],
     "targets": ["Base", "Target", "TargetError"],
-    "building": ["load"],
     "trainer": ["Trainer", "TrainingError"],
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
