@@ -6,9 +6,9 @@
 // A divergence is a struct, templated on the float type, that knows four things:
 //
 //   f(log_t, log_s)        exp(log_s) * f(t)      for finite log_t = log pi - log p
-//   f_prime(log_t, log_s)  exp(log_s) * f'(t)     for every log_t; at +-inf the limits, log_s
-//   finite f_zero()               f(0),   the limit of f as t -> 0 f_prime_inf()          f'(inf),
-//   what f' is off the support, where p(x) = 0
+//   f_prime(log_t, log_s)  exp(log_s) * f'(t)     for every log_t; its limits at +-inf
+//   f_zero()               f(0)     the limit of f as t -> 0
+//   f_prime_inf()          f'(inf)  what f' is off the support, where p(x) = 0
 //
 // The scale log_s belongs to the formula because a large f(t) often meets a small weight: forward
 // KL has f' = -p/pi, its weight is (pi/q)(p/pi), and exp(-1000) * exp(1000) is one. So
