@@ -209,14 +209,16 @@ class Trainer:
         scores = self.target.score(rollout)
         log_z = self.partition.update(rollout, scores.log_score)
         clock.lap("score")
-        updates = [
-            self._update(rollout, scores, log_z, again)
-            for again in range(self.config.objective.steps_per_batch)
-        ]
-        self._refresh_proposal(rollout, scores, log_z, updates[0])
+        earlier = None if self.baseline_state is None else self.baseline_state.clone()
+        update = self._update(rollout, scores, log_z, self.baseline_state)
+        for _ in range(1, self.config.objective.steps_per_batch):
+            # A batch enters the average once, and never the baseline of its own samples.
+            state = None if earlier is None else earlier.clone()
+            self._update(rollout, scores, log_z, state, again=True)
+        self._refresh_proposal(rollout, scores, log_z, update)
         clock.lap("train")
         self.steps_done += 1
-        self._record(rollout, scores, log_z, updates[0], clock)
+        self._record(rollout, scores, log_z, update, clock)
 
     def draw(
         self, model: LanguageModel, prompts: PromptBatch, stream: int, samples_per_prompt: int = 0
@@ -227,8 +229,15 @@ class Trainer:
             model, prompts, samples_per_prompt or self.config.sampling.samples_per_prompt, key
         )
 
-    def _update(self, rollout: Rollout, scores: Scores, log_z: Tensor, again: int) -> _Update:
-        """One optimiser step on a batch; ``again`` counts those before it on the same batch."""
+    def _update(
+        self,
+        rollout: Rollout,
+        scores: Scores,
+        log_z: Tensor,
+        baseline_state: Tensor | None,
+        again: bool = False,
+    ) -> _Update:
+        """One optimiser step on a batch; ``again``: not the first on it."""
         # On policy, the sampler has already said what the policy thinks of its samples.
         on_policy = self.proposal is self.policy and not again
         log_pi = rollout.log_q if on_policy else self.policy.sequence_logprob(rollout)
@@ -241,7 +250,7 @@ class Trainer:
             rollout.prompt_index,
             divergence=self.divergence,
             baseline=self.baseline,
-            baseline_state=self.baseline_state,
+            baseline_state=baseline_state,
             ratio_clip=objective.ratio_clip,
             reward_clip=objective.reward_clip,
         )

@@ -226,6 +226,15 @@ def test_a_lagging_proposal_reaches_the_target_too(base: Base) -> None:
     assert all(record["gap_max"] < 1e-4 for record in listener.records)
 
 
+def test_a_batch_enters_the_moving_average_once(base: Base) -> None:
+    states = []
+    for steps_per_batch in (1, 3):
+        run = trainer(dogs(base), baseline="ema", steps_per_batch=steps_per_batch)
+        run.step()
+        states.append(run.baseline_state)
+    assert torch.equal(*states)
+
+
 def test_moments_are_fitted_before_training(base: Base) -> None:
     target = base.constrain({fdpg.words(["she", "her"]): 0.8})
     run = trainer(target, fit_samples=512, steps=2)
