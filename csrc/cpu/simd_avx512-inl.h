@@ -2,17 +2,7 @@
 // What each word means is said in simd_portable-inl.h.
 #pragma once
 
-// g++ 12 takes the don't-care operands inside its own intrinsics for uninitialised reads (GCC bug
-// 105593).
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic push
-#pragma GCC diagnostic ignored "-Wuninitialized"
-#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
-#endif
 #include <immintrin.h>
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic pop
-#endif
 
 #include <cstdint>
 

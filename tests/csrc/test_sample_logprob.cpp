@@ -120,6 +120,23 @@ void rare_tokens_are_drawn(int64_t vocab, int64_t place, int64_t draws) {
   CHECK_NEAR(before, rare * share, 4 * std::sqrt(rare * share * (1 - share)) + 1e-9);
 }
 
+// The same within the 64 tokens that are searched one by one: 63 tokens of probability 5e-8, less
+// than the spacing of fp32 numbers at 1, behind a likely one. 31 of 10^7 draws, spread over them.
+void rare_tokens_among_neighbours() {
+  Rows<float> x(1, 64, 0);
+  for (int64_t j = 1; j < x.vocab; ++j) x.set(0, j, std::log(5e-8));
+  int64_t rare = 0, early = 0;
+  for (int64_t i = 0; i < 10; ++i) {
+    const Draws<float> got(x, Dtype::kFloat32, 19, 1000000, i * 1000000);
+    for (int64_t token : got.token) {
+      rare += token > 0;
+      early += token > 0 && token < 32;
+    }
+  }
+  CHECK_NEAR(rare, 31.5, 4 * std::sqrt(31.5));
+  CHECK_NEAR(early, 0.5 * rare, 4 * std::sqrt(0.25 * rare));
+}
+
 // Nothing of probability zero, be it first, last, alone in its block, or all but one of them.
 template <class T>
 void never_a_masked_token(Dtype dtype) {
@@ -218,6 +235,7 @@ int main() {
   });
   // On the best instruction set, which is the one chosen last.
   chi_squared<fdpg::BFloat16>(Dtype::kBFloat16, 2000);
+  rare_tokens_among_neighbours();
   rare_tokens_are_drawn(3000, 0, 100000);
   rare_tokens_are_drawn(3000, 1023, 100000);
   rare_tokens_are_drawn(3000, 2999, 100000);

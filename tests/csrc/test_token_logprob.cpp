@@ -90,6 +90,26 @@ void rising_rows(Dtype dtype) {
   }
 }
 
+// Blocks that lie far below what follows: exponentials relative to the first would be taken of
+// large numbers, whose rounding is an error of the result.
+void a_low_first_block() {
+  for (double depth : {1.5, 20.0, 70.0, 500.0}) {
+    Rows<float> x(20, 3000, 1);
+    std::vector<int64_t> target(x.rows);
+    for (int64_t i = 0; i < x.rows; ++i) {
+      for (int64_t j = 0; j < 1024; ++j) x.set(i, j, static_cast<double>(x.at(i, j)) - depth);
+      for (int64_t j = 1027; j < x.vocab; ++j) x.set(i, j, -1000);  // three tokens count
+      target[i] = 1024;
+    }
+    const Forward<float> got(x, Dtype::kFloat32, target);
+    for (int64_t i = 0; i < x.rows; ++i) {
+      const double logp = x.logp(i, target[i], 1), lse = x.largest(i) + x.log_sum(i, 1);
+      CHECK_NEAR(got.logp[i], logp, 6e-8 * std::fabs(logp) + 1e-7);
+      CHECK_NEAR(got.lse[i], lse, 6e-8 * std::fabs(lse) + 1e-7);
+    }
+  }
+}
+
 template <class T>
 void unusual_values(Dtype dtype) {
   Rows<T> x(8, 2500, 2);
@@ -270,6 +290,7 @@ void rows_without_gradient(Dtype dtype) {
 int main() {
   for_each_isa([](const std::string& isa) {
     std::printf("%s\n", isa.c_str());
+    a_low_first_block();
     enormous_logits();
     for_each_dtype([](Dtype dtype, auto tag) {
       using T = decltype(tag);
