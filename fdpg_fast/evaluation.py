@@ -73,8 +73,11 @@ def evaluate(
     measured = {}
     for name, rollout in rollouts.items():
         of_model = metrics.measure(rollout, scores[name], rollout.log_q, log_z, log_z_se)
-        of_texts = {key: [value, None] for key, value in metrics.measure_texts(rollout.texts).items()}
-        measured[name] = {**_with_errors(of_model), **of_texts}
+        of_texts = metrics.measure_texts(rollout.texts)
+        measured[name] = {
+            **_with_errors(of_model),
+            **{key: [value, None] for key, value in of_texts.items()},
+        }
     # The tuned model's samples are the nearest to the target's, and so tell most of it.
     of_target = metrics.measure_target(rollouts["tuned"], scores["tuned"], log_z)
     return {
