@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["Checkpoint", "CheckpointError", "latest", "load", "replace_directory", "save"]
+__all__ = ["Checkpoint", "CheckpointError", "latest", "load", "replace_directory", "save", "sync"]
 
 FORMAT = 1
 _ASIDE = ".writing-"
@@ -139,12 +139,12 @@ def replace_directory(path: Path, fill: Callable[[Path], None]) -> None:
         aside.mkdir()
         fill(aside)
         for file in sorted(aside.rglob("*")):
-            _sync(file)
-        _sync(aside)
+            sync(file)
+        sync(aside)
         if path.exists():  # a folder that is not empty cannot be renamed over
             path.rename(retired)
         aside.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
         shutil.rmtree(retired, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
@@ -174,7 +174,7 @@ def _identity(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Asks the disk to keep a file or folder before anything that depends on it is renamed."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -7,6 +7,7 @@ one message and exit code 2; `--debug` shows where in the program it was found.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [word for word in given if word != "--debug"]
     formatwarning = warnings.formatwarning
     parser = _parser()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without ∞ and π shows ? instead
+            stream.reconfigure(errors="replace")
     try:
         # Python's own form of a warning shows the line of code that gave it.
         warnings.formatwarning = lambda message, *where: f"fdpg: warning: {message}\n"

@@ -24,7 +24,7 @@ from typing import Any
 
 import yaml
 
-from fdpg_fast.checkpoint import CheckpointError, latest
+from fdpg_fast.checkpoint import CheckpointError, latest, sync
 from fdpg_fast.config import Config
 
 __all__ = ["RunDirectory", "RunDirectoryError"]
@@ -156,6 +156,13 @@ class RunDirectory:
                 stream.write(lines)
         except OSError as error:
             raise RunDirectoryError(f"run: cannot write {self.path / log}: {error}") from error
+
+    def sync(self) -> None:
+        """Asks the disk to keep the logs, before a checkpoint says that their steps are done."""
+        for log in LOGS:
+            path = self.path / log
+            if path.is_file():
+                sync(path)
 
     def read(self, log: str) -> list[dict[str, Any]]:
         """The lines of a log; a last line cut short by a crash is left out."""

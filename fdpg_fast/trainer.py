@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ from fdpg_fast.rollout import PromptBatch, Rollout
 from fdpg_fast.run_directory import RunDirectory
 from fdpg_fast.sampler import Sampler
 from fdpg_fast.targets import Scores, Target
+from fdpg_fast.watch import Watch
 
 __all__ = ["Trainer", "TrainingError"]
 
@@ -140,7 +141,7 @@ class Trainer:
         self._saved = 0  # steps done at the newest checkpoint
         self._prepared = False
         self._pending: list[_Pending] = []
-        self._watch = _Watch()
+        self._watch = Watch()
 
         self.run: RunDirectory | None = None
         if out is not None:
@@ -190,7 +191,6 @@ class Trainer:
                         self._flush()
                     if self.steps_done % config.checkpoint_every == 0:
                         self.save_checkpoint()
-                self._flush()
                 if self._saved != self.steps_done:
                     self.save_checkpoint()
             finally:
@@ -579,6 +579,8 @@ class Trainer:
         if self.proposal is not self.policy:
             tensors["proposal"] = dict(self.proposal.model.named_parameters())
         facts = {"seed": self.config.run.seed, "lambdas": self.target.state_dict()}
+        self._flush()
+        self.run.sync()
         path = checkpoint.save(
             self.run.checkpoints,
             Checkpoint(self.steps_done, tensors, facts),
@@ -662,47 +664,6 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[part] = round(now - self._last, 4)
         self._last = now
-
-
-class _Watch:
-    """Looks for runs that go wrong while every number is still finite."""
-
-    PATIENCE = 5  # steps in a row: one step's estimate may be far off
-    REPEAT = 25
-
-    def __init__(self) -> None:
-        self._target_kl = math.nan
-        self._count: dict[str, int] = {}
-        self._said: dict[str, int] = {}
-
-    def look(self, record: Mapping[str, float]) -> Iterator[str]:
-        """Warnings that this step gives reason for, each every 25 steps at most."""
-        # A policy far from the target has no samples to tell where that is: the last that had.
-        if math.isfinite(record["kl_target_base"]):
-            self._target_kl = record["kl_target_base"]
-        lost = metrics.runaway({**record, "kl_target_base": self._target_kl})
-        reasons = {
-            "runaway": lost,
-            "implausible": metrics.implausible(record),
-            "empty": None if lost else _nothing_to_learn(record),
-        }
-        step = int(record["step"])
-        for name, reason in reasons.items():
-            self._count[name] = self._count.get(name, 0) + 1 if reason else 0
-            due = step - self._said.get(name, -self.REPEAT) >= self.REPEAT
-            if reason and due and self._count[name] >= self.PATIENCE:
-                self._said[name] = step
-                yield f"step {step}: {reason}"
-
-
-def _nothing_to_learn(record: Mapping[str, float]) -> str | None:
-    if record["n_used"] > record["n_off_support"]:
-        return None
-    return (
-        f"for {_Watch.PATIENCE} steps no sample was possible under the target, so there is nothing "
-        "to learn from. Way out: more samples per step, prompts that lead to such texts, a "
-        "likelier constraint, or a reward in its place"
-    )
 
 
 def _configured(

@@ -595,6 +595,16 @@ def test_nothing_is_written_without_a_folder(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_checkpoint_comes_after_the_records_of_its_steps(base: Base, tmp_path: Path) -> None:
+    """Else a process that dies after it would resume with a hole in metrics.jsonl."""
+    run = trainer(dogs(base), out=tmp_path / "run", log_every=100)
+    for _ in range(3):
+        run.step()
+    run.save_checkpoint()
+    assert run.run is not None
+    assert [record["step"] for record in run.run.read("metrics.jsonl")] == [1, 2, 3]
+
+
 def test_numbers_are_read_at_once_every_few_steps(base: Base, tmp_path: Path) -> None:
     listener = Listener()
     trainer(dogs(base), out=tmp_path / "run", log_every=4, display=listener).train()
