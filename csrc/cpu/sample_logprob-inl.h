@@ -76,10 +76,8 @@ int64_t descend(const T* x, int64_t n, typename S::Real scale, typename S::Real 
     const int64_t parts = (n + part - 1) / part;
     double sums[kMaxParts] = {};
     for (int64_t k = 0; k < parts; ++k) {
-      Sums block;
-      sum_block<S, false>(x + first + k * part, k + 1 < parts ? part : n - k * part, scale, offset,
-                          &block);
-      sums[k] = block.sum;
+      const int64_t size = k + 1 < parts ? part : n - k * part;
+      sums[k] = sum_block<S, false>(x + first + k * part, size, scale, offset).sum;
     }
     const int64_t chosen = choose(sums, parts, &uniform);
     first += chosen * part;

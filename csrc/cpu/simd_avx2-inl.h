@@ -71,6 +71,7 @@ struct Avx2 {
   }
 
   static FDPG_ALWAYS_INLINE Vec exp(Vec x) {
+    x = _mm256_min_ps(broadcast(kExpHigh), x);
     const Vec shifted = fma(x, broadcast(kLog2E), broadcast(kShifter));
     const Vec n = _mm256_sub_ps(shifted, broadcast(kShifter));
     Vec r = _mm256_fnmadd_ps(n, broadcast(kLn2High), x);

@@ -8,7 +8,7 @@
 //   load store             from and to every storage type that accumulates in Real; unaligned
 //   load_first(p, n)       the first n lanes, 0 < n < kLanes; the rest are -inf and not read
 //   store_first(p, x, n)   the first n lanes; the rest are not written
-//   exp(x)                 exp_constants.h; x <= 2 or the answer is meaningless; NaN stays NaN
+//   exp(x)                 exp_constants.h; above kExpHigh at least exp(kExpHigh); NaN stays NaN
 //   clamp_low(x)           a finite number in place of -inf, whose exp is 0; NaN stays NaN
 //   sum(x) largest(x)      across lanes, in a fixed order; the sum in double
 #pragma once
@@ -67,6 +67,7 @@ struct Portable {
       return x;
     } else {
       using Bits __attribute__((vector_size(16))) = uint32_t;
+      x = x > kExpHigh ? broadcast(kExpHigh) : x;
       const Vec shifted = fma(x, broadcast(kLog2E), broadcast(kShifter));
       const Vec n = shifted - kShifter;
       Vec r = x - n * kLn2High;

@@ -1,11 +1,13 @@
 // softmax_row-inl.h: the walk that token_logprob and sample_logprob share: one read of a row of
 // logits, in blocks, to the sum of its exponentials.
 //
-// Instead of a running maximum per element there is an anchor per row: a logit of the row, no more
-// than kHeadroom below the largest so far. Exponentials are taken relative to it; a block that
-// rises further above it is summed again, relative to its own largest (a block of 1024 out of
-// 50257, about once per row). The result is exact whatever the anchor: it only keeps the
-// exponentials in range.
+// Instead of a running maximum per element there is an anchor per row: a logit of the row that all
+// later ones exceed by kHeadroom at most. Exponentials are taken relative to it, and a block whose
+// sum is no larger than exp(kHeadroom) cannot hold a logit that breaks the rule: so the maximum of
+// a block is looked for only when its sum is suspicious, and the block summed again only when it
+// did break the rule (about once per row of 50257). Where no token stands out, every block is
+// suspicious: a tenth more time. The result is exact whatever the anchor; it keeps exponentials in
+// range.
 //
 // A block is summed in fp32, in 4 * kLanes partial sums of at most a few dozen terms, then in
 // double; the blocks of a row are added in double. So the sum is good to about 1e-7 relative
@@ -28,7 +30,8 @@ constexpr int64_t kUnroll = 4;
 
 // How far z may rise above the anchor. Small, because z - anchor is rounded to fp32 and its error
 // is an error of the exponential; the tokens that matter lie near the maximum.
-constexpr double kHeadroom = 2;
+constexpr double kHeadroom = 3;
+constexpr double kExpHeadroom = 20.0;  // below exp(3)
 
 // What logits come to relative to an offset h, with z = scale x and d = z - h:
 // sum exp d,  sum d exp d.
@@ -82,28 +85,22 @@ typename S::Real largest(const T* x, int64_t n) {
 template <class S, bool kEntropy>
 struct BlockAccumulator {
   using Vec = typename S::Vec;
-  Vec sum, weighted, most;
+  Vec sum, weighted;
 
   // Written out: g++ compiles an implicit constructor for the CPU outside the pragma.
-  FDPG_ALWAYS_INLINE BlockAccumulator()
-      : sum(S::broadcast(0)),
-        weighted(S::broadcast(0)),
-        most(S::broadcast(-static_cast<typename S::Real>(__builtin_inff()))) {}
+  FDPG_ALWAYS_INLINE BlockAccumulator() : sum(S::broadcast(0)), weighted(S::broadcast(0)) {}
 
   FDPG_ALWAYS_INLINE void push(Vec x, Vec scale, Vec minus_offset) {
     const Vec d = S::fma(x, scale, minus_offset);
     const Vec e = S::exp(d);
-    most = S::max(x, most);
     sum = S::add(sum, e);
     if constexpr (kEntropy) weighted = S::fma(e, S::clamp_low(d), weighted);
   }
 };
 
-// Sums over x[0..n) relative to `offset`. Returns the largest x: if its z lies more than kHeadroom
-// above the offset, the sums are meaningless.
+// Sums over x[0..n) relative to `offset`.
 template <class S, bool kEntropy, class T>
-typename S::Real sum_block(const T* x, int64_t n, typename S::Real scale, typename S::Real offset,
-                           Sums* sums) {
+Sums sum_block(const T* x, int64_t n, typename S::Real scale, typename S::Real offset) {
   using Vec = typename S::Vec;
   const Vec scale_v = S::broadcast(scale), minus_offset = S::broadcast(-offset);
   BlockAccumulator<S, kEntropy> part[kUnroll];
@@ -116,12 +113,13 @@ typename S::Real sum_block(const T* x, int64_t n, typename S::Real scale, typena
   }
   for (; i + S::kLanes <= n; i += S::kLanes) part[0].push(S::load(x + i), scale_v, minus_offset);
   if (i < n) part[1].push(S::load_first(x + i, n - i), scale_v, minus_offset);
-  sums->sum = S::sum(S::add(S::add(part[0].sum, part[1].sum), S::add(part[2].sum, part[3].sum)));
+  Sums sums;
+  sums.sum = S::sum(S::add(S::add(part[0].sum, part[1].sum), S::add(part[2].sum, part[3].sum)));
   if constexpr (kEntropy) {
-    sums->weighted = S::sum(S::add(S::add(part[0].weighted, part[1].weighted),
-                                   S::add(part[2].weighted, part[3].weighted)));
+    sums.weighted = S::sum(S::add(S::add(part[0].weighted, part[1].weighted),
+                                  S::add(part[2].weighted, part[3].weighted)));
   }
-  return S::largest(S::max(S::max(part[0].most, part[1].most), S::max(part[2].most, part[3].most)));
+  return sums;
 }
 
 // Walks a row x[0..vocab) in blocks. If `block_sums` is not null, it receives the sum of every
@@ -142,17 +140,20 @@ SoftmaxRow<typename S::Real> softmax_row(const T* x, int64_t vocab, typename S::
       row.offset = anchor * scale;
     }
     if (anchor != kMinusInf) {  // else nothing but -inf so far
-      const Real most = sum_block<S, kEntropy>(x + begin, n, scale, row.offset, &sums);
-      if ((static_cast<double>(most) - anchor) * scale > kHeadroom) {
-        const double lower = row.offset;
-        anchor = most;
-        row.offset = anchor * scale;
-        sum_block<S, kEntropy>(x + begin, n, scale, row.offset, &sums);
-        const double shift = lower - row.offset, factor = __builtin_exp(shift);
-        total.weighted = (total.weighted + total.sum * shift) * factor;
-        total.sum *= factor;
-        if (block_sums) {
-          for (int64_t b = 0; b < begin / block; ++b) block_sums[b] *= factor;
+      sums = sum_block<S, kEntropy>(x + begin, n, scale, row.offset);
+      if (!(sums.sum <= kExpHeadroom)) {  // NaN is suspicious too, and stays
+        const Real most = largest<S>(x + begin, n);
+        if ((static_cast<double>(most) - anchor) * scale > kHeadroom) {
+          const double lower = row.offset;
+          anchor = most;
+          row.offset = anchor * scale;
+          sums = sum_block<S, kEntropy>(x + begin, n, scale, row.offset);
+          const double shift = lower - row.offset, factor = __builtin_exp(shift);
+          total.weighted = (total.weighted + total.sum * shift) * factor;
+          total.sum *= factor;
+          if (block_sums) {
+            for (int64_t b = 0; b < begin / block; ++b) block_sums[b] *= factor;
+          }
         }
       }
     }
