@@ -9,6 +9,7 @@ the machine's name); ``--benchmark-json=PATH`` sends it elsewhere.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import statistics
@@ -156,8 +157,15 @@ def pytest_benchmark_update_commit_info(config: pytest.Config, commit_info: Any)
 
 
 def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_json: Any) -> None:
-    for row in output_json["benchmarks"]:
+    rows = output_json["benchmarks"]
+    for row in rows:
         row["stats"].pop("data", None)
+    # One file per commit: benchmarks of an earlier run that this one did not repeat stay in it.
+    path = Path(config.option.benchmark_json)
+    if path.is_file() and path.stat().st_size:
+        measured = {row["fullname"] for row in rows}
+        earlier = json.loads(path.read_text())["benchmarks"]
+        rows.extend(row for row in earlier if row["fullname"] not in measured)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
