@@ -227,6 +227,7 @@ def plus_minus(record: Record, value: str, error: str) -> str:
     centre, spread = record.get(value), record.get(error)
     if not _finite(centre):
         return "n/a" if centre is None else str(centre)
+    centre = round(centre, 3) + 0.0  # no minus before a zero
     return f"{centre:.3f}±{spread:.3f}" if _finite(spread) else f"{centre:.3f}"
 
 
@@ -252,7 +253,9 @@ def _finite(value: Any) -> bool:
 
 
 def _number(value: Any, spec: str) -> str:
-    return format(value, spec) if _finite(value) else "n/a" if value is None else str(value)
+    if not _finite(value):
+        return "n/a" if value is None else str(value)
+    return re.sub(r"^-(0\.0+)$", r"\1", format(value, spec))
 
 
 def _nats(value: float) -> str:

@@ -415,6 +415,7 @@ def _show(pair: Sequence[Any] | None) -> str:
     value, error = (float(pair[0]), pair[1])
     if not math.isfinite(value):
         return "∞" if value > 0 else "-∞"
+    value = round(value, 3) + 0.0  # no minus before a zero
     if error is None:
         return f"{value:.3f}"
     return f"{value:.3f} ± {float(error):.3f}"
