@@ -39,6 +39,18 @@ struct Avx2 {
   }
 
   template <class T>
+  static FDPG_ALWAYS_INLINE void load_pair(const T* p, Vec* a, Vec* b) {
+    *a = load(p);
+    *b = load(p + kLanes);
+  }
+  // The even ones and the odd ones: an instruction less for each than in order.
+  static FDPG_ALWAYS_INLINE void load_pair(const BFloat16* p, Vec* a, Vec* b) {
+    const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    *a = _mm256_castsi256_ps(_mm256_slli_epi32(x, 16));
+    *b = _mm256_castsi256_ps(_mm256_and_si256(x, _mm256_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+
+  template <class T>
   static FDPG_ALWAYS_INLINE Vec load_first(const T* p, int64_t n) {
     float lanes[kLanes];
     for (int64_t i = 0; i < kLanes; ++i) lanes[i] = i < n ? fdpg::load(p[i]) : -__builtin_inff();

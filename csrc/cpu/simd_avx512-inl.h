@@ -37,6 +37,18 @@ struct Avx512 {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
 
+  template <class T>
+  static FDPG_ALWAYS_INLINE void load_pair(const T* p, Vec* a, Vec* b) {
+    *a = load(p);
+    *b = load(p + kLanes);
+  }
+  // The even ones and the odd ones: an instruction less for each than in order.
+  static FDPG_ALWAYS_INLINE void load_pair(const BFloat16* p, Vec* a, Vec* b) {
+    const __m512i x = _mm512_loadu_si512(p);
+    *a = _mm512_castsi512_ps(_mm512_slli_epi32(x, 16));
+    *b = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32(static_cast<int>(0xffff0000))));
+  }
+
   static FDPG_ALWAYS_INLINE Vec load_first(const float* p, int64_t n) {
     return _mm512_mask_loadu_ps(broadcast(-__builtin_inff()), first(n), p);
   }

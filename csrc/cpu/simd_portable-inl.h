@@ -6,6 +6,7 @@
 //   product(a, b)          of two numbers, as fma sees it: exact, or rounded where fma is not one
 //   max(x, or_else)        or_else in a lane where either is NaN
 //   load store             from and to every storage type that accumulates in Real; unaligned
+//   load_pair(p, &a, &b)   2 kLanes numbers, in whatever order is cheapest
 //   load_first(p, n)       the first n lanes, 0 < n < kLanes; the rest are -inf and not read
 //   store_first(p, x, n)   the first n lanes; the rest are not written
 //   exp(x)                 exp_constants.h; above kExpHigh at least exp(kExpHigh); NaN stays NaN
@@ -45,6 +46,11 @@ struct Portable {
     Vec x;
     for (int64_t i = 0; i < kLanes; ++i) x[i] = fdpg::load(p[i]);
     return x;
+  }
+  template <class T>
+  static FDPG_ALWAYS_INLINE void load_pair(const T* p, Vec* a, Vec* b) {
+    *a = load(p);
+    *b = load(p + kLanes);
   }
   template <class T>
   static FDPG_ALWAYS_INLINE Vec load_first(const T* p, int64_t n) {

@@ -106,9 +106,13 @@ Sums sum_block(const T* x, int64_t n, typename S::Real scale, typename S::Real o
   BlockAccumulator<S, kEntropy> part[kUnroll];
   int64_t i = 0;
   for (; i + kUnroll * S::kLanes <= n; i += kUnroll * S::kLanes) {
-    for (int64_t k = 0; k < kUnroll; ++k) {
+    for (int64_t k = 0; k < kUnroll; k += 2) {
       prefetch<S>(x + i, k);
-      part[k].push(S::load(x + i + k * S::kLanes), scale_v, minus_offset);
+      prefetch<S>(x + i, k + 1);
+      Vec even, odd;
+      S::load_pair(x + i + k * S::kLanes, &even, &odd);
+      part[k].push(even, scale_v, minus_offset);
+      part[k + 1].push(odd, scale_v, minus_offset);
     }
   }
   for (; i + S::kLanes <= n; i += S::kLanes) part[0].push(S::load(x + i), scale_v, minus_offset);

@@ -1,13 +1,12 @@
 // token_logprob-inl.h: log p(target), log-sum-exp and entropy of each row of logits; and back.
 //
 // Fused: max, exp, sum, log, gather, and the entropy if asked for; no [N, V] log-softmax is made.
-// Forward, per row: V logits are read once, and 20 bytes of target and results; 17 vector
-// instructions per kLanes logits, 2 more for the entropy. On AVX-512 that is 0.17 ns per logit and
-// core, as much as reading an fp32 logit from memory takes; in bf16 the exponential is the limit.
-// Backward, per row: V logits read, V written (in place, a cache line is written where it was
-// read), and in fp32 one exponential more per logit, see kSumAgain. Masked rows, and rows without a
-// gradient, are written as zeros and not read.
-// Results are computed in double and rounded once.
+// Forward, per row: V logits are read once, and 20 bytes of target and results; 14 vector
+// instructions per kLanes logits (a sixteenth more in bf16), 2 more for the entropy. On AVX-512
+// that is 0.13 ns per logit and core, about what reading an fp32 logit from memory takes. Backward,
+// per row: V logits read, V written (in place, a cache line is written where it was read), and in
+// fp32 one exponential more per logit, see kSumAgain. Masked rows, and rows without a gradient, are
+// written as zeros and not read. Results are computed in double and rounded once.
 #pragma once
 
 #include <cstdint>
