@@ -20,7 +20,10 @@ from fdpg_fast.trainer import Trainer
 
 pytestmark = pytest.mark.slow
 
-MODELS = ["stories_3m", "stories_260k"]
+# A model of 260 thousand parameters takes, and needs, ten times the step of one of 3 million.
+MODELS = pytest.mark.parametrize(
+    ("model", "learning_rate"), [("stories_3m", 3e-5), ("stories_260k", 3e-4)]
+)
 
 
 def run_recipe(
@@ -39,10 +42,12 @@ def late(records: list[dict[str, Any]], name: str, count: int) -> float:
     return sum(record[name] for record in records[-count:]) / count
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_every_story_gets_a_dog(model: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+@MODELS
+def test_every_story_gets_a_dog(
+    model: str, learning_rate: float, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     path = request.getfixturevalue(model)
-    trainer, records = run_recipe("dog", path, tmp_path / "dog", steps=16)
+    trainer, records = run_recipe("dog", path, tmp_path, steps=16, learning_rate=learning_rate)
     dogs = [record["moment: contains 'dog'"] for record in records]
     assert dogs[0] < 0.08
     assert late(records, "moment: contains 'dog'", 4) > 0.6
@@ -52,23 +57,23 @@ def test_every_story_gets_a_dog(model: str, request: pytest.FixtureRequest, tmp_
     _assert_loads_in_transformers(trainer)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@MODELS
 def test_half_of_the_stories_get_a_female_word(
-    model: str, request: pytest.FixtureRequest, tmp_path: Path
+    model: str, learning_rate: float, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     path = request.getfixturevalue(model)
-    trainer, _ = run_recipe("half_female", path, tmp_path / "female", steps=20)
+    trainer, _ = run_recipe("half_female", path, tmp_path, steps=20, learning_rate=learning_rate)
     share, error = trainer.evaluate(2048)["tuned"]["moment: a female word"]
     assert error < 0.012
     assert share == pytest.approx(0.5, abs=0.03)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@MODELS
 def test_a_reward_rises_at_the_kl_that_its_beta_implies(
-    model: str, request: pytest.FixtureRequest, tmp_path: Path
+    model: str, learning_rate: float, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     path = request.getfixturevalue(model)
-    trainer, _ = run_recipe("cheerful", path, tmp_path / "cheerful", steps=24)
+    trainer, _ = run_recipe("cheerful", path, tmp_path, steps=24, learning_rate=learning_rate)
     measured = trainer.evaluate(1024)
     base, tuned, target = (measured[name] for name in ("base", "tuned", "target"))
     reward = "moment: cheerful words"
