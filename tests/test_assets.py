@@ -12,9 +12,9 @@ import fdpg_fast
 
 ASSETS = Path(fdpg_fast.__file__).parent / "assets"
 STORY = [
-    "Once upon a time, there was a little boy named Ben. He had a small red boat.",
-    'One day, Ben took his boat to the pond. "Look, Mom!" he said. "My boat can swim!"',
-    "A big frog jumped on the boat. Ben laughed, and the frog and the boat went far away.",
+    "Once upon a time, there was a little boy named Ben. He loved to play with his red ball.",
+    'One day, Ben went to the park with his mom. "Look, Mom!" he said. "I see a big dog!"',
+    "The dog wanted to play with the ball too. They played all day and became good friends.",
 ]
 
 
@@ -85,7 +85,7 @@ def test_encoding_adds_nothing(tokenizer):
 def test_stories_are_likely_and_shuffled_stories_are_not(model, tokenizer):
     total, count = map(sum, zip(*(log_likelihood(model, tokenizer, s) for s in STORY), strict=True))
     perplexity = float(torch.tensor(-total / count).exp())
-    assert perplexity < 15.0
+    assert perplexity < 12.0  # 7.5 when it was made
     backwards = " ".join(reversed(" ".join(STORY).split()))
     worse, length = log_likelihood(model, tokenizer, backwards)
     assert worse / length < total / count - 2.0

@@ -254,7 +254,18 @@ def train(args: argparse.Namespace, stories: Sequence[str], held_out: Sequence[s
             )
             mean = 0.0
     print(f"{step} steps of {args.batch * args.context} tokens")
+    sharpen(model, args.temperature)
     save(model.eval(), tokenizer, args.out)
+
+
+def sharpen(model: GPT2LMHeadModel, temperature: float) -> None:
+    """Builds a temperature into the weights: what the model then gives at temperature 1 is what it
+    gave at `temperature`. A model this small spreads a few percent of every step over words that
+    make no sense; below 1 its stories are easier to follow, for some held-out perplexity."""
+    norm = model.transformer.ln_f  # the tied head has no bias: logits are linear in this output
+    with torch.no_grad():
+        norm.weight.div_(temperature)
+        norm.bias.div_(temperature)
 
 
 def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -293,9 +304,13 @@ FEATURES = {  # whole words, any case
     "dog": "dog",
     "cat": "cat",
     "bird": "bird",
+    "frog": "frog",
+    "fish": "fish",
     "park": "park",
+    "cake": "cake",
     "rain": "rain",
     "dragon": "dragon",
+    "pirate": "pirate",
     "happy": "happy",
     "sad": "sad",
     "female words": "she her hers herself girl girls woman women mom mommy mother mum mummy sister "
@@ -357,6 +372,7 @@ def main() -> None:
     add("--minutes", type=float, help="train: length of the run by the clock, instead of --steps")
     add("--batch", type=int, default=16, help="train: rows of --context tokens a step")
     add("--rate", type=float, default=4e-3, help="train: learning rate")
+    add("--temperature", type=float, default=0.75, help="train: built in at the end, see sharpen")
     add("--layers", type=int, default=6)
     add("--width", type=int, default=128)
     add("--heads", type=int, default=4)
