@@ -29,7 +29,6 @@ FDPG_BEGIN_SIMD
 namespace fdpg::cpu {
 namespace {
 
-constexpr int64_t kMaxBlocks = 512;  // 4 KiB of stack; a row beyond 512 * kBlock has longer blocks
 constexpr int64_t kMaxParts = 16;
 constexpr int64_t kLeaf = 64;  // logits
 
@@ -94,11 +93,11 @@ int64_t sample_logprob(const SampleLogprobParams& p, int64_t begin, int64_t end)
   Real* const logp = static_cast<Real*>(p.logp);
   Real* const lse = static_cast<Real*>(p.lse);
   const Real scale = static_cast<Real>(p.inv_temperature);
-  const int64_t block = (p.vocab + kMaxBlocks * kBlock - 1) / (kMaxBlocks * kBlock) * kBlock;
+  const int64_t block = block_size(p.vocab);
   for (int64_t i = begin; i < end; ++i) {
     const T* const x = static_cast<const T*>(p.logits) + i * p.row_stride;
-    double block_sums[kMaxBlocks];
-    const SoftmaxRow<Real> row = softmax_row<S, false>(x, p.vocab, scale, block, block_sums);
+    double block_sums[kMaxBlocks];  // 4 KiB
+    const SoftmaxRow<Real> row = softmax_row<S, false>(x, p.vocab, scale, block_sums);
     if (!(row.sums.sum > 0)) {  // NaN or +inf somewhere, or -inf everywhere
       p.token[i] = 0;
       logp[i] = lse[i] = static_cast<Real>(__builtin_nan(""));

@@ -25,8 +25,14 @@ FDPG_BEGIN_SIMD
 namespace fdpg::cpu {
 namespace {
 
-constexpr int64_t kBlock = 1024;
 constexpr int64_t kUnroll = 4;
+constexpr int64_t kBlock = 1024;
+constexpr int64_t kMaxBlocks = 512;
+
+// Logits per block: kBlock, or as many times kBlock as it takes to have no more than kMaxBlocks.
+inline int64_t block_size(int64_t vocab) {
+  return (vocab + kMaxBlocks * kBlock - 1) / (kMaxBlocks * kBlock) * kBlock;
+}
 
 // How far z may rise above the anchor. Small, because z - anchor is rounded to fp32 and its error
 // is an error of the exponential; the tokens that matter lie near the maximum.
@@ -127,12 +133,13 @@ Sums sum_block(const T* x, int64_t n, typename S::Real scale, typename S::Real o
 }
 
 // Walks a row x[0..vocab) in blocks. If `block_sums` is not null, it receives the sum of every
-// block of `block` logits, relative to the row's final offset.
+// block, relative to the row's final offset.
 template <class S, bool kEntropy, class T>
 SoftmaxRow<typename S::Real> softmax_row(const T* x, int64_t vocab, typename S::Real scale,
-                                         int64_t block = kBlock, double* block_sums = nullptr) {
+                                         double* block_sums = nullptr) {
   using Real = typename S::Real;
   constexpr Real kMinusInf = -static_cast<Real>(__builtin_inff());
+  const int64_t block = block_size(vocab);
   SoftmaxRow<Real> row = {kMinusInf, {}};
   Sums& total = row.sums;
   Real anchor = kMinusInf;

@@ -214,6 +214,12 @@ void a_huge_vocabulary() {
     CHECK_NEAR(below, u, 2e-6);
     CHECK_NEAR(got.logp[i], x.logp(i, got.token[i], 1), 2e-6);
   }
+  std::vector<float> logp(x.rows), lse(x.rows);
+  const fdpg::TokenLogprobParams p = {x.data.data(), Dtype::kFloat32,  x.rows,  x.vocab,
+                                      x.stride,      got.token.data(), nullptr, 1,
+                                      logp.data(),   lse.data(),       nullptr};
+  CHECK(fdpg::cpu::token_logprob(p, 0, x.rows) == kOk);
+  CHECK(logp == got.logp && lse == got.lse);
 }
 
 }  // namespace
