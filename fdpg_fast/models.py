@@ -429,7 +429,9 @@ class LanguageModel:
         self.model.train(self.activation_checkpointing)
         try:
             for batch in self._micro_batches(rollout, used, micro_batch, GRADIENT_TOKENS):
-                result[batch.row, batch.column] = self._backward(batch, coefficient[batch.row])
+                result[batch.row, batch.column] = self._backward(
+                    batch, coefficient[batch.row], rollout.lse[batch.row, batch.column]
+                )
         finally:
             self.model.eval()
         return result
@@ -450,7 +452,7 @@ class LanguageModel:
             entropy=entropy,
         )
 
-    def _backward(self, batch: _MicroBatch, coefficient: Tensor) -> Tensor:
+    def _backward(self, batch: _MicroBatch, coefficient: Tensor, lse_hint: Tensor) -> Tensor:
         """Add the gradient of sum_n coefficient[n] logp[n]; return logp ``(n,)``, detached."""
         states = self.hidden(batch.tokens, batch.positions).flatten(0, 1)[batch.source]
         head = self.head
@@ -459,17 +461,26 @@ class LanguageModel:
             logp.backward(coefficient)
             return logp.detach()
         # The coefficients are known, so the head's gradient is ready when its logits are.
-        total, logp = ops.weighted_linear_logprob(
+        weight, bias = head.weight, head.bias
+        result = ops.policy_gradient(
             states,
-            head.weight,
+            weight,
             batch.target,
             coefficient,
-            bias=head.bias,
+            bias=bias,
             scale=head.scale,
             softcap=head.softcap,
+            lse_hint=lse_hint,
+            need_weight=weight.requires_grad,
+            add_to_weight=weight.grad,
+            add_to_bias=None if bias is None else bias.grad,
         )
-        total.backward()
-        return logp
+        if weight.requires_grad:
+            weight.grad = result.weight
+        if bias is not None and bias.requires_grad:
+            bias.grad = result.bias
+        states.backward(result.hidden)
+        return result.logp
 
     def _micro_batches(
         self, rollout: Rollout, used: Tensor | None, micro_batch: int | None, budget: int

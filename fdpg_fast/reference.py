@@ -17,6 +17,7 @@ from torch import Tensor
 
 __all__ = [
     "FORMULAS",
+    "PolicyGradient",
     "Sampled",
     "TokenLogprob",
     "f",
@@ -27,11 +28,11 @@ __all__ = [
     "log_partition_",
     "new_log_partition",
     "philox4x32_10",
+    "policy_gradient",
     "random_uniform",
     "sample_logprob",
     "sequence_logprob",
     "token_logprob",
-    "weighted_linear_logprob",
 ]
 
 # --------------------------------------------------------------------------------------------------
@@ -380,7 +381,17 @@ def linear_logprob(
     )
 
 
-def weighted_linear_logprob(
+class PolicyGradient(NamedTuple):
+    """``(N,)``, ``(N,)``, ``(N, D)``, ``(V, D)``, and ``(V,)`` or None."""
+
+    logp: Tensor
+    lse: Tensor
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+
+
+def policy_gradient(
     hidden: Tensor,
     weight: Tensor,
     target: Tensor,
@@ -391,20 +402,20 @@ def weighted_linear_logprob(
     softcap: float | None = None,
     inv_temperature: float = 1.0,
     mask: Tensor | None = None,
-    chunk: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The weighted sum of :func:`linear_logprob`'s logp in fp64, and the logp, detached."""
-    logp = linear_logprob(
-        hidden,
-        weight,
+) -> PolicyGradient:
+    """:func:`linear_logprob`, and the gradient of sum_n coefficient[n] logp[n] by autograd."""
+    leaves = [t.detach().requires_grad_() for t in (hidden, weight, bias) if t is not None]
+    logp, lse, _ = linear_logprob(
+        *leaves[:2],
         target,
-        bias=bias,
+        bias=None if bias is None else leaves[2],
         scale=scale,
         softcap=softcap,
         inv_temperature=inv_temperature,
         mask=mask,
-    ).logp
-    return (coefficient.double() * logp.double()).sum(), logp.detach()
+    )
+    grads = torch.autograd.grad((coefficient * logp).sum(), leaves)
+    return PolicyGradient(logp.detach(), lse.detach(), *grads[:2], grads[2] if bias is not None else None)
 
 
 class Sampled(NamedTuple):

@@ -81,6 +81,11 @@ int64_t token_logprob_backward(const TokenLogprobBackwardParams& p, int64_t begi
   return kernels(p.dtype).token_logprob_backward(p, begin, end);
 }
 
+int64_t token_logprob_numerators(const TokenLogprobNumeratorsParams& p, int64_t begin,
+                                 int64_t end) {
+  return kernels(p.dtype).token_logprob_numerators(p, begin, end);
+}
+
 int64_t sample_logprob(const SampleLogprobParams& p, int64_t begin, int64_t end) {
   return kernels(p.dtype).sample_logprob(p, begin, end);
 }

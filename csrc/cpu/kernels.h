@@ -13,6 +13,8 @@ struct VocabularyKernels {
   int64_t (*token_logprob)(const TokenLogprobParams& p, int64_t begin, int64_t end);
   int64_t (*token_logprob_backward)(const TokenLogprobBackwardParams& p, int64_t begin,
                                     int64_t end);
+  int64_t (*token_logprob_numerators)(const TokenLogprobNumeratorsParams& p, int64_t begin,
+                                      int64_t end);
   int64_t (*sample_logprob)(const SampleLogprobParams& p, int64_t begin, int64_t end);
 };
 

@@ -14,7 +14,8 @@ VocabularyKernels avx2_kernels(Dtype dtype) {
   visit_dtype(dtype, [&](auto storage) {
     using T = decltype(storage);
     if constexpr (sizeof(accumulate_t<T>) == sizeof(float)) {
-      kernels = {token_logprob<Avx2, T>, token_logprob_backward<Avx2, T>, sample_logprob<Avx2, T>};
+      kernels = {token_logprob<Avx2, T>, token_logprob_backward<Avx2, T>,
+                 token_logprob_numerators<Avx2, T>, sample_logprob<Avx2, T>};
     }
   });
   return kernels;

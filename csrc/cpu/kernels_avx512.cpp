@@ -15,7 +15,7 @@ VocabularyKernels avx512_kernels(Dtype dtype) {
     using T = decltype(storage);
     if constexpr (sizeof(accumulate_t<T>) == sizeof(float)) {
       kernels = {token_logprob<Avx512, T>, token_logprob_backward<Avx512, T>,
-                 sample_logprob<Avx512, T>};
+                 token_logprob_numerators<Avx512, T>, sample_logprob<Avx512, T>};
     }
   });
   return kernels;

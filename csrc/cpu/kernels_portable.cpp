@@ -12,7 +12,8 @@ VocabularyKernels portable_kernels(Dtype dtype) {
   visit_dtype(dtype, [&](auto storage) {
     using T = decltype(storage);
     using S = Portable<accumulate_t<T>>;
-    kernels = {token_logprob<S, T>, token_logprob_backward<S, T>, sample_logprob<S, T>};
+    kernels = {token_logprob<S, T>, token_logprob_backward<S, T>,
+               token_logprob_numerators<S, T>, sample_logprob<S, T>};
   });
   return kernels;
 }

@@ -69,8 +69,8 @@ struct SoftmaxGradient {
     return S::mul(S::exp(d), kEntropy ? S::fma(S::clamp_low(d), slope, constant) : constant);
   }
 
-  template <class T>
-  void row(const T* x, T* out, int64_t vocab) const {
+  template <class T, class U>
+  void row(const T* x, U* out, int64_t vocab) const {
     int64_t j = 0;
     for (; j + kUnroll * S::kLanes <= vocab; j += kUnroll * S::kLanes) {
       for (int64_t k = 0; k < kUnroll; ++k) {
@@ -147,6 +147,64 @@ int64_t token_logprob_backward(const TokenLogprobBackwardParams& p, int64_t begi
     if (p_target > 0) at_target -= g_entropy * p_target * (d + shift);
     out[target] = store<T>(static_cast<Real>(at_target * scale));
   }
+  return bad_row;
+}
+
+// p - 1 at the target and p elsewhere, and -coefficient * inv_temperature for the row. The row is
+// summed, then waits in the L2 cache to be read again; it needs no hint. T: type of the logits, U:
+// of the numerators.
+template <class S, class T, class U>
+int64_t token_logprob_numerators_as(const TokenLogprobNumeratorsParams& p, int64_t begin,
+                                    int64_t end) {
+  using Real = typename S::Real;
+  const Real* const coefficient = static_cast<const Real*>(p.coefficient);
+  Real* const logp = static_cast<Real*>(p.logp);
+  Real* const lse = static_cast<Real*>(p.lse);
+  Real* const row_scale = static_cast<Real*>(p.row_scale);
+  const Real scale = static_cast<Real>(p.inv_temperature);
+  int64_t bad_row = kOk;
+  for (int64_t i = begin; i < end; ++i) {
+    const T* const x = static_cast<const T*>(p.logits) + i * p.row_stride;
+    U* const out = static_cast<U*>(p.numerators) + i * p.numerator_row_stride;
+    const int64_t target = p.target[i];
+    double row_logp = 0, row_lse = 0;
+    row_scale[i] = 0;
+    if (p.mask && !p.mask[i]) {
+      fill_row(out, p.vocab, 0);
+    } else if (target < 0 || target >= p.vocab) {
+      row_logp = row_lse = row_scale[i] = __builtin_nan("");
+      fill_row(out, p.vocab, __builtin_nan(""));
+      if (bad_row == kOk) bad_row = i;
+    } else {
+      const SoftmaxRow<Real> row = softmax_row<S, false>(x, p.vocab, scale);
+      row_lse = row.lse();
+      row_logp = row.logp(S::product(load(x[target]), scale));
+      if (coefficient[i] == 0) {
+        fill_row(out, p.vocab, 0);
+      } else {
+        row_scale[i] = -coefficient[i] * scale;
+        const Real weight = static_cast<Real>(1 / row.sums.sum);
+        SoftmaxGradient<S, false>(scale, row.offset, weight, 0).row(x, out, p.vocab);
+        // 1 - p by expm1: a target that is all but certain has a gradient that is all but zero.
+        out[target] = store<U>(static_cast<Real>(__builtin_expm1(row_logp)));
+      }
+    }
+    logp[i] = static_cast<Real>(row_logp);
+    lse[i] = static_cast<Real>(row_lse);
+  }
+  return bad_row;
+}
+
+template <class S, class T>
+int64_t token_logprob_numerators(const TokenLogprobNumeratorsParams& p, int64_t begin,
+                                 int64_t end) {
+  int64_t bad_row = kOk;
+  visit_dtype(p.numerator_dtype, [&](auto storage) {
+    using U = decltype(storage);
+    if constexpr (sizeof(accumulate_t<U>) == sizeof(typename S::Real)) {
+      bad_row = token_logprob_numerators_as<S, T, U>(p, begin, end);
+    }
+  });
   return bad_row;
 }
 

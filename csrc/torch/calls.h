@@ -82,6 +82,50 @@ struct TokenLogprobBackward {
   }
 };
 
+struct TokenLogprobNumerators {
+  Arguments args;
+  TokenLogprobNumeratorsParams params{};
+  Tensor logp, lse, row_scale;
+
+  // Without `numerators`, they overwrite the logits.
+  TokenLogprobNumerators(const Tensor& logits, const OptionalTensor& numerators,
+                         const Tensor& target, const Tensor& coefficient,
+                         const OptionalTensor& lse_hint, double inv_temperature,
+                         const OptionalTensor& mask)
+      : args("token_logprob_numerators_", "logits", logits) {
+    const Matrix z = args.logits("logits", logits);
+    args.one_of("logits", z.type, {ScalarType::Float, ScalarType::Double});
+    const Matrix e = numerators ? args.logits("numerators", *numerators) : z;
+    if (z.type == ScalarType::Double) {
+      args.one_of("numerators", e.type, {ScalarType::Double});
+    } else {
+      args.one_of("numerators", e.type,
+                  {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
+    }
+    if (numerators) args.shape("numerators", *numerators, {z.rows, z.columns});
+    logp = torch::stable::new_empty(logits, {z.rows}, z.type);
+    lse = torch::stable::new_empty(logits, {z.rows}, z.type);
+    row_scale = torch::stable::new_empty(logits, {z.rows}, z.type);
+
+    params.logits = z.data;
+    params.numerators = e.data;
+    params.dtype = dtype_of(z.type);
+    params.numerator_dtype = dtype_of(e.type);
+    params.rows = z.rows;
+    params.vocab = z.columns;
+    params.row_stride = z.row_stride;
+    params.numerator_row_stride = e.row_stride;
+    params.target = args.vector<int64_t>("target", target, z.rows);
+    params.mask = args.optional_vector<bool>("mask", mask, z.rows);
+    params.coefficient = args.vector("coefficient", coefficient, z.rows, z.type);
+    params.lse_hint = args.optional_vector("lse_hint", lse_hint, z.rows, z.type);
+    params.inv_temperature = args.positive("inv_temperature", inv_temperature);
+    params.logp = logp.data_ptr();
+    params.lse = lse.data_ptr();
+    params.row_scale = row_scale.data_ptr();
+  }
+};
+
 struct SampleLogprob {
   Arguments args;
   SampleLogprobParams params{};

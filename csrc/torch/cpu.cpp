@@ -89,6 +89,20 @@ void token_logprob_backward_(const Tensor& logits, const Tensor& target, const T
                            grad_entropy, inv_temperature, mask));
 }
 
+std::tuple<Tensor, Tensor, Tensor> token_logprob_numerators_(
+    const Tensor& logits, const OptionalTensor& numerators, const Tensor& target,
+    const Tensor& coefficient, const OptionalTensor& lse_hint, double inv_temperature,
+    const OptionalTensor& mask) {
+  const TokenLogprobNumerators call(logits, numerators, target, coefficient, lse_hint,
+                                    inv_temperature, mask);
+  const TokenLogprobNumeratorsParams& p = call.params;
+  const int64_t bad = over_rows(p.rows, p.vocab, [&](int64_t begin, int64_t end) {
+    return cpu::token_logprob_numerators(p, begin, end);
+  });
+  if (bad != kOk) bad_target("token_logprob_numerators_", p.target[bad], p.vocab, bad);
+  return {call.logp, call.lse, call.row_scale};
+}
+
 std::tuple<Tensor, Tensor, Tensor> sample_logprob(const Tensor& logits, const Tensor& seed,
                                                   const Tensor& sample_id, const Tensor& position,
                                                   double inv_temperature) {
@@ -152,6 +166,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdpg, CPU, m) {
   m.impl("token_logprob", TORCH_BOX(&token_logprob));
   m.impl("token_logprob_backward", TORCH_BOX(&token_logprob_backward));
   m.impl("token_logprob_backward_", TORCH_BOX(&token_logprob_backward_));
+  m.impl("token_logprob_numerators_", TORCH_BOX(&token_logprob_numerators_));
   m.impl("sample_logprob", TORCH_BOX(&sample_logprob));
   m.impl("sequence_logprob", TORCH_BOX(&sequence_logprob));
   m.impl("log_partition_", TORCH_BOX(&log_partition_));

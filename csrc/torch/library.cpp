@@ -16,6 +16,10 @@ STABLE_TORCH_LIBRARY(fdpg, m) {
       "Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, float inv_temperature, "
       "Tensor? mask) -> ()");
   m.def(
+      "token_logprob_numerators_(Tensor(a!) logits, Tensor(b!)? numerators, Tensor target, "
+      "Tensor coefficient, Tensor? lse_hint, float inv_temperature, Tensor? mask) "
+      "-> (Tensor logp, Tensor lse, Tensor row_scale)");
+  m.def(
       "sample_logprob(Tensor logits, Tensor seed, Tensor sample_id, Tensor position, "
       "float inv_temperature=1.) -> (Tensor token, Tensor logp, Tensor lse)");
   m.def("sequence_logprob(Tensor values, Tensor lengths) -> Tensor");

@@ -11,14 +11,16 @@ per-sequence quantities fp64, everything logarithmic in nats.
 
 from fdpg_fast.ops.fdiv_terms import fdiv_terms
 from fdpg_fast.ops.fdiv_weights import STATISTICS, Weights, fdiv_weights
-from fdpg_fast.ops.linear_logprob import linear_logprob, weighted_linear_logprob
+from fdpg_fast.ops.linear_logprob import linear_logprob
 from fdpg_fast.ops.log_partition import log_partition_, new_log_partition
+from fdpg_fast.ops.policy_gradient import PolicyGradient, policy_gradient
 from fdpg_fast.ops.sample_logprob import Sampled, random_key, sample_logprob
 from fdpg_fast.ops.sequence_logprob import sequence_logprob
 from fdpg_fast.ops.token_logprob import TokenLogprob, token_logprob
 
 __all__ = [
     "STATISTICS",
+    "PolicyGradient",
     "Sampled",
     "TokenLogprob",
     "Weights",
@@ -27,9 +29,9 @@ __all__ = [
     "linear_logprob",
     "log_partition_",
     "new_log_partition",
+    "policy_gradient",
     "random_key",
     "sample_logprob",
     "sequence_logprob",
     "token_logprob",
-    "weighted_linear_logprob",
 ]

@@ -142,6 +142,12 @@ def _fake_backward_(logits: Tensor, *others: Any) -> None:
     return None
 
 
+@torch.library.register_fake("fdpg::token_logprob_numerators_")
+def _fake_numerators_(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    rows = logits.shape[0]
+    return logits.new_empty(rows), logits.new_empty(rows), logits.new_empty(rows)
+
+
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, target, ctx.inv_temperature, mask, entropy = inputs
     ctx.set_materialize_grads(False)

@@ -19,6 +19,7 @@ bool set_isa(const char* name);
 
 int64_t token_logprob(const TokenLogprobParams& p, int64_t begin, int64_t end);
 int64_t token_logprob_backward(const TokenLogprobBackwardParams& p, int64_t begin, int64_t end);
+int64_t token_logprob_numerators(const TokenLogprobNumeratorsParams& p, int64_t begin, int64_t end);
 int64_t sample_logprob(const SampleLogprobParams& p, int64_t begin, int64_t end);
 int64_t sequence_logprob(const SequenceLogprobParams& p, int64_t begin, int64_t end);
 int64_t fdiv_terms(const FdivTermsParams& p, int64_t begin, int64_t end);

@@ -59,6 +59,35 @@ struct TokenLogprobBackwardParams {
   const void* grad_entropy;  // (N,) or null
 };
 
+// Log-probs, and what the gradient of sum_i coefficient_i logp_i is made of, in one visit of a row:
+//   d/dlogits[i, j] = row_scale[i] * numerators[i, j]
+//   numerators_j = e_j - s [j == target],  e_j = exp(z_j - h),  s = sum_j e_j
+//   row_scale    = -coefficient * inv_temperature / s
+// whatever the offset h: lse_hint where a kernel makes use of it, and something of its own where it
+// does not, or where exponentials relative to the hint leave the range of fp32. Only the product is
+// promised. A row scale is a number per row, so it may multiply the rows of other matrices in place
+// of these: (row_scale * numerators) W = row_scale * (numerators W).
+// `numerators` may be the same buffer as `logits`. Masked rows are not read and yield zeros; rows
+// with coefficient 0 have numerators and scale 0.
+struct TokenLogprobNumeratorsParams {
+  const void* logits;  // (N, V)
+  void* numerators;    // (N, V)
+  Dtype dtype;         // of logits: kFloat32 or kFloat64
+  Dtype numerator_dtype;  // the same, or kBFloat16 or kFloat16 for kFloat32
+  int64_t rows;
+  int64_t vocab;
+  int64_t row_stride;            // of logits
+  int64_t numerator_row_stride;  // of numerators
+  const int64_t* target;         // (N,)
+  const bool* mask;              // (N,) or null
+  const void* coefficient;       // (N,) type of logits, as are the following
+  const void* lse_hint;          // (N,) or null
+  double inv_temperature;
+  void* logp;       // (N,)
+  void* lse;        // (N,)
+  void* row_scale;  // (N,)
+};
+
 // One draw from softmax(logits * inv_temperature) per row, with its log-prob, in one read of the
 // row and a second look at one block of it. The uniform of row i is a function of
 // (seed, sample_id[i], position[i]) alone (random.h), so a draw does not depend on the batch.

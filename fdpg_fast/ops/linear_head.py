@@ -1,0 +1,250 @@
+"""The language-model head a chunk of rows at a time: what linear_logprob and policy_gradient share.
+
+    logits = softcap * tanh(scale * (hidden W^T + bias) / softcap)      (no softcap: scale * (...))
+
+A chunk's logits are the result of a matrix product, in a buffer that every chunk reuses; a kernel
+reads them, and puts in their place what their gradient is made of, while they are in the cache.
+
+Shape legend: N rows (tokens), n rows of a chunk, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdpg_fast.ops.token_logprob import result_dtype
+
+__all__ = [
+    "LinearHead",
+    "check_head",
+    "kept_rows",
+    "multiplies_as_they_are",
+    "new_rows",
+    "pick",
+    "require_in_range",
+    "spread",
+]
+
+# How many bytes of logits a chunk may hold, and how few rows it must not have. CPU: a chunk that
+# stays in the second-level cache; but the weight is read once per chunk and product. Forward and
+# backward on one AVX-512 core (Xeon, 2 MB L2), ms by rows of a chunk:
+#   V 14019, D 128, N 1024:   32: 152   64: 130   128: 124   256: 148   1024: 196
+#   V 50257, D 768, N 256:    16: 1916  64: 881   128: 691   256: 685
+# A GPU wants products large enough to fill it.
+_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+_LEAST_ROWS = 128
+# Rows of the logits buffer start at multiples of this many bytes: one cache line, one AVX-512 load.
+_ALIGNMENT = 64
+
+
+def check_head(
+    op: str,
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    softcap: float | None,
+    mask: Tensor | None,
+    chunk: int | None,
+    **per_row: Tensor | None,
+) -> int:
+    """Raises ValueError for arguments that do not fit together; returns the rows of a chunk.
+
+    ``per_row``: further arguments of shape ``[N]``.
+    """
+
+    def expect(name: str, what: str, got: object, fits: bool) -> None:
+        if not fits:
+            raise ValueError(f"{op}: `{name}` must {what}, got {got}")
+
+    for name, matrix in (("hidden", hidden), ("weight", weight)):
+        shape = list(matrix.shape)
+        expect(name, "be a matrix", f"shape {shape}", matrix.dim() == 2)
+        expect(name, "be floating point", matrix.dtype, matrix.dtype.is_floating_point)
+    rows, size = hidden.shape
+    vocab = weight.shape[0]
+    fits = weight.shape[1] == size and vocab > 0
+    expect("weight", f"have shape [V, {size}]", f"{list(weight.shape)}", fits)
+    if bias is not None:
+        expect("bias", f"have shape [{vocab}]", list(bias.shape), bias.shape == (vocab,))
+    for name, vector in {"target": target, "mask": mask, **per_row}.items():
+        if vector is not None:
+            expect(name, f"have shape [{rows}]", list(vector.shape), vector.shape == (rows,))
+    expect("softcap", "be positive", softcap, softcap is None or softcap > 0)
+    expect("chunk", "be at least 1", chunk, chunk is None or chunk >= 1)
+    others = {"weight": weight, "target": target, "bias": bias, "mask": mask, **per_row}
+    for name, other in others.items():
+        if other is not None:
+            what = f"be on the device of `hidden` ({hidden.device})"
+            expect(name, what, other.device, other.device == hidden.device)
+    if chunk is not None:
+        return chunk
+    width = torch.finfo(result_dtype(hidden.dtype, weight.dtype)).bits // 8 * vocab
+    return max(_LEAST_ROWS, _CHUNK_BYTES.get(hidden.device.type, 256 << 20) // width)
+
+
+class LinearHead:
+    """Logits of consecutive chunks of rows, and the way back from their gradient.
+
+    The gradient of the logits is ``row_scale[:, None] * numerators``, as
+    ``token_logprob_numerators_`` makes it: a number per row may wait until after the products.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        softcap: float | None,
+        chunk: int,
+    ) -> None:
+        self.dtype = result_dtype(hidden.dtype, weight.dtype)
+        self.low_precision = multiplies_as_they_are(hidden, weight)
+        self.hidden = hidden if self.low_precision else hidden.to(self.dtype)  # [N, D]
+        self.weight = weight if self.low_precision else weight.to(self.dtype)  # [V, D]
+        self.bias = None if bias is None else bias.to(self.dtype)
+        self.scale, self.softcap, self.chunk = scale, softcap, chunk
+        self.buffer = new_rows(weight, min(chunk, max(1, len(hidden))), self.dtype)
+        self.slope = None if softcap is None else torch.empty_like(self.buffer)
+
+    def chunks(self) -> Iterator[slice]:
+        n = self.hidden.shape[0]
+        return (slice(i, min(i + self.chunk, n)) for i in range(0, n, self.chunk))
+
+    def logits(self, rows: slice, keep_slope: bool = False, out: Tensor | None = None) -> Tensor:
+        """``[n, V]`` in ``out``, or in the buffer, which the next call overwrites."""
+        hidden, weight = self.hidden[rows], self.weight
+        out = self.buffer[: rows.stop - rows.start] if out is None else out
+        alpha = self.scale if self.softcap is None else self.scale / self.softcap
+        if self.low_precision:
+            torch.mm(hidden, weight.t(), out_dtype=self.dtype, out=out)
+            if self.bias is not None:
+                out += self.bias
+            if alpha != 1.0:
+                out *= alpha
+        elif self.bias is None:
+            torch.addmm(out, hidden, weight.t(), beta=0.0, alpha=alpha, out=out)
+        else:
+            torch.addmm(self.bias, hidden, weight.t(), beta=alpha, alpha=alpha, out=out)
+        if self.softcap is not None:
+            out.tanh_()
+            if keep_slope:
+                self._keep_slope(out)
+            out *= self.softcap
+        return out
+
+    def recall(self, kept: Tensor) -> Tensor:
+        """What :meth:`logits` gave for a chunk, ``[n, V]`` in the buffer, slope and all."""
+        out = self.buffer[: len(kept)]
+        if self.softcap is not None:
+            self._keep_slope(torch.mul(kept, 1 / self.softcap, out=out))
+        return out.copy_(kept)
+
+    def _keep_slope(self, tanh: Tensor) -> None:
+        assert self.slope is not None
+        torch.mul(tanh, tanh, out=self.slope[: len(tanh)]).neg_().add_(1.0)
+
+    def backward(
+        self, rows: slice, numerators: Tensor, row_scale: Tensor | None, *grads: Tensor
+    ) -> None:
+        """Adds what a chunk sends back to its gradients of hidden, weight and bias.
+
+        Args:
+            rows: the chunk.
+            numerators: ``[n, V]``, overwritten.
+            row_scale: ``[n]``; None: ones.
+            grads: as :meth:`gradients` makes them; those of size 0 are skipped.
+        """
+        grad_hidden, grad_weight, grad_bias = grads
+        if self.slope is not None:
+            numerators *= self.slope[: len(numerators)]
+        hidden, weight, scale = self.hidden[rows], self.weight, self.scale
+        if self.low_precision:
+            numerators = numerators.to(hidden.dtype)
+        if grad_hidden.numel():
+            product = self._product(numerators, weight, out=grad_hidden[rows])
+            product *= scale if row_scale is None else (scale * row_scale)[:, None]
+        if row_scale is not None and (grad_weight.numel() or grad_bias.numel()):
+            hidden = (hidden * row_scale[:, None]).to(hidden.dtype)
+        if grad_weight.numel():
+            if self.low_precision:
+                product = torch.mm(numerators.t(), hidden, out_dtype=self.dtype)
+                grad_weight.add_(product, alpha=scale)
+            else:
+                grad_weight.addmm_(numerators.t(), hidden, alpha=scale)
+        if grad_bias.numel():
+            if row_scale is None:
+                grad_bias.add_(numerators.sum(0, dtype=self.dtype), alpha=scale)
+            else:
+                grad_bias.addmv_(numerators.t().to(self.dtype), row_scale, alpha=scale)
+
+    def _product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
+        if self.low_precision:
+            return torch.mm(a, b, out_dtype=self.dtype, out=out)
+        return torch.mm(a, b, out=out)
+
+    def gradients(self, of_hidden: bool, of_weight: bool, of_bias: bool) -> list[Tensor]:
+        """Accumulators of hidden, weight and bias; of size 0 where not wanted."""
+        wanted = (
+            (of_hidden, self.hidden.shape),
+            (of_weight, self.weight.shape),
+            (of_bias, self.weight.shape[:1]),
+        )
+        zeros = self.hidden.new_zeros
+        return [zeros(shape if want else (0,), dtype=self.dtype) for want, shape in wanted]
+
+
+def new_rows(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+    """``[rows, V]``; torch aligns storage to 64 bytes, with a padded stride so is every row."""
+    vocab, step = len(weight), _ALIGNMENT // dtype.itemsize
+    padded = -(-vocab // step) * step
+    return weight.new_empty((rows, padded), dtype=dtype)[:, :vocab]
+
+
+def multiplies_as_they_are(hidden: Tensor, weight: Tensor) -> bool:
+    """Whether products take 16-bit inputs as they are, and add them up in fp32.
+
+    A GPU multiplies bf16 into fp32 much faster than fp32, and torch's CPU not at all.
+    """
+    return hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype.itemsize < 4
+
+
+def kept_rows(mask: Tensor | None) -> Tensor | None:
+    """[n] rows that a mask keeps, on the CPU; None: all rows go through, masked in the kernel.
+
+    A GPU would have to wait for the count, and its shapes would no longer be static.
+    """
+    if mask is None or mask.device.type != "cpu" or bool(mask.all()):
+        return None
+    return mask.nonzero().squeeze(1)
+
+
+def require_in_range(op: str, target: Tensor, mask: Tensor | None, vocab: int) -> None:
+    """On the CPU, where asking is free; on a GPU the row's results are NaN."""
+    if target.device.type != "cpu":
+        return
+    bad = (target < 0) | (target >= vocab)
+    if mask is not None:
+        bad &= mask
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"{op}: `target` must be in [0, {vocab}), got {int(target[row])} at row {row}"
+        )
+
+
+def pick(rows: Tensor | None, *tensors: Tensor | None) -> list[Any]:
+    """Those rows of each tensor; None: all rows."""
+    return [t if rows is None or t is None else t[rows] for t in tensors]
+
+
+def spread(rows: Tensor | None, values: Tensor, n: int) -> Tensor:
+    """[n, ...]: values at ``rows``, zeros elsewhere."""
+    if rows is None:
+        return values
+    return values.new_zeros((n, *values.shape[1:])).index_copy_(0, rows, values)

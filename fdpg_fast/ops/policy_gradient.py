@@ -1,0 +1,202 @@
+"""policy_gradient: log-probs of a language-model head, and the gradient of their weighted sum.
+
+On policy, f-DPG knows what each sample is worth before the training forward pass: the sampler has
+said log q, the base log a. So the gradient of a chunk's logits is ready as soon as the logits are,
+and value and gradients come out of one walk over the rows with the memory of one chunk:
+
+    logits = hidden W^T              one matrix product
+    logp, numerators                 one visit of each row (token_logprob_numerators_)
+    d_hidden, d_weight               two matrix products, the row scales applied to their results
+
+Three products, where autograd through a recomputing head takes four.
+
+Shape legend: N rows (tokens), D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fdpg_fast.ops.linear_head import (
+    LinearHead,
+    check_head,
+    kept_rows,
+    new_rows,
+    pick,
+    require_in_range,
+    spread,
+)
+from fdpg_fast.ops.token_logprob import result_dtype
+
+__all__ = ["PolicyGradient", "policy_gradient"]
+
+
+class PolicyGradient(NamedTuple):
+    """What :func:`policy_gradient` returns, in fp32 (fp64 if an input is fp64), detached.
+
+    Attributes:
+        logp: ``[N]`` log-probability of each target, nats.
+        lse: ``[N]`` log-sum-exp of each row of (tempered) logits.
+        hidden: ``[N, D]`` gradient of sum_n coefficient[n] logp[n]; None if not wanted.
+        weight: ``[V, D]`` likewise.
+        bias: ``[V]`` likewise; None without a bias.
+    """
+
+    logp: Tensor
+    lse: Tensor
+    hidden: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+@torch.no_grad()
+def policy_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    coefficient: Tensor,
+    *,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    inv_temperature: float = 1.0,
+    mask: Tensor | None = None,
+    lse_hint: Tensor | None = None,
+    need_hidden: bool = True,
+    need_weight: bool = True,
+    add_to_weight: Tensor | None = None,
+    add_to_bias: Tensor | None = None,
+    chunk: int | None = None,
+) -> PolicyGradient:
+    """logp of each target, and d/d(hidden, weight, bias) of sum_n coefficient[n] logp[n].
+
+    For a loss that is linear in log-probs with weights known beforehand: f-DPG's estimate
+    grad D_f(pi || p) = -(1/B) sum_i w_i grad log pi(x_i) (arXiv 2302.08215, Theorem 1) with
+    ``coefficient = -w / B``. The gradients are results, not a graph: hand that of ``hidden`` to
+    ``hidden.backward``.
+
+    Arithmetic is fp32 whatever the dtypes (fp64 if an input is fp64), except that on CUDA the
+    matrix products of bf16 and fp16 take their inputs as they are and accumulate in fp32.
+
+    Args:
+        hidden: ``[N, D]`` floating point.
+        weight: ``[V, D]``.
+        target: ``[N]`` int64, in [0, V).
+        coefficient: ``[N]``. Where it is 0, logp is computed and nothing else.
+        bias: ``[V]``.
+        scale, softcap, inv_temperature: as for :func:`linear_logprob`.
+        mask: ``[N]`` bool; rows where it is False give zeros and no gradient.
+        lse_hint: ``[N]`` what the log-sum-exp is expected to be, as a sampler recorded it. An
+            offset of exponentials, which saves a GPU one read of the logits: the results are exact
+            whatever its error.
+        need_hidden, need_weight: which gradients are wanted (``need_weight`` is the bias's too).
+        add_to_weight, add_to_bias: accumulators, such as ``weight.grad``, in the dtype of the
+            results: the gradients are added to them, and returned as ``weight`` and ``bias``.
+        chunk: rows of logits held at a time; None: as many as suit the device.
+
+    Raises:
+        ValueError: a shape, dtype, device or number that does not fit, or a target out of range
+            (on a GPU, which cannot raise, that row's results are NaN).
+    """
+    op = "policy_gradient"
+    per_row = {"coefficient": coefficient, "lse_hint": lse_hint}
+    chunk = check_head(op, hidden, weight, target, bias, softcap, mask, chunk, **per_row)
+    require_in_range(op, target, mask, len(weight))
+    dtype = result_dtype(hidden.dtype, weight.dtype)
+    accumulators = []
+    for name, given, like in (
+        ("add_to_weight", add_to_weight, weight if need_weight else None),
+        ("add_to_bias", add_to_bias, bias if need_weight else None),
+    ):
+        if like is None or given is None:
+            size = 0 if like is None else like.shape
+            accumulators.append(weight.new_zeros(size, dtype=dtype))
+            continue
+        if given.shape != like.shape or given.dtype != dtype or given.device != like.device:
+            raise ValueError(
+                f"{op}: `{name}` must be {dtype} of shape {list(like.shape)} on {like.device}, got "
+                f"{given.dtype} of shape {list(given.shape)} on {given.device}"
+            )
+        accumulators.append(given)
+    logp, lse, grad_hidden = _policy_gradient(
+        hidden,
+        weight,
+        target,
+        coefficient.to(dtype),
+        bias,
+        scale,
+        softcap,
+        inv_temperature,
+        mask,
+        None if lse_hint is None else lse_hint.to(dtype),
+        chunk,
+        need_hidden,
+        *accumulators,
+    )
+    return PolicyGradient(
+        logp,
+        lse,
+        grad_hidden if need_hidden else None,
+        accumulators[0] if need_weight else None,
+        accumulators[1] if need_weight and bias is not None else None,
+    )
+
+
+@torch.library.custom_op("fdpg::policy_gradient", mutates_args=("grad_weight", "grad_bias"))
+def _policy_gradient(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    coefficient: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None,
+    inv_temperature: float,
+    mask: Tensor | None,
+    lse_hint: Tensor | None,
+    chunk: int,
+    need_hidden: bool,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logp, lse, and the gradient of hidden; adds to the others, of size 0 where not wanted."""
+    n = len(hidden)
+    rows = kept_rows(mask)
+    if rows is not None:
+        mask = None
+    hidden, target, coefficient, mask, lse_hint = pick(
+        rows, hidden, target, coefficient, mask, lse_hint
+    )
+    head = LinearHead(hidden, weight, bias, scale, softcap, chunk)
+    grads = [head.gradients(need_hidden, False, False)[0], grad_weight, grad_bias]
+    learns = any(grad.numel() for grad in grads)
+    numerators = None  # they overwrite the logits, unless the products take 16 bits
+    if learns and head.low_precision:
+        numerators = new_rows(weight, len(head.buffer), hidden.dtype)
+    logp, lse = (hidden.new_empty(len(hidden), dtype=head.dtype) for _ in range(2))
+    for c in head.chunks():
+        z, y = head.logits(c, keep_slope=learns), target[c]
+        m, hint = (None if t is None else t[c] for t in (mask, lse_hint))
+        if learns:
+            e = None if numerators is None else numerators[: len(z)]
+            logp[c], lse[c], row_scale = torch.ops.fdpg.token_logprob_numerators_(
+                z, e, y, coefficient[c], hint, inv_temperature, m
+            )
+            head.backward(c, z if e is None else e, row_scale, *grads)
+        else:
+            logp[c], lse[c], _ = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, False)
+    grad_hidden = spread(rows, grads[0], n) if need_hidden else grads[0]
+    return spread(rows, logp, n), spread(rows, lse, n), grad_hidden
+
+
+@_policy_gradient.register_fake
+def _fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, need_hidden = result_dtype(hidden.dtype, weight.dtype), others[9]
+    return (
+        hidden.new_empty(len(hidden), dtype=dtype),
+        hidden.new_empty(len(hidden), dtype=dtype),
+        hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
+    )
