@@ -406,7 +406,8 @@ def policy_gradient(
     """:func:`linear_logprob`, and the gradient of sum_n coefficient[n] logp[n] by autograd."""
     leaves = [t.detach().requires_grad_() for t in (hidden, weight, bias) if t is not None]
     logp, lse, _ = linear_logprob(
-        *leaves[:2],
+        leaves[0],
+        leaves[1],
         target,
         bias=None if bias is None else leaves[2],
         scale=scale,
@@ -415,7 +416,8 @@ def policy_gradient(
         mask=mask,
     )
     grads = torch.autograd.grad((coefficient * logp).sum(), leaves)
-    return PolicyGradient(logp.detach(), lse.detach(), *grads[:2], grads[2] if bias is not None else None)
+    of_bias = None if bias is None else grads[2]
+    return PolicyGradient(logp.detach(), lse.detach(), grads[0], grads[1], of_bias)
 
 
 class Sampled(NamedTuple):

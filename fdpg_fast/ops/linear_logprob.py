@@ -153,6 +153,8 @@ def _linear_logprob(
     rows = kept_rows(mask)  # the first so many rows of what is kept
     if rows is not None:
         hidden, target, mask = hidden[rows], target[rows], None
+        kept[len(hidden) :] = 0
+        row_scale[len(hidden) :] = 0
     head = LinearHead(hidden, weight, bias, scale, softcap, chunk)
     results = [hidden.new_empty(len(hidden), dtype=head.dtype) for _ in range(2 + entropy)]
     for c in head.chunks():
@@ -228,8 +230,8 @@ def _linear_logprob_backward(
     from_numerators = len(row_scale) > 0 and grad_lse is None
     for c in head.chunks():
         y, s, h, g0, g1, g2, m = (None if t is None else t[c] for t in per_row[1:])
-        if from_numerators:
-            head.backward(c, kept[c], g0 * row_scale[c], *grads)
+        if from_numerators and g0 is not None:
+            head.backward(c, kept[c], row_scale[c] * g0, *grads)
             continue
         z = head.recall(kept[c]) if has_logits else head.logits(c, keep_slope=True)
         torch.ops.fdpg.token_logprob_backward_(z, y, s, h, g0, g1, g2, inv_temperature, m)

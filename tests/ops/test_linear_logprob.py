@@ -1,106 +1,21 @@
-"""linear_logprob and weighted_linear_logprob against plain PyTorch in fp64."""
+"""linear_logprob against plain PyTorch in fp64."""
 
 from __future__ import annotations
 
-import sys
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 import pytest
 import torch
+from head_cases import CASES, Case, Inputs, imitate_gpu_products, make, options, plain, worst
 from torch import Tensor
 
 from fdpg_fast import ops
 
-
-class Case(NamedTuple):
-    """Shapes and options of one call; N rows, D hidden, V vocabulary."""
-
-    n: int
-    d: int
-    v: int
-    bias: bool = False
-    mask: bool = False
-    scale: float = 1.0
-    softcap: float | None = None
-    inv_temperature: float = 1.0
-    chunk: int | None = None
-
-    def __str__(self) -> str:
-        return "-".join(str(x) for x in self)
+# Backward from what forward kept, or from the hidden states again.
+KEPT = pytest.mark.parametrize("keep_bytes", [None, 0], ids=["kept", "recomputed"])
 
 
-CASES = [
-    Case(1, 1, 1),
-    Case(7, 5, 7, chunk=1),
-    Case(13, 8, 1000, bias=True, chunk=4),
-    Case(33, 16, 257, mask=True, chunk=8),
-    Case(33, 16, 257, mask=True, bias=True, scale=0.4, softcap=3.0, chunk=33),
-    Case(20, 12, 50, softcap=2.0, inv_temperature=1.7, chunk=7),
-    Case(20, 12, 50, scale=2.0, inv_temperature=0.5, chunk=100),
-    Case(200, 32, 5000, bias=True, mask=True),
-    Case(0, 4, 9),
-]
-
-
-class Inputs(NamedTuple):
-    hidden: Tensor
-    weight: Tensor
-    target: Tensor
-    bias: Tensor | None
-    mask: Tensor | None
-
-    def to(self, dtype: torch.dtype) -> Inputs:
-        """Leaves of another dtype with the same values."""
-        leaves = [
-            None if t is None else t.detach().to(dtype).requires_grad_()
-            for t in (self.hidden, self.weight, self.bias)
-        ]
-        return Inputs(leaves[0], leaves[1], self.target, leaves[2], self.mask)
-
-    def leaves(self) -> list[Tensor]:
-        return [t for t in (self.hidden, self.weight, self.bias) if t is not None]
-
-
-def make(case: Case, dtype: torch.dtype = torch.float32) -> Inputs:
-    torch.manual_seed(case.n)
-    mask = torch.rand(case.n) > 0.3 if case.mask else None
-    target = torch.randint(case.v, (case.n,))
-    if mask is not None:
-        target[~mask] = -100  # not looked at
-    inputs = Inputs(
-        torch.randn(case.n, case.d),
-        torch.randn(case.v, case.d),
-        target,
-        torch.randn(case.v) if case.bias else None,
-        mask,
-    )
-    return inputs.to(dtype)
-
-
-def options(case: Case) -> dict[str, Any]:
-    return {
-        "scale": case.scale,
-        "softcap": case.softcap,
-        "inv_temperature": case.inv_temperature,
-    }
-
-
-def plain(case: Case, x: Inputs) -> list[Tensor]:
-    """logp, lse, entropy as one writes them, in the dtype of the inputs."""
-    z = x.hidden @ x.weight.t()
-    if x.bias is not None:
-        z = z + x.bias
-    z = z * case.scale
-    if case.softcap is not None:
-        z = case.softcap * torch.tanh(z / case.softcap)
-    z = z * case.inv_temperature
-    log_p = z.log_softmax(-1)
-    logp = log_p.gather(-1, x.target.clamp(min=0)[:, None])[:, 0]
-    results = [logp, z.logsumexp(-1), -(log_p.exp() * log_p).sum(-1)]
-    return results if x.mask is None else [torch.where(x.mask, r, 0) for r in results]
-
-
-def fused(case: Case, x: Inputs) -> list[Tensor]:
+def fused(case: Case, x: Inputs, keep_bytes: int | None = None) -> list[Tensor]:
     result = ops.linear_logprob(
         x.hidden,
         x.weight,
@@ -108,29 +23,12 @@ def fused(case: Case, x: Inputs) -> list[Tensor]:
         bias=x.bias,
         mask=x.mask,
         entropy=True,
+        keep_bytes=keep_bytes,
         chunk=case.chunk,
         **options(case),
     )
     assert result.entropy is not None
     return [result.logp, result.lse, result.entropy]
-
-
-def weighted(case: Case, x: Inputs, coefficient: Tensor) -> tuple[Tensor, Tensor]:
-    return ops.weighted_linear_logprob(
-        x.hidden,
-        x.weight,
-        x.target,
-        coefficient,
-        bias=x.bias,
-        mask=x.mask,
-        chunk=case.chunk,
-        **options(case),
-    )
-
-
-def worst(a: list[Tensor], b: list[Tensor]) -> float:
-    pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if x.numel()]
-    return max(((x - y).abs().max().item() for x, y in pairs), default=0.0)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -145,8 +43,9 @@ def test_values(case: Case, dtype: torch.dtype) -> None:
     assert worst(got, truth) <= worst(eager, truth) + (1e-12 if dtype == torch.float64 else 1e-5)
 
 
+@KEPT
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients(case: Case) -> None:
+def test_gradients(case: Case, keep_bytes: int | None) -> None:
     x = make(case)
     c = torch.randn(3, case.n)
 
@@ -157,77 +56,68 @@ def test_gradients(case: Case) -> None:
     wide = x.to(torch.float64)
     truth = gradients(plain(case, wide), wide.leaves())
     eager = gradients(plain(case, x), x.leaves())
-    got = gradients(fused(case, x), x.leaves())
+    got = gradients(fused(case, x, keep_bytes), x.leaves())
     assert worst(got, truth) <= 2 * worst(eager, truth) + 1e-6
 
 
+@KEPT
 @pytest.mark.parametrize("case", [c for c in CASES if c.v <= 60 or c.v == 257], ids=str)
-def test_gradcheck(case: Case) -> None:
+def test_gradcheck(case: Case, keep_bytes: int | None) -> None:
     small = case._replace(n=min(case.n, 5), v=min(case.v, 11), d=min(case.d, 3))
     x = make(small, torch.float64)
 
     def call(*leaves: Tensor) -> tuple[Tensor, ...]:
         bias = leaves[2] if small.bias else None
-        return tuple(fused(small, Inputs(leaves[0], leaves[1], x.target, bias, x.mask)))
+        inputs = Inputs(leaves[0], leaves[1], x.target, bias, x.mask)
+        return tuple(fused(small, inputs, keep_bytes))
 
     assert torch.autograd.gradcheck(call, x.leaves())
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_weighted_sum(case: Case, dtype: torch.dtype) -> None:
-    """The same sum and gradient as by way of linear_logprob, whatever comes from above."""
-    x = make(case, dtype)
-    c = torch.randn(case.n)
-    total, logp = weighted(case, x, c)
-    by_way = fused(case, x)[0]
-    assert total.dtype == torch.float64
-    assert not logp.requires_grad
-    torch.testing.assert_close(logp, by_way.detach())
-    torch.testing.assert_close(total, (c.double() * by_way.double()).sum())
-    got = torch.autograd.grad(3 * total, x.leaves())
-    expected = torch.autograd.grad(3 * (c * by_way).sum(), x.leaves())
-    for g, e in zip(got, expected, strict=True):
-        torch.testing.assert_close(g, e)
-
-
-def test_weighted_gradcheck() -> None:
-    case = Case(5, 3, 11, bias=True, mask=True, scale=0.7, softcap=2.0, chunk=2)
-    x, c = make(case, torch.float64), torch.randn(5)
-
-    def call(*leaves: Tensor) -> Tensor:
-        return weighted(case, Inputs(leaves[0], leaves[1], x.target, leaves[2], x.mask), c)[0]
-
-    assert torch.autograd.gradcheck(call, x.leaves())
-
-
-def test_no_gradient_is_computed_that_nobody_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    case = Case(9, 4, 17, bias=True, chunk=4)
-    x = make(case)
+@KEPT
+def test_no_gradient_is_computed_that_nobody_needs(
+    keep_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = make(Case(9, 4, 17, bias=True, chunk=4))
     frozen = Inputs(x.hidden, x.weight.detach(), x.target, x.bias.detach(), None)
-    fused(case, frozen)[0].sum().backward()
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the gradient of a frozen weight")
+
+    monkeypatch.setattr(Tensor, "addmm_", refuse)
+    fused(Case(9, 4, 17, chunk=4), frozen, keep_bytes)[0].sum().backward()
     assert x.hidden.grad is not None
-    total, _ = weighted(case, frozen, torch.ones(9))
-    (grad,) = torch.autograd.grad(total, [x.hidden])
-    torch.testing.assert_close(grad, x.hidden.grad)
-    with torch.no_grad():
-        outputs = torch.ops.fdpg.weighted_linear_logprob(
-            *(frozen.hidden, frozen.weight, frozen.target, torch.ones(9), frozen.bias),
-            *(1.0, None, 1.0, None, 4, False, False, False),
-        )
-    assert [t.numel() for t in outputs[2:]] == [0, 0, 0]
 
 
-def test_never_more_than_a_chunk_of_logits() -> None:
-    """The largest thing allocated, forward and backward, is a chunk of logits."""
-    n, d, v, chunk = 256, 8, 4096, 16
-    x = make(Case(n, d, v))
+def allocated(run: Callable[[], object]) -> int:
+    """The largest thing that ``run`` allocates, in bytes."""
     with torch.profiler.profile(profile_memory=True, record_shapes=False) as profile:
-        case = Case(n, d, v, chunk=chunk)
-        fused(case, x)[0].sum().backward()
-        weighted(case, x, torch.ones(n))[0].backward()
-    largest = max(event.cpu_memory_usage for event in profile.events())
-    assert 0 < largest <= 4 * chunk * v
+        run()
+    return max(event.cpu_memory_usage for event in profile.events())
+
+
+def test_never_more_than_a_chunk_of_logits_unless_they_may_be_kept() -> None:
+    n, d, v, chunk = 256, 8, 4096, 16
+    x, case = make(Case(n, d, v)), Case(n, d, v, chunk=chunk)
+
+    def learn(keep_bytes: int) -> Callable[[], None]:
+        return lambda: fused(case, x, keep_bytes)[0].sum().backward()
+
+    logits = 4 * n * v
+    assert 0 < allocated(learn(0)) <= 4 * chunk * v
+    assert 0 < allocated(learn(logits - 1)) <= 4 * chunk * v
+    assert logits <= allocated(learn(logits)) <= logits + 4 * chunk * v
+    with torch.no_grad():  # nothing to keep it for
+        assert allocated(lambda: fused(case, x, logits)) <= 4 * chunk * v
+
+
+def test_backward_twice_from_what_was_kept() -> None:
+    case = Case(12, 6, 31, softcap=2.0, chunk=5)
+    x = make(case)
+    logp = fused(case, x)[0].sum()
+    first = torch.autograd.grad(logp, x.leaves(), retain_graph=True)
+    for a, b in zip(first, torch.autograd.grad(logp, x.leaves()), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16, 1000])
@@ -279,27 +169,48 @@ def test_compiles_to_one_node() -> None:
     assert [name for name in seen if "getitem" not in name] == ["fdpg.linear_logprob.default"]
 
 
+@KEPT
+@pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_low_precision_products_of_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The path that keeps bf16 inputs as they are, with torch's GPU-only product imitated."""
+def test_low_precision_products_of_a_gpu(
+    case: Case, entropy: bool, keep_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients of logp alone, from kept numerators, and with those of lse and entropy."""
+    x = make(case, torch.bfloat16)
+    wide = x.to(torch.float64)
+    c = torch.randn(3, case.n)
+    wanted = slice(0, 3) if entropy else slice(0, 1)
 
-    def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        assert a.dtype == b.dtype == torch.bfloat16
-        product = a.to(out_dtype) @ b.to(out_dtype)
-        return product if out is None else out.copy_(product)
+    def loss(results: list[Tensor]) -> Tensor:
+        rows = zip(c[wanted], results[wanted], strict=True)
+        return sum(((row.to(r.dtype) * r).sum() for row, r in rows), torch.zeros(()))
 
-    module = sys.modules["fdpg_fast.ops.linear_logprob"]
-    x, c = make(case, torch.bfloat16), torch.randn(case.n)
-    expected = fused(case, x)
-    expected_grads = torch.autograd.grad((c * expected[0]).sum(), x.leaves())
-    monkeypatch.setattr(module, "_multiplies_as_they_are", lambda hidden, weight: True)
-    monkeypatch.setattr(torch, "mm", mm)
-    got = fused(case, x)
-    for a, b in zip(got, expected, strict=True):
-        torch.testing.assert_close(a, b)
-    for total in ((c * got[0]).sum(), weighted(case, x, c)[0]):
-        for a, b in zip(torch.autograd.grad(total, x.leaves()), expected_grads, strict=True):
-            torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)  # gradients are rounded to bf16
+    truth = torch.autograd.grad(loss(plain(case, wide)), wide.leaves())
+    imitate_gpu_products(monkeypatch)
+    result = ops.linear_logprob(
+        x.hidden,
+        x.weight,
+        x.target,
+        bias=x.bias,
+        mask=x.mask,
+        entropy=entropy,
+        keep_bytes=keep_bytes,
+        chunk=case.chunk,
+        **options(case),
+    )
+    got = torch.autograd.grad(loss([r for r in result if r is not None]), x.leaves())
+    for a, b in zip(got, truth, strict=True):  # gradients are rounded to bf16
+        torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
+
+
+def test_numerators_are_kept_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    n, d, v = 64, 8, 4096
+    x = make(Case(n, d, v), torch.bfloat16)
+    imitate_gpu_products(monkeypatch)
+    logp = ops.linear_logprob(x.hidden, x.weight, x.target, keep_bytes=2 * n * v, chunk=16).logp
+    kept = logp.grad_fn.saved_tensors[7]  # type: ignore[union-attr]
+    assert kept.dtype == torch.bfloat16
+    assert kept.shape == (n, v)
 
 
 def test_infinite_bias_removes_a_token() -> None:

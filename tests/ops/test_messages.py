@@ -62,6 +62,19 @@ def head(**changes: Any) -> ops.TokenLogprob:
     return ops.linear_logprob(**(arguments | changes))
 
 
+def numerators(**changes: Any) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = {
+        "logits": logits(),
+        "numerators": None,
+        "target": target(),
+        "coefficient": torch.ones(N),
+        "lse_hint": None,
+        "inv_temperature": 1.0,
+        "mask": None,
+    }
+    return torch.ops.fdpg.token_logprob_numerators_(*(arguments | changes).values())
+
+
 def sample(**changes: Any) -> ops.Sampled:
     arguments = {"logits": logits(), "seed": 1, "sample_id": ids(0, 1, 2), "position": ids(0, 0, 0)}
     return ops.sample_logprob(**(arguments | changes))
@@ -277,11 +290,23 @@ MESSAGES: list[tuple[Call, str]] = [
         lambda: head(weight=torch.zeros(V, D, device="meta")),
         "linear_logprob: `weight` must be on the device of `hidden` (cpu), got meta",
     ),
+    # token_logprob_numerators_
     (
-        lambda: ops.weighted_linear_logprob(
-            torch.zeros(N, D), torch.zeros(V, D), target(), torch.zeros(2)
-        ),
-        "weighted_linear_logprob: `coefficient` must have shape [3], got [2]",
+        lambda: numerators(logits=torch.zeros(N, V, dtype=torch.bfloat16)),
+        "token_logprob_numerators_: `logits` must be float32 or float64, got bfloat16",
+    ),
+    (
+        lambda: numerators(numerators=torch.zeros(N, V, dtype=F64)),
+        "token_logprob_numerators_: `numerators` must be float32 or bfloat16 or float16, got "
+        "float64",
+    ),
+    (
+        lambda: numerators(numerators=torch.zeros(N, V + 1)),
+        "token_logprob_numerators_: `numerators` must have shape [3, 5], got [3, 6]",
+    ),
+    (
+        lambda: numerators(target=ids(0, 1, 5)),
+        "token_logprob_numerators_: `target` must be in [0, 5), got 5 at row 2",
     ),
 ]
 

@@ -128,34 +128,45 @@ MASK = torch.tensor([True, False, True, True, False])
 
 
 @samples
+def token_logprob_numerators_() -> Iterator[Sample]:
+    for dtype in (torch.float32, torch.float64):
+        z, y, c = normal(N, V, dtype=dtype), integers(V, N), normal(N, dtype=dtype)
+        yield z.clone(), None, y, c, None, 1.3, MASK
+        yield z.clone(), torch.empty_like(z), y, c, z.logsumexp(-1), 1.0, None
+    yield z.float(), z.bfloat16(), y, c.float(), None, 1.0, None
+
+
+@samples
 def linear_logprob() -> Iterator[Sample]:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         hidden, weight, target, bias = head(dtype)
-        yield hidden, weight, target, None, 1.0, None, 1.0, None, False, 2
-        yield hidden, weight, target, bias, 0.5, 3.0, 1.3, MASK, True, 2
+        yield hidden, weight, target, None, 1.0, None, 1.0, None, False, False, 2
+        yield hidden, weight, target, bias, 0.5, 3.0, 1.3, MASK, True, True, 2
 
 
 @samples
 def linear_logprob_backward() -> Iterator[Sample]:
     hidden, weight, target, bias = (t.detach() for t in head(torch.float32))
-    logp, lse, entropy = torch.ops.fdpg.linear_logprob(
-        hidden, weight, target, bias, 0.5, 3.0, 1.3, MASK, True, 2
-    )
-    g = torch.randn_like(logp)
-    common = (0.5, 3.0, 1.3, MASK, 2)
-    yield hidden, weight, target, bias, lse, entropy, g, g, g, *common, True, True, True
-    yield hidden, weight, target, bias, lse, None, g, None, None, *common, True, False, False
+    for keep in (False, True):
+        logp, lse, entropy, *kept = torch.ops.fdpg.linear_logprob(
+            hidden, weight, target, bias, 0.5, 3.0, 1.3, MASK, True, keep, 2
+        )
+        g = torch.randn_like(logp)
+        common = (0.5, 3.0, 1.3, MASK, 2)
+        inputs = hidden, weight, target, bias, lse
+        yield *inputs, entropy, *kept, g, g, g, *common, True, True, True
+        yield *inputs, None, *kept, g, None, None, *common, True, False, False
 
 
 @samples
-def weighted_linear_logprob() -> Iterator[Sample]:
+def policy_gradient() -> Iterator[Sample]:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        hidden, weight, target, bias = head(dtype)
-        c = normal(N, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
-        wanted = (True, True, True)
-        yield hidden, weight, target, c, bias, 0.5, 3.0, 1.3, MASK, 2, *wanted
-        hidden, weight = hidden.detach(), weight.detach()
-        yield hidden, weight, target, c, None, 1.0, None, 1.0, None, 2, False, False, False
+        hidden, weight, target, bias = (t.detach() for t in head(dtype))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        c, hint = normal(N, dtype=wide), normal(N, dtype=wide)
+        sums, none = (normal(V, D, dtype=wide), normal(V, dtype=wide)), torch.zeros(0, dtype=wide)
+        yield hidden, weight, target, c, bias, 0.5, 3.0, 1.3, MASK, hint, 2, True, *sums
+        yield hidden, weight, target, c, None, 1.0, None, 1.0, None, None, 2, False, none, none
 
 
 def registered() -> list[str]:

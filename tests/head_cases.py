@@ -1,0 +1,120 @@
+"""Heads of a language model, small and awkward, and what they come to in plain PyTorch."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+
+class Case(NamedTuple):
+    """Shapes and options of one call; N rows, D hidden, V vocabulary."""
+
+    n: int
+    d: int
+    v: int
+    bias: bool = False
+    mask: bool = False
+    scale: float = 1.0
+    softcap: float | None = None
+    inv_temperature: float = 1.0
+    chunk: int | None = None
+
+    def __str__(self) -> str:
+        return "-".join(str(x) for x in self)
+
+
+CASES = [
+    Case(1, 1, 1),
+    Case(7, 5, 7, chunk=1),
+    Case(13, 8, 1000, bias=True, chunk=4),
+    Case(33, 16, 257, mask=True, chunk=8),
+    Case(33, 16, 257, mask=True, bias=True, scale=0.4, softcap=3.0, chunk=33),
+    Case(20, 12, 50, softcap=2.0, inv_temperature=1.7, chunk=7),
+    Case(20, 12, 50, scale=2.0, inv_temperature=0.5, chunk=100),
+    Case(200, 32, 5000, bias=True, mask=True),
+    Case(0, 4, 9),
+]
+
+
+class Inputs(NamedTuple):
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    bias: Tensor | None
+    mask: Tensor | None
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """Leaves of another dtype with the same values."""
+        leaves = [
+            None if t is None else t.detach().to(dtype).requires_grad_()
+            for t in (self.hidden, self.weight, self.bias)
+        ]
+        return Inputs(leaves[0], leaves[1], self.target, leaves[2], self.mask)
+
+    def leaves(self) -> list[Tensor]:
+        return [t for t in (self.hidden, self.weight, self.bias) if t is not None]
+
+
+def make(case: Case, dtype: torch.dtype = torch.float32) -> Inputs:
+    torch.manual_seed(case.n)
+    mask = torch.rand(case.n) > 0.3 if case.mask else None
+    target = torch.randint(case.v, (case.n,))
+    if mask is not None:
+        target[~mask] = -100  # not looked at
+    inputs = Inputs(
+        torch.randn(case.n, case.d),
+        torch.randn(case.v, case.d),
+        target,
+        torch.randn(case.v) if case.bias else None,
+        mask,
+    )
+    return inputs.to(dtype)
+
+
+def options(case: Case) -> dict[str, Any]:
+    return {
+        "scale": case.scale,
+        "softcap": case.softcap,
+        "inv_temperature": case.inv_temperature,
+    }
+
+
+def plain(case: Case, x: Inputs) -> list[Tensor]:
+    """logp, lse, entropy as one writes them, in the dtype of the inputs."""
+    z = x.hidden @ x.weight.t()
+    if x.bias is not None:
+        z = z + x.bias
+    z = z * case.scale
+    if case.softcap is not None:
+        z = case.softcap * torch.tanh(z / case.softcap)
+    z = z * case.inv_temperature
+    log_p = z.log_softmax(-1)
+    logp = log_p.gather(-1, x.target.clamp(min=0)[:, None])[:, 0]
+    results = [logp, z.logsumexp(-1), -(log_p.exp() * log_p).sum(-1)]
+    return results if x.mask is None else [torch.where(x.mask, r, 0) for r in results]
+
+
+def worst(a: list[Tensor], b: list[Tensor]) -> float:
+    pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if x.numel()]
+    return max(((x - y).abs().max().item() for x, y in pairs), default=0.0)
+
+
+def imitate_gpu_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the path that keeps bf16 inputs as they are, with torch's GPU-only product imitated."""
+
+    def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        assert a.dtype == b.dtype == torch.bfloat16
+        product = a.to(out_dtype) @ b.to(out_dtype)
+        return product if out is None else out.copy_(product)
+
+    for module in ("linear_head", "linear_logprob"):
+        monkeypatch.setattr(
+            sys.modules[f"fdpg_fast.ops.{module}"],
+            "multiplies_as_they_are",
+            lambda hidden, weight: hidden.dtype == weight.dtype == torch.bfloat16,
+        )
+    monkeypatch.setattr(torch, "mm", mm)

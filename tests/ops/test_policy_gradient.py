@@ -1,0 +1,190 @@
+"""policy_gradient against autograd of plain PyTorch in fp64, and against linear_logprob."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from head_cases import CASES, Case, Inputs, imitate_gpu_products, make, options, plain, worst
+from torch import Tensor
+
+from fdpg_fast import ops
+
+
+def policy_gradient(
+    case: Case, x: Inputs, coefficient: Tensor, **further: Any
+) -> ops.PolicyGradient:
+    return ops.policy_gradient(
+        x.hidden,
+        x.weight,
+        x.target,
+        coefficient,
+        bias=x.bias,
+        mask=x.mask,
+        chunk=case.chunk,
+        **options(case),
+        **further,
+    )
+
+
+def gradients(result: ops.PolicyGradient) -> list[Tensor]:
+    return [t for t in result[2:] if t is not None]
+
+
+def by_autograd(case: Case, x: Inputs, coefficient: Tensor) -> list[Tensor]:
+    """logp, lse, and the gradients of the leaves."""
+    logp, lse, _ = plain(case, x)
+    loss = (coefficient.to(logp.dtype) * logp).sum()
+    return [logp.detach(), lse.detach(), *torch.autograd.grad(loss, x.leaves())]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_value_and_gradients(case: Case, dtype: torch.dtype) -> None:
+    """Within twice plain PyTorch's distance from fp64; fp32 even for bf16 inputs."""
+    x = make(case, dtype)
+    c = torch.randn(case.n)
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    truth = by_autograd(case, x.to(torch.float64), c)
+    eager = by_autograd(case, x.to(compute), c)
+    result = policy_gradient(case, x, c)
+    got = [result.logp, result.lse, *gradients(result)]
+    assert all(t.dtype == compute and not t.requires_grad for t in got)
+    assert worst(got, truth) <= 2 * worst(eager, truth) + (
+        1e-13 if dtype == torch.float64 else 1e-6
+    )
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_gradient_of_linear_logprob(case: Case) -> None:
+    x, c = make(case), torch.randn(case.n)
+    logp, lse, _ = ops.linear_logprob(
+        x.hidden,
+        x.weight,
+        x.target,
+        bias=x.bias,
+        mask=x.mask,
+        chunk=case.chunk,
+        **options(case),
+    )
+    result = policy_gradient(case, x, c)
+    assert torch.equal(result.logp, logp.detach())
+    assert torch.equal(result.lse, lse.detach())
+    expected = torch.autograd.grad((c * logp).sum(), x.leaves())
+    for a, b in zip(gradients(result), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("error", [0.0, 0.05, -5.0, 300.0, -torch.inf, torch.nan])
+def test_exact_whatever_the_hint(error: float) -> None:
+    case = Case(33, 16, 257, mask=True, bias=True, chunk=8)
+    x, c = make(case), torch.randn(33)
+    plainly = policy_gradient(case, x, c)
+    hinted = policy_gradient(case, x, c, lse_hint=plainly.lse + error)
+    for a, b in zip(hinted, plainly, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_adds_to_what_is_there() -> None:
+    case = Case(33, 16, 257, bias=True, chunk=8)
+    x, c = make(case), torch.randn(33)
+    fresh = policy_gradient(case, x, c)
+    weight, bias = torch.randn(257, 16), torch.randn(257)
+    added = policy_gradient(case, x, c, add_to_weight=weight.clone(), add_to_bias=bias.clone())
+    torch.testing.assert_close(added.weight, weight + fresh.weight)
+    torch.testing.assert_close(added.bias, bias + fresh.bias)
+
+
+def test_only_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(9, 4, 17, bias=True, chunk=4)
+    x, c = make(case), torch.randn(9)
+    every = policy_gradient(case, x, c)
+    without_hidden = policy_gradient(case, x, c, need_hidden=False)
+    assert without_hidden.hidden is None
+    torch.testing.assert_close(gradients(without_hidden), gradients(every)[1:])
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("the gradient of a frozen weight")
+
+    monkeypatch.setattr(Tensor, "addmm_", refuse)
+    frozen = policy_gradient(case, x, c, need_weight=False)
+    assert frozen.weight is None
+    assert frozen.bias is None
+    torch.testing.assert_close(frozen.hidden, every.hidden)
+
+
+def test_coefficient_zero_gives_values_and_no_gradient() -> None:
+    case = Case(13, 8, 1000, bias=True, chunk=4)
+    x, c = make(case), torch.randn(13)
+    c[3] = c[7] = 0
+    with torch.no_grad():
+        x.hidden[3] *= 1e30  # its numerators would be 0 * inf
+    result = policy_gradient(case, x, c)
+    assert result.hidden is not None
+    assert result.logp[7] < 0
+    assert not result.hidden[[3, 7]].any()
+    assert all(t.isfinite().all() for t in gradients(result))
+
+
+def test_never_more_than_a_chunk_of_logits() -> None:
+    n, d, v, chunk = 256, 8, 4096, 16
+    x, case = make(Case(n, d, v)), Case(n, d, v, chunk=chunk)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        policy_gradient(case, x, torch.ones(n))
+    assert 0 < max(event.cpu_memory_usage for event in profile.events()) <= 4 * chunk * v
+
+
+def test_two_runs_are_equal_bit_for_bit() -> None:
+    case = Case(50, 16, 300, bias=True, mask=True, chunk=8)
+    x, c = make(case), torch.randn(50)
+    for a, b in zip(policy_gradient(case, x, c), policy_gradient(case, x, c), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_low_precision_products_of_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, c = make(case, torch.bfloat16), torch.randn(case.n)
+    truth = by_autograd(case, x.to(torch.float64), c)
+    imitate_gpu_products(monkeypatch)
+    result = policy_gradient(case, x, c)
+    for a, b in zip([result.logp, result.lse], truth[:2], strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
+    for a, b in zip(gradients(result), truth[2:], strict=True):
+        # Numerators and scaled hidden states are rounded to bf16, sums are not.
+        torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
+
+
+REFUSED: list[tuple[Callable[[], object], str]] = [
+    (
+        lambda: ops.policy_gradient(
+            torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3).long(), torch.zeros(2)
+        ),
+        "policy_gradient: `coefficient` must have shape [3], got [2]",
+    ),
+    (
+        lambda: ops.policy_gradient(
+            torch.zeros(3, 4),
+            torch.zeros(5, 4),
+            torch.zeros(3).long(),
+            torch.zeros(3),
+            add_to_weight=torch.zeros(5, 4).double(),
+        ),
+        "policy_gradient: `add_to_weight` must be torch.float32 of shape [5, 4] on cpu, got "
+        "torch.float64",
+    ),
+    (
+        lambda: ops.policy_gradient(
+            torch.zeros(3, 4), torch.zeros(5, 4), torch.tensor([0, 5, 0]), torch.zeros(3)
+        ),
+        "policy_gradient: `target` must be in [0, 5), got 5 at row 1",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), REFUSED, ids=[m for _, m in REFUSED])
+def test_message(call: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match="policy_gradient") as caught:
+        call()
+    assert message in str(caught.value)
