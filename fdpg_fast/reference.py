@@ -367,11 +367,12 @@ def linear_logprob(
     inv_temperature: float = 1.0,
     mask: Tensor | None = None,
     entropy: bool = False,
+    keep_bytes: int | None = None,
     chunk: int | None = None,
 ) -> TokenLogprob:
     """``(N, D)``, ``(V, D)``, ``(N,)`` -> :func:`token_logprob` of the logits of a linear head.
 
-    In the precision of the inputs; ``chunk`` changes nothing here.
+    In the precision of the inputs; ``keep_bytes`` and ``chunk`` change nothing here.
     """
     logits = scale * torch.nn.functional.linear(hidden, weight, bias)
     if softcap is not None:
@@ -386,8 +387,8 @@ class PolicyGradient(NamedTuple):
 
     logp: Tensor
     lse: Tensor
-    hidden: Tensor
-    weight: Tensor
+    hidden: Tensor | None
+    weight: Tensor | None
     bias: Tensor | None
 
 
@@ -402,8 +403,17 @@ def policy_gradient(
     softcap: float | None = None,
     inv_temperature: float = 1.0,
     mask: Tensor | None = None,
+    lse_hint: Tensor | None = None,
+    need_hidden: bool = True,
+    need_weight: bool = True,
+    add_to_weight: Tensor | None = None,
+    add_to_bias: Tensor | None = None,
+    chunk: int | None = None,
 ) -> PolicyGradient:
-    """:func:`linear_logprob`, and the gradient of sum_n coefficient[n] logp[n] by autograd."""
+    """:func:`linear_logprob`, and the gradient of sum_n coefficient[n] logp[n] by autograd.
+
+    ``lse_hint`` and ``chunk`` change nothing here.
+    """
     leaves = [t.detach().requires_grad_() for t in (hidden, weight, bias) if t is not None]
     logp, lse, _ = linear_logprob(
         leaves[0],
@@ -415,9 +425,18 @@ def policy_gradient(
         inv_temperature=inv_temperature,
         mask=mask,
     )
-    grads = torch.autograd.grad((coefficient * logp).sum(), leaves)
-    of_bias = None if bias is None else grads[2]
-    return PolicyGradient(logp.detach(), lse.detach(), grads[0], grads[1], of_bias)
+    of_hidden, of_weight, *of_bias = torch.autograd.grad((coefficient * logp).sum(), leaves)
+    if add_to_weight is not None:
+        of_weight = add_to_weight + of_weight
+    if add_to_bias is not None:
+        of_bias = [add_to_bias + g for g in of_bias]
+    return PolicyGradient(
+        logp.detach(),
+        lse.detach(),
+        of_hidden if need_hidden else None,
+        of_weight if need_weight else None,
+        of_bias[0] if need_weight and of_bias else None,
+    )
 
 
 class Sampled(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 from head_cases import CASES, Case, Inputs, imitate_gpu_products, make, options, plain, worst
 from torch import Tensor
 
-from fdpg_fast import ops
+from fdpg_fast import ops, reference
 
 
 def policy_gradient(
@@ -55,6 +55,28 @@ def test_value_and_gradients(case: Case, dtype: torch.dtype) -> None:
     assert worst(got, truth) <= 2 * worst(eager, truth) + (
         1e-13 if dtype == torch.float64 else 1e-6
     )
+
+
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_says_what_the_definition_says(needs: tuple[bool, bool], bias: bool) -> None:
+    case = Case(33, 16, 257, mask=True, bias=bias, scale=0.4, softcap=3.0, inv_temperature=1.3)
+    x, c = make(case), torch.randn(33)
+    arguments = {
+        "bias": x.bias,
+        "mask": x.mask,
+        "need_hidden": needs[0],
+        "need_weight": needs[1],
+        "add_to_weight": torch.randn(257, 16),
+        "add_to_bias": torch.randn(257),
+        **options(case),
+    }
+    expected = reference.policy_gradient(x.hidden, x.weight, x.target, c, **arguments)
+    got = ops.policy_gradient(x.hidden, x.weight, x.target, c, **arguments)
+    for a, b in zip(got, expected, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
