@@ -25,8 +25,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from fdpg_fast import ops
+
 __all__ = [
     "SLOT",
+    "SLOTS",
+    "SLOT_MASKED",
     "Decoder",
     "RecomputeDecoder",
     "SlotCache",
@@ -34,10 +38,14 @@ __all__ = [
     "attention_report",
     "slot_attention",
     "slot_mask",
+    "span_mask",
 ]
 
 # A name that holds "sdpa", "flash" or "/" would be checked against the model's own support flags.
 SLOT = "fdpg_slot"
+# The same with masks of numbers, for families that add to their masks (ALiBi).
+SLOT_MASKED = "fdpg_slot_masked"
+SLOTS = (SLOT, SLOT_MASKED)
 
 # Attended lengths are rounded up to this: few shapes, and above 50 keys of 8 numbers torch's
 # batched product goes to MKL (64 keys took 0.78 ms, 48 took 1.0 ms: B=256, H=16, 2 cores).
@@ -78,9 +86,15 @@ class _SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
+        # Under autocast rotated keys may be fp32 beside values in bf16: one type for both.
+        dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+        key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if not self._fits(key_states):
             self.lazy_initialization(key_states, value_states)
         cache = self.cache
+        if cache.positions.device.type == "cpu":
+            ops.cache_append_(self.keys, self.values, key_states, value_states, cache.positions)
+            return self.keys[:, :, : cache.reach], self.values[:, :, : cache.reach]
         index = (cache.rows, cache.query_positions(key_states.shape[2]))  # (B, 1), (B, Q)
         # index_put_ and not index_copy_: torch.compile keeps it in place instead of copying T keys.
         self.keys.transpose(1, 2).index_put_(index, key_states.transpose(1, 2))
@@ -132,8 +146,30 @@ class SlotCache(Cache):
         return 0 if hasattr(Cache, "get_query_offset") else self.positions
 
 
+def span_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """The mask builder registered as :data:`SLOT`: where a decoding step's live keys are.
+
+    For one query per slot on the CPU, ``(B, 1, 1, 2)`` int64: the first live key, and the one after
+    the last, which :func:`slot_attention` hands to ``ops.decode_attention``. Otherwise, and should
+    live keys ever not be neighbours, :func:`slot_mask`.
+    """
+    offset = kwargs.get("q_offset")
+    mask = slot_mask(*args, **kwargs)
+    if mask is None or not isinstance(offset, Tensor) or offset.ndim != 1:
+        return mask
+    if offset.device.type != "cpu" or mask.shape[2] != 1:
+        return mask
+    live = mask == 0
+    begin = live.int().argmax(-1, keepdim=True)  # the first of equals
+    end = begin + live.sum(-1, keepdim=True)
+    place = torch.arange(mask.shape[3])
+    if not torch.equal(live, (place >= begin) & (place < end)):
+        return mask
+    return torch.cat((begin, end), -1)
+
+
 def slot_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """The mask builder registered as :data:`SLOT`: ``sdpa_mask``, plus one offset per row.
+    """The mask builder registered as :data:`SLOT_MASKED`: ``sdpa_mask``, plus an offset per row.
 
     With the offsets of a :class:`SlotCache` the result is additive, ``(B, 1, Q, T)``, 0 or -inf.
     """
@@ -164,7 +200,8 @@ def slot_attention(
 
     Args:
         query: ``(B, H, Q, D)``; ``key`` and ``value``: ``(B, Hk, T, D)``.
-        attention_mask: boolean (True: attend) or additive, ``(B, 1, Q, T)``; None: causal.
+        attention_mask: boolean (True: attend) or additive, ``(B, 1, Q, T)``; None: causal; or
+            spans, as :func:`span_mask` makes them.
         scaling: factor of the scores, ``D ** -0.5`` by default.
         softcap: scores are ``softcap * tanh(scores / softcap)`` (Gemma 2), which sdpa cannot do.
         s_aux: ``(H,)`` attention sinks (gpt-oss), which sdpa cannot do either.
@@ -172,6 +209,18 @@ def slot_attention(
     Returns:
         ``(B, Q, H, D)``, and None for the attention weights that nobody asks for.
     """
+    if attention_mask is not None and attention_mask.dtype == torch.int64:
+        out = ops.decode_attention(
+            query[:, :, 0].to(key.dtype),
+            key,
+            value,
+            attention_mask[:, 0, 0, 1],
+            begin=attention_mask[:, 0, 0, 0],
+            scale=scaling,
+            softcap=softcap or 0.0,
+            sinks=s_aux,
+        )
+        return out[:, None], None
     beyond_sdpa = softcap is not None or s_aux is not None
     usual = getattr(module, "is_causal", True) and kwargs.get("position_bias") is None
     # On the CPU sdpa's tiling costs more than it saves when there is little to tile (fp32, ms):
@@ -342,11 +391,13 @@ def attention_report() -> list[tuple[str, bool, str]]:
     why = "needs a GPU" if flash else "flash-attn is not installed"
     return [
         (SLOT, True, "slot cache for sampling, sdpa for scoring; what `auto` takes if it fits"),
+        (SLOT_MASKED, True, "the same for families that add to their masks; `auto`'s second"),
         ("sdpa", True, "torch's scaled_dot_product_attention; samples without a cache, slowly"),
         ("eager", True, "plain matrix products; samples without a cache, slowly"),
         ("flash_attention_2", flash and cuda, "flash-attn" if flash and cuda else why),
     ]
 
 
-AttentionInterface.register(SLOT, slot_attention)
-AttentionMaskInterface.register(SLOT, slot_mask)
+for name, mask in ((SLOT, span_mask), (SLOT_MASKED, slot_mask)):
+    AttentionInterface.register(name, slot_attention)
+    AttentionMaskInterface.register(name, mask)

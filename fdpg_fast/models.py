@@ -30,7 +30,7 @@ from transformers.activations import NewGELUActivation
 
 from fdpg_fast import ops
 from fdpg_fast.attention import (
-    SLOT,
+    SLOTS,
     Decoder,
     RecomputeDecoder,
     SlotCache,
@@ -330,7 +330,7 @@ class LanguageModel:
 
     def decoder(self, slots: int, length: int, reuse: Decoder | None = None) -> Decoder:
         """A decoder for ``slots`` texts of up to ``length`` tokens; ``reuse`` lends its memory."""
-        if self.attention != SLOT:
+        if self.attention not in SLOTS:
             return RecomputeDecoder(self, slots, length)
         cache = reuse.cache if isinstance(reuse, SlotDecoder) else None
         if cache is None or not (
@@ -549,7 +549,7 @@ class LanguageModel:
         found = {"tolerance": tolerance, "scoring": self._scoring_error(rows, reference)}
         if self._fused is not None:
             found["head"] = self._head_error(rows, reference, self._fused)
-        if self.attention == SLOT:
+        if self.attention in SLOTS:
             found["decoding"] = self._decoding_error(rows, reference)
         for path, error in found.items():
             if not error <= tolerance:
@@ -573,10 +573,11 @@ class LanguageModel:
                     RuntimeWarning,
                     stacklevel=4,
                 )
-            if wanted in ("auto", SLOT):
-                problem = self._try_slots(rows, reference, tolerance)
-                if problem and wanted == SLOT:
-                    raise ModelError(f"{self.name}: attention {SLOT!r} does not fit: {problem}")
+            if wanted in ("auto", *SLOTS):
+                names = SLOTS if wanted == "auto" else (wanted,)
+                problem = self._try_slots(names, rows, reference, tolerance)
+                if problem and wanted != "auto":
+                    raise ModelError(f"{self.name}: attention {wanted!r} does not fit: {problem}")
                 if problem:
                     warnings.warn(
                         f"{self.name}: sampling without a key-value cache, which is right but "
@@ -599,20 +600,28 @@ class LanguageModel:
         self.attention = name
 
     def _try_slots(
-        self, rows: list[list[int]], reference: list[Tensor], tolerance: float
+        self,
+        names: Sequence[str],
+        rows: list[list[int]],
+        reference: list[Tensor],
+        tolerance: float,
     ) -> str | None:
-        """Use slot attention if it is right for this model; else go back and say why not."""
-        family = type(self.model).__name__
+        """Use the first slot attention that is right for this model; else say why none is."""
+        family, problem = type(self.model).__name__, None
         if not self.model._can_set_attn_implementation():
             return f"{family} does not let its attention be replaced"
-        try:
-            self._use_attention(SLOT)
-            error = max(self._scoring_error(rows, reference), self._decoding_error(rows, reference))
-            problem = f"{family} differs by {error:.2g} nats" if not error <= tolerance else None
-        except Exception as error:  # an unknown family may fail in any way; the plain path is right
-            problem = f"{family} fails with {type(error).__name__}: {_first_line(error)}"
-        if problem:
-            self._use_attention(self._stock_attention)
+        for name in names:
+            try:
+                self._use_attention(name)
+                error = max(
+                    self._scoring_error(rows, reference), self._decoding_error(rows, reference)
+                )
+                if error <= tolerance:
+                    return None
+                problem = f"{family} differs by {error:.2g} nats"
+            except Exception as error:  # an unknown family may fail in any way; stock is right
+                problem = f"{family} fails with {type(error).__name__}: {_first_line(error)}"
+        self._use_attention(self._stock_attention)
         return problem
 
     @contextlib.contextmanager
@@ -628,7 +637,7 @@ class LanguageModel:
     def _references(self) -> tuple[list[list[int]], list[Tensor]]:
         """Texts of unequal length, and the logits ``(t, V)`` that the model itself gives them."""
         attention = self.attention
-        if attention == SLOT:
+        if attention in SLOTS:
             self._use_attention(self._stock_attention)
         generator = torch.Generator().manual_seed(0)
         longest = min(12, self.context_length)
@@ -642,7 +651,7 @@ class LanguageModel:
             # All ones says nothing new, but without it transformers warns of padding ids in `ids`.
             out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
             reference.append(out.logits[0].float())
-        if attention == SLOT:
+        if attention in SLOTS:
             self._use_attention(attention)
         return rows, reference
 

@@ -20,6 +20,8 @@ __all__ = [
     "PolicyGradient",
     "Sampled",
     "TokenLogprob",
+    "cache_append_",
+    "decode_attention",
     "f",
     "f_prime",
     "fdiv_terms",
@@ -437,6 +439,45 @@ def policy_gradient(
         of_weight if need_weight else None,
         of_bias[0] if need_weight and of_bias else None,
     )
+
+
+def cache_append_(
+    keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: Tensor
+) -> None:
+    """``(B, Hk, T, D)``, ``(B, Hk, T, E)``, ``(B, Hk, Q, D)``, ``(B, Hk, Q, E)``, ``(B,)``."""
+    for cache, new in ((keys, new_keys), (values, new_values)):
+        for b, start in enumerate(position.tolist()):
+            cache[b, :, start : start + new.shape[2]] = new[b]
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    end: Tensor,
+    *,
+    begin: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """``(B, H, D)``, ``(B, Hk, T, D)``, ``(B, Hk, T, E)``, ``(B,)`` -> ``(B, H, E)``."""
+    heads, key_heads = query.shape[1], keys.shape[1]
+    keys, values = (t.repeat_interleave(heads // key_heads, dim=1) for t in (keys, values))
+    scores = torch.einsum("bhd,bhtd->bht", query, keys)
+    scores = scores * (query.shape[2] ** -0.5 if scale is None else scale)
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    place = torch.arange(keys.shape[2])
+    live = place < end[:, None]
+    if begin is not None:
+        live &= place >= begin[:, None]
+    scores = scores.masked_fill(~live[:, None], -math.inf)
+    if sinks is not None:
+        column = sinks.to(scores.dtype)[None, :, None].expand(len(scores), -1, 1)
+        scores = torch.cat((scores, column), dim=2)
+    weights = torch.softmax(scores, dim=2)[:, :, : keys.shape[2]].nan_to_num(0.0)
+    return torch.einsum("bht,bhte->bhe", weights, values)
 
 
 class Sampled(NamedTuple):

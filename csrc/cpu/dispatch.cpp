@@ -90,4 +90,8 @@ int64_t sample_logprob(const SampleLogprobParams& p, int64_t begin, int64_t end)
   return kernels(p.dtype).sample_logprob(p, begin, end);
 }
 
+int64_t decode_attention(const DecodeAttentionParams& p, int64_t begin, int64_t end) {
+  return kernels(p.dtype).decode_attention(p, begin, end);
+}
+
 }  // namespace fdpg::cpu

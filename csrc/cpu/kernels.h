@@ -16,6 +16,7 @@ struct VocabularyKernels {
   int64_t (*token_logprob_numerators)(const TokenLogprobNumeratorsParams& p, int64_t begin,
                                       int64_t end);
   int64_t (*sample_logprob)(const SampleLogprobParams& p, int64_t begin, int64_t end);
+  int64_t (*decode_attention)(const DecodeAttentionParams& p, int64_t begin, int64_t end);
 };
 
 VocabularyKernels portable_kernels(Dtype dtype);

@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "simd_avx2-inl.h"
 //
+#include "decode_attention-inl.h"
 #include "sample_logprob-inl.h"
 #include "token_logprob-inl.h"
 
@@ -15,7 +16,8 @@ VocabularyKernels avx2_kernels(Dtype dtype) {
     using T = decltype(storage);
     if constexpr (sizeof(accumulate_t<T>) == sizeof(float)) {
       kernels = {token_logprob<Avx2, T>, token_logprob_backward<Avx2, T>,
-                 token_logprob_numerators<Avx2, T>, sample_logprob<Avx2, T>};
+                 token_logprob_numerators<Avx2, T>, sample_logprob<Avx2, T>,
+                 decode_attention<Avx2, T>};
     }
   });
   return kernels;

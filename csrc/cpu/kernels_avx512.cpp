@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "simd_avx512-inl.h"
 //
+#include "decode_attention-inl.h"
 #include "sample_logprob-inl.h"
 #include "token_logprob-inl.h"
 
@@ -15,7 +16,8 @@ VocabularyKernels avx512_kernels(Dtype dtype) {
     using T = decltype(storage);
     if constexpr (sizeof(accumulate_t<T>) == sizeof(float)) {
       kernels = {token_logprob<Avx512, T>, token_logprob_backward<Avx512, T>,
-                 token_logprob_numerators<Avx512, T>, sample_logprob<Avx512, T>};
+                 token_logprob_numerators<Avx512, T>, sample_logprob<Avx512, T>,
+                 decode_attention<Avx512, T>};
     }
   });
   return kernels;

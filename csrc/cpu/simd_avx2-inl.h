@@ -57,6 +57,13 @@ struct Avx2 {
     return load(lanes);
   }
 
+  template <class T>
+  static FDPG_ALWAYS_INLINE Vec load_zeros(const T* p, int64_t n) {
+    float lanes[kLanes];
+    for (int64_t i = 0; i < kLanes; ++i) lanes[i] = i < n ? fdpg::load(p[i]) : 0.0f;
+    return load(lanes);
+  }
+
   static FDPG_ALWAYS_INLINE void store(float* p, Vec x) { _mm256_storeu_ps(p, x); }
   static FDPG_ALWAYS_INLINE void store(BFloat16* p, Vec x) {
     const __m256i bits = _mm256_castps_si256(x);
@@ -106,6 +113,11 @@ struct Avx2 {
                                        _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)));
     const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(wide), _mm256_extractf128_pd(wide, 1));
     return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
+  }
+  static FDPG_ALWAYS_INLINE float total(Vec x) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
   }
   static FDPG_ALWAYS_INLINE float largest(Vec x) {
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

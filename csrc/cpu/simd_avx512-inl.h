@@ -61,6 +61,16 @@ struct Avx512 {
         _mm256_mask_loadu_epi16(_mm256_set1_epi16(static_cast<int16_t>(0xfc00)), first(n), p));
   }
 
+  static FDPG_ALWAYS_INLINE Vec load_zeros(const float* p, int64_t n) {
+    return _mm512_maskz_loadu_ps(first(n), p);
+  }
+  static FDPG_ALWAYS_INLINE Vec load_zeros(const BFloat16* p, int64_t n) {
+    return widen_bf16(_mm256_maskz_loadu_epi16(first(n), p));
+  }
+  static FDPG_ALWAYS_INLINE Vec load_zeros(const Float16* p, int64_t n) {
+    return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first(n), p));
+  }
+
   static FDPG_ALWAYS_INLINE void store(float* p, Vec x) { _mm512_storeu_ps(p, x); }
   static FDPG_ALWAYS_INLINE void store(BFloat16* p, Vec x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow_bf16(x));
@@ -100,6 +110,7 @@ struct Avx512 {
     const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
     return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
   }
+  static FDPG_ALWAYS_INLINE float total(Vec x) { return _mm512_reduce_add_ps(x); }
   static FDPG_ALWAYS_INLINE float largest(Vec x) { return _mm512_reduce_max_ps(x); }
 
  private:

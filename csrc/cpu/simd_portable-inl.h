@@ -8,10 +8,12 @@
 //   load store             from and to every storage type that accumulates in Real; unaligned
 //   load_pair(p, &a, &b)   2 kLanes numbers, in whatever order is cheapest
 //   load_first(p, n)       the first n lanes, 0 < n < kLanes; the rest are -inf and not read
+//   load_zeros(p, n)       the same, but the rest are 0
 //   store_first(p, x, n)   the first n lanes; the rest are not written
 //   exp(x)                 exp_constants.h; above kExpHigh at least exp(kExpHigh); NaN stays NaN
 //   clamp_low(x)           a finite number in place of -inf, whose exp is 0; NaN stays NaN
 //   sum(x) largest(x)      across lanes, in a fixed order; the sum in double
+//   total(x)               the sum in Real
 #pragma once
 
 #include <cstdint>
@@ -59,6 +61,12 @@ struct Portable {
     return x;
   }
   template <class T>
+  static FDPG_ALWAYS_INLINE Vec load_zeros(const T* p, int64_t n) {
+    Vec x = broadcast(0);
+    for (int64_t i = 0; i < n; ++i) x[i] = fdpg::load(p[i]);
+    return x;
+  }
+  template <class T>
   static FDPG_ALWAYS_INLINE void store(T* p, Vec x) {
     for (int64_t i = 0; i < kLanes; ++i) p[i] = fdpg::store<T>(x[i]);
   }
@@ -101,6 +109,11 @@ struct Portable {
 
   static FDPG_ALWAYS_INLINE double sum(Vec x) {
     double total = x[0];
+    for (int64_t i = 1; i < kLanes; ++i) total += x[i];
+    return total;
+  }
+  static FDPG_ALWAYS_INLINE Real total(Vec x) {
+    Real total = x[0];
     for (int64_t i = 1; i < kLanes; ++i) total += x[i];
     return total;
   }

@@ -17,6 +17,10 @@ namespace fdpg::binding {
 
 using OptionalTensor = std::optional<Tensor>;
 
+inline void check_at_least(const char* op, const char* name, double value, double low) {
+  if (!(value >= low)) fail(op, ": `", name, "` must be at least ", low, ", got ", value);
+}
+
 struct TokenLogprob {
   Arguments args;
   TokenLogprobParams params{};
@@ -155,6 +159,94 @@ struct SampleLogprob {
   }
 };
 
+struct CacheAppend {
+  Arguments args;
+  CacheAppendParams params{};
+
+  CacheAppend(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
+              const Tensor& new_values, const Tensor& position)
+      : args("cache_append_", "keys", keys) {
+    args.dimensions("keys", keys, 4);
+    args.dimensions("values", values, 4);
+    args.dimensions("new_keys", new_keys, 4);
+    params.sequences = keys.size(0);
+    params.heads = keys.size(1);
+    params.tokens = keys.size(2);
+    params.queries = new_keys.size(2);
+    params.position = args.vector<int64_t>("position", position, params.sequences);
+    params.parts[0] = part("keys", keys, "new_keys", new_keys);
+    params.parts[1] = part("values", values, "new_values", new_values);
+  }
+
+ private:
+  CacheAppendParams::Part part(const char* name, const Tensor& cache, const char* new_name,
+                               const Tensor& states) const {
+    const ScalarType type = cache.scalar_type();
+    args.shape(name, cache, {params.sequences, params.heads, params.tokens, cache.size(3)});
+    args.shape(new_name, states, {params.sequences, params.heads, params.queries, cache.size(3)});
+    CacheAppendParams::Part part{};
+    part.cache = const_cast<void*>(args.unit_stride(name, cache, type));
+    part.states = args.unit_stride(new_name, states, type);
+    const int64_t bytes = cache.element_size();
+    part.row_bytes = cache.size(3) * bytes;
+    for (int i = 0; i < 3; ++i) part.cache_stride[i] = cache.stride(i) * bytes;
+    for (int i = 0; i < 3; ++i) part.state_stride[i] = states.stride(i) * bytes;
+    return part;
+  }
+};
+
+struct DecodeAttention {
+  Arguments args;
+  DecodeAttentionParams params{};
+  Tensor out;
+
+  DecodeAttention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& end,
+                  const OptionalTensor& begin, const OptionalTensor& sinks, double scale,
+                  double softcap)
+      : args("decode_attention", "query", query) {
+    args.dimensions("query", query, 3);
+    args.dimensions("keys", keys, 4);
+    args.dimensions("values", values, 4);
+    const ScalarType type = query.scalar_type();
+    const int64_t sequences = query.size(0), heads = query.size(1), size = query.size(2);
+    const int64_t key_heads = keys.size(1), tokens = keys.size(2), value_size = values.size(3);
+    args.one_of("query", type,
+                {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
+    args.shape("keys", keys, {sequences, key_heads, tokens, size});
+    args.shape("values", values, {sequences, key_heads, tokens, value_size});
+    if (key_heads == 0 || heads % key_heads != 0) {
+      fail("decode_attention: `keys` must have a number of heads that divides the ", heads,
+           " of `query`, got ", key_heads);
+    }
+    if (size > kMaxHeadSize || value_size > kMaxHeadSize) {
+      fail("decode_attention: heads must be no larger than ", int64_t{kMaxHeadSize}, ", got ",
+           size > value_size ? size : value_size);
+    }
+    check_at_least("decode_attention", "softcap", softcap, 0.0);
+    params.query = args.unit_stride("query", query, type);
+    params.keys = args.unit_stride("keys", keys, type);
+    params.values = args.unit_stride("values", values, type);
+    for (int i = 0; i < 2; ++i) params.query_stride[i] = query.stride(i);
+    for (int i = 0; i < 3; ++i) params.key_stride[i] = keys.stride(i);
+    for (int i = 0; i < 3; ++i) params.value_stride[i] = values.stride(i);
+    out = torch::stable::new_empty(query, {sequences, heads, value_size});
+
+    params.out = out.data_ptr();
+    params.dtype = dtype_of(type);
+    params.sequences = sequences;
+    params.heads = heads;
+    params.key_heads = key_heads;
+    params.tokens = tokens;
+    params.size = size;
+    params.value_size = value_size;
+    params.end = args.vector<int64_t>("end", end, sequences);
+    params.begin = args.optional_vector<int64_t>("begin", begin, sequences);
+    params.sinks = args.optional_vector("sinks", sinks, heads, result_type(type));
+    params.scale = scale;
+    params.softcap = softcap;
+  }
+};
+
 struct SequenceLogprob {
   Arguments args;
   SequenceLogprobParams params{};
@@ -223,10 +315,6 @@ inline void check_baseline(const char* op, int64_t id, double param, int64_t div
   }
   fail(op, ": the baseline ", info.name, " is not exact for the divergence ",
        kDivergenceInfo[divergence].name, ". Use loo");
-}
-
-inline void check_at_least(const char* op, const char* name, double value, double low) {
-  if (!(value >= low)) fail(op, ": `", name, "` must be at least ", low, ", got ", value);
 }
 
 struct FdivWeights {

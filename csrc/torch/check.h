@@ -145,6 +145,18 @@ class Arguments {
     return t ? vector(name, *t, size, type) : nullptr;
   }
 
+  // Of this type, and contiguous along its last dimension.
+  const void* unit_stride(const char* name, const Tensor& t, ScalarType type) const {
+    same_device(name, t);
+    one_of(name, t.scalar_type(), {type});
+    const int64_t last = t.dim() - 1;
+    if (t.size(last) > 1 && t.stride(last) != 1) {
+      fail(op_, ": `", name, "` must be contiguous along its last dimension, got strides ",
+           list_of(t.strides()), ". Call .contiguous() on it");
+    }
+    return t.data_ptr();
+  }
+
   // State that the op writes: fp64, contiguous, of exactly this shape.
   double* state(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) const {
     same_device(name, t);

@@ -115,6 +115,38 @@ std::tuple<Tensor, Tensor, Tensor> sample_logprob(const Tensor& logits, const Te
   return {call.token, call.logp, call.lse};
 }
 
+void cache_append_(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
+                   const Tensor& new_values, const Tensor& position) {
+  const CacheAppend call(keys, values, new_keys, new_values, position);
+  const CacheAppendParams& p = call.params;
+  const int64_t elements = p.heads * p.queries * (keys.size(3) + values.size(3));
+  const int64_t bad = over_rows(p.sequences, elements, [&](int64_t begin, int64_t end) {
+    return cpu::cache_append(p, begin, end);
+  });
+  if (bad != kOk) {
+    fail("cache_append_: `position` must be in [0, ", p.tokens - p.queries, "], got ",
+         p.position[bad], " at sequence ", bad);
+  }
+}
+
+Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& values,
+                        const Tensor& end, const OptionalTensor& begin, const OptionalTensor& sinks,
+                        double scale, double softcap) {
+  const DecodeAttention call(query, keys, values, end, begin, sinks, scale, softcap);
+  const DecodeAttentionParams& p = call.params;
+  // Half of the cache is live, on average.
+  const int64_t work = p.heads / p.key_heads * p.tokens * (p.size + p.value_size) / 2;
+  const int64_t bad = over_rows(p.sequences * p.key_heads, work, [&](int64_t from, int64_t to) {
+    return cpu::decode_attention(p, from, to);
+  });
+  if (bad != kOk) {
+    const int64_t b = bad / p.key_heads;
+    fail("decode_attention: `begin` and `end` must be 0 <= begin <= end <= ", p.tokens, ", got [",
+         p.begin ? p.begin[b] : 0, ", ", p.end[b], ") at sequence ", b);
+  }
+  return call.out;
+}
+
 Tensor sequence_logprob(const Tensor& values, const Tensor& lengths) {
   const SequenceLogprob call(values, lengths);
   const SequenceLogprobParams& p = call.params;
@@ -168,6 +200,8 @@ STABLE_TORCH_LIBRARY_IMPL(fdpg, CPU, m) {
   m.impl("token_logprob_backward_", TORCH_BOX(&token_logprob_backward_));
   m.impl("token_logprob_numerators_", TORCH_BOX(&token_logprob_numerators_));
   m.impl("sample_logprob", TORCH_BOX(&sample_logprob));
+  m.impl("cache_append_", TORCH_BOX(&cache_append_));
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
   m.impl("sequence_logprob", TORCH_BOX(&sequence_logprob));
   m.impl("log_partition_", TORCH_BOX(&log_partition_));
   m.impl("fdiv_weights", TORCH_BOX(&fdiv_weights));

@@ -22,6 +22,12 @@ STABLE_TORCH_LIBRARY(fdpg, m) {
   m.def(
       "sample_logprob(Tensor logits, Tensor seed, Tensor sample_id, Tensor position, "
       "float inv_temperature=1.) -> (Tensor token, Tensor logp, Tensor lse)");
+  m.def(
+      "cache_append_(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, "
+      "Tensor position) -> ()");
+  m.def(
+      "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor end, Tensor? begin=None, "
+      "Tensor? sinks=None, float scale=1., float softcap=0.) -> Tensor");
   m.def("sequence_logprob(Tensor values, Tensor lengths) -> Tensor");
   m.def("log_partition_(Tensor(a!) state, Tensor log_weight, Tensor prompt) -> ()");
   m.def(

@@ -9,6 +9,7 @@ Numbers: per-token quantities are fp32 whatever the dtype of the logits (fp64 fo
 per-sequence quantities fp64, everything logarithmic in nats.
 """
 
+from fdpg_fast.ops.decode_attention import cache_append_, decode_attention
 from fdpg_fast.ops.fdiv_terms import fdiv_terms
 from fdpg_fast.ops.fdiv_weights import STATISTICS, Weights, fdiv_weights
 from fdpg_fast.ops.linear_logprob import linear_logprob
@@ -24,6 +25,8 @@ __all__ = [
     "Sampled",
     "TokenLogprob",
     "Weights",
+    "cache_append_",
+    "decode_attention",
     "fdiv_terms",
     "fdiv_weights",
     "linear_logprob",

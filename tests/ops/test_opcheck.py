@@ -102,6 +102,26 @@ def log_partition_() -> Iterator[Sample]:
 
 
 @samples
+def cache_append_() -> Iterator[Sample]:
+    for dtype in (torch.float32, torch.bfloat16):
+        cache = normal(2, 3, T, D, dtype=dtype), normal(2, 3, T, 2, dtype=dtype)
+        for q in (1, 2):
+            new = normal(2, 3, q, D, dtype=dtype), normal(2, 3, q, 2, dtype=dtype)
+            yield *(t.clone() for t in cache), *new, torch.tensor([0, T - q])
+
+
+@samples
+def decode_attention() -> Iterator[Sample]:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        keys = normal(2, 2, T, 8, dtype=dtype), normal(2, 2, T, D, dtype=dtype)
+        end = torch.tensor([T, 2])
+        yield normal(2, 4, 8, dtype=dtype), *keys, end, None, None, 0.3, 0.0
+    sinks = normal(4)
+    keys = normal(2, 2, T, 8), normal(2, 2, T, D)
+    yield normal(2, 4, 8), *keys, end, torch.tensor([1, 2]), sinks, 0.3, 5.0
+
+
+@samples
 def fdiv_weights() -> Iterator[Sample]:
     kl = DIVERGENCES["kl"].id
     for baseline in BASELINES.values():

@@ -21,6 +21,9 @@ int64_t token_logprob(const TokenLogprobParams& p, int64_t begin, int64_t end);
 int64_t token_logprob_backward(const TokenLogprobBackwardParams& p, int64_t begin, int64_t end);
 int64_t token_logprob_numerators(const TokenLogprobNumeratorsParams& p, int64_t begin, int64_t end);
 int64_t sample_logprob(const SampleLogprobParams& p, int64_t begin, int64_t end);
+// Of B * Hk items, (sequence, key head) with the key head fastest; a bad row is such an item.
+int64_t decode_attention(const DecodeAttentionParams& p, int64_t begin, int64_t end);
+int64_t cache_append(const CacheAppendParams& p, int64_t begin, int64_t end);  // of B
 int64_t sequence_logprob(const SequenceLogprobParams& p, int64_t begin, int64_t end);
 int64_t fdiv_terms(const FdivTermsParams& p, int64_t begin, int64_t end);
 

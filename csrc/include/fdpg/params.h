@@ -70,9 +70,9 @@ struct TokenLogprobBackwardParams {
 // `numerators` may be the same buffer as `logits`. Masked rows are not read and yield zeros; rows
 // with coefficient 0 have numerators and scale 0.
 struct TokenLogprobNumeratorsParams {
-  const void* logits;  // (N, V)
-  void* numerators;    // (N, V)
-  Dtype dtype;         // of logits: kFloat32 or kFloat64
+  const void* logits;     // (N, V)
+  void* numerators;       // (N, V)
+  Dtype dtype;            // of logits: kFloat32 or kFloat64
   Dtype numerator_dtype;  // the same, or kBFloat16 or kFloat16 for kFloat32
   int64_t rows;
   int64_t vocab;
@@ -171,6 +171,55 @@ struct FdivTermsParams {
   int32_t divergence;
   double divergence_param;
   double* out;  // (B,); NaN for a prompt with log Z = -inf
+};
+
+// Attention of one new token per sequence over what a key-value cache holds of it:
+//   s_t = scale q . k_t            or, with a softcap, softcap tanh(scale q . k_t / softcap)
+//   out = sum_t softmax(s)_t v_t   over t in [begin, end); a sink adds a term to the normaliser
+//   only
+// Head h of the query attends to key head h / (H / Hk). Sums are fp32, whatever the dtype (fp64 in
+// fp64). Keys outside the span are not read; a sequence with an empty span yields zeros.
+struct DecodeAttentionParams {
+  const void* query;        // (B, H, D), unit stride along D, as all of these
+  const void* keys;         // (B, Hk, T, D)
+  const void* values;       // (B, Hk, T, E)
+  void* out;                // (B, H, E), contiguous
+  Dtype dtype;              // of these four
+  int64_t sequences;        // B
+  int64_t heads;            // H
+  int64_t key_heads;        // Hk
+  int64_t tokens;           // T
+  int64_t size;             // D <= kMaxHeadSize
+  int64_t value_size;       // E <= kMaxHeadSize
+  int64_t query_stride[2];  // along B, H
+  int64_t key_stride[3];    // along B, Hk, T
+  int64_t value_stride[3];
+  const int64_t* begin;  // (B,) or null: zeros
+  const int64_t* end;    // (B,), 0 <= begin <= end <= T
+  const void* sinks;     // (H,) fp32, fp64 where dtype is; or null
+  double scale;
+  double softcap;  // 0: none
+};
+
+inline constexpr int64_t kMaxHeadSize = 1024;
+
+// New keys and values to their places in a cache whose sequences are at positions of their own:
+//   cache[b, h, position[b] + q, :] = states[b, h, q, :]
+// once for keys and once for values. Bytes are copied, whatever they mean.
+struct CacheAppendParams {
+  struct Part {
+    void* cache;              // (B, Hk, T, D), unit stride along D
+    const void* states;       // (B, Hk, Q, D), unit stride along D
+    int64_t row_bytes;        // D times the size of an element
+    int64_t cache_stride[3];  // along B, Hk, T, in bytes
+    int64_t state_stride[3];  // along B, Hk, Q, in bytes
+  };
+  Part parts[2];
+  int64_t sequences;        // B
+  int64_t heads;            // Hk
+  int64_t tokens;           // T
+  int64_t queries;          // Q
+  const int64_t* position;  // (B,), 0 <= position[b] <= T - Q
 };
 
 }  // namespace fdpg

@@ -1,0 +1,89 @@
+"""Decoding with a key-value cache: new tokens are appended, each attends to what is live.
+
+Shape legend: B sequences, H query heads, Hk key heads, T room for tokens, Q new ones, D and E head
+sizes of keys and values.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fdpg_fast import _build
+
+__all__ = ["cache_append_", "decode_attention"]
+
+_build.load()
+
+
+def cache_append_(
+    keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: Tensor
+) -> None:
+    """cache[b, :, position[b] + q] = new[b, :, q], for keys and values; CPU only so far.
+
+    Args:
+        keys, values: ``[B, Hk, T, D]`` and ``[B, Hk, T, E]``, any dtype, written in place.
+        new_keys, new_values: ``[B, Hk, Q, D]`` and ``[B, Hk, Q, E]``, of the same dtypes. All four
+            contiguous along the last dimension.
+        position: ``[B]`` int64 in [0, T - Q].
+
+    Raises:
+        RuntimeError: a shape, dtype, device, stride or position that does not fit.
+    """
+    torch.ops.fdpg.cache_append_(keys, values, new_keys, new_values, position)
+
+
+def decode_attention(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    end: Tensor,
+    *,
+    begin: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query per sequence over keys [begin, end) of its cache.
+
+        s_t = scale q . k_t,  with a softcap: softcap tanh(scale q . k_t / softcap)
+        out = sum_t softmax(s)_t v_t
+
+    Only live keys are read, in their storage type; sums are fp32 (fp64 for fp64). The result of a
+    sequence does not depend on the others, nor on T. Not differentiable; CPU only so far.
+
+    Args:
+        query: ``[B, H, D]`` fp32, bf16, fp16 or fp64.
+        keys, values: ``[B, Hk, T, D]`` and ``[B, Hk, T, E]`` of that dtype, contiguous along the
+            last dimension; Hk divides H, and query head h attends to key head h // (H / Hk).
+        end, begin: ``[B]`` int64, 0 <= begin <= end <= T; without ``begin``, from 0. A window of W
+            tokens is ``begin = end - W``. An empty span gives zeros.
+        scale: ``D ** -0.5`` by default.
+        softcap: bounds the scores smoothly (Gemma 2); 0: does not.
+        sinks: ``[H]`` scores that take part in the softmax and have no value (gpt-oss).
+
+    Returns:
+        ``[B, H, E]``.
+
+    Raises:
+        RuntimeError: a shape, dtype, device, stride or span that does not fit.
+    """
+    if sinks is not None:
+        sinks = sinks.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    out: Tensor = torch.ops.fdpg.decode_attention(
+        query, keys, values, end, begin, sinks, scale, softcap
+    )
+    return out
+
+
+@torch.library.register_fake("fdpg::decode_attention")
+def _fake(query: Tensor, keys: Tensor, values: Tensor, *others: Any) -> Tensor:
+    return query.new_empty((*query.shape[:2], values.shape[3]))
+
+
+@torch.library.register_fake("fdpg::cache_append_")
+def _fake_append_(*tensors: Tensor) -> None:
+    return None
