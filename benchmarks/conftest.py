@@ -21,6 +21,7 @@ from typing import Any
 import peers
 import pytest
 import torch
+from memory import peak_extra_bytes
 
 from fdpg_fast import _build
 
@@ -41,6 +42,18 @@ def seconds_of(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+def finished(function: Callable[[], object], calls: int) -> Callable[[], None]:
+    """The function so many times, until a GPU has done them too."""
+
+    def run() -> None:
+        for _ in range(calls):
+            function()
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
+    return run
+
+
 class Contest:
     """Times our entry against others in interleaved rounds."""
 
@@ -57,6 +70,8 @@ class Contest:
         bars: Mapping[str, float] | None = None,
         prepare: Callable[[], object] = lambda: None,
         least_rounds: int = 7,
+        calls: int = 1,
+        memory_bars: Mapping[str, float] | None = None,
         **info: Any,
     ) -> None:
         """Runs and records.
@@ -68,38 +83,51 @@ class Contest:
                 benchmark; 0 where the other is what it waits for.
             bars: name -> the speed-up over it that is asked for.
             prepare: runs, untimed, before every entry, so that all find the caches alike.
+            calls: how many calls of a round are timed as one, for ops of microseconds; all that is
+                recorded in ``extra_info`` is per call.
+            memory_bars: name -> the share of its peak extra memory that ours may take. With it, if
+                empty, everybody's peak is recorded, after the timing; None: it is not.
             info: what else to record, such as shape and dtype.
         """
+        calls = calls if self._benchmark.enabled else 1
+        entries = {name: finished(other, calls) for name, other in others.items()}
+        our_entry = finished(ours, calls)
         times: dict[str, list[float]] = {name: [] for name in others}
 
         def others_in_turn() -> None:
-            for name, other in others.items():
+            for name, entry in entries.items():
                 prepare()
-                times[name].append(seconds_of(other))
+                times[name].append(seconds_of(entry))
             prepare()
 
         rounds = least_rounds
         if self._benchmark.enabled:
             others_in_turn()  # warms up: first touch of memory, compilation
-            ours()
+            our_entry()
             for values in times.values():
                 values.clear()
             others_in_turn()
-            one = sum(values[0] for values in times.values()) + seconds_of(ours)
+            one = sum(values[0] for values in times.values()) + seconds_of(our_entry)
             rounds = max(least_rounds, min(MOST_ROUNDS, round(SECONDS / one)))
-        self._benchmark.pedantic(ours, setup=others_in_turn, rounds=rounds)
+        self._benchmark.pedantic(our_entry, setup=others_in_turn, rounds=rounds)
         if not self._benchmark.enabled:
             return
-        median = self._benchmark.stats.stats.median
-        speedup = {name: statistics.median(values) / median for name, values in times.items()}
+        median = self._benchmark.stats.stats.median / calls
+        others_medians = {n: statistics.median(values) / calls for n, values in times.items()}
+        if memory_bars is not None:
+            info["extra_bytes"] = {
+                name: peak_extra_bytes(entry) for name, entry in {"ours": ours, **others}.items()
+            }
+            info["memory_bars"] = dict(memory_bars)
         self._benchmark.extra_info.update(
             info,
             bytes=bytes_moved,
             flops=flops,
             gigabytes_per_second=bytes_moved / median / 1e9,
             gigaflops_per_second=flops / median / 1e9,
-            milliseconds={name: 1e3 * statistics.median(values) for name, values in times.items()},
-            speedup=speedup,
+            milliseconds={name: 1e3 * seconds for name, seconds in others_medians.items()},
+            speedup={name: seconds / median for name, seconds in others_medians.items()},
+            calls=calls,
             bars=dict(bars or {}),
         )
 
@@ -176,18 +204,29 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     terminalreporter.section("ours against others, medians of interleaved rounds")
     for b in contests:
         info = b.extra_info
-        rates = [
+        extra = info.get("extra_bytes", {})
+        milliseconds = 1e3 * b.stats.median / info["calls"]
+        ours = [f"{b.name}: {milliseconds:.3f} ms"] + [
             f"{info[f'giga{what}_per_second']:.1f} {unit}"
             for what, unit in (("bytes", "GB/s"), ("flops", "GFLOP/s"))
             if info[what]
         ]
-        terminalreporter.write_line(", ".join([f"{b.name}: {1e3 * b.stats.median:.3f} ms", *rates]))
+        if extra:
+            ours.append(f"{extra['ours'] / 1e6:.1f} MB extra")
+        terminalreporter.write_line(", ".join(ours))
         for name, ratio in info["speedup"].items():
+            line = f"    {ratio:8.2f} x  {name} ({info['milliseconds'][name]:.3f} ms"
+            line += f", {extra[name] / 1e6:.1f} MB extra)" if extra else ")"
             bar = info["bars"].get(name)
-            verdict = "" if bar is None else f"  bar {bar:g}: {'ok' if ratio >= bar else 'BELOW'}"
-            terminalreporter.write_line(
-                f"    {ratio:8.2f} x  {name} ({info['milliseconds'][name]:.3f} ms){verdict}"
-            )
+            if bar is not None:
+                line += f"  bar {bar:.3g}: {'ok' if ratio >= bar else 'BELOW'}"
+            bar = info.get("memory_bars", {}).get(name)
+            if bar is not None:
+                share = extra["ours"] / extra[name]
+                line += f"  memory {share:.3f}, bar {bar:g}: {'ok' if share <= bar else 'ABOVE'}"
+            terminalreporter.write_line(line)
+        for name, why in info.get("took_no_part", {}).items():
+            terminalreporter.write_line(f"           -    {name}: {why}")
     for name, why in peers.report().items():
         if why != "available":
             terminalreporter.write_line(f"not measured: {name}, {why}")

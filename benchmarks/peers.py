@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
-__all__ = ["PEERS", "TOKEN_LOGPROB", "compiled", "report"]
+__all__ = ["LINEAR_LOGPROB", "PEERS", "TOKEN_LOGPROB", "compiled", "linear_peers", "report"]
+
+T = TypeVar("T")
 
 # Distribution -> (module to import, the part of it that competes with us). All need CUDA.
 PEERS = {
@@ -50,7 +54,7 @@ def cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return -functional.cross_entropy(logits, target, reduction="none")
 
 
-def compiled(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+def compiled(function: Callable[..., T]) -> Callable[..., T]:
     """``torch.compile`` of one static shape."""
     torch._dynamo.reset()
     return torch.compile(function, dynamic=False)
@@ -61,3 +65,92 @@ TOKEN_LOGPROB = {
     "gather - logsumexp": gather_minus_logsumexp,
     "cross_entropy": cross_entropy,
 }
+
+
+# --------------------------------------------------------------------------------------------------
+# The head: (hidden [N, D], weight [V, D], target [N]) -> logp [N], or its sum
+
+
+def logits_and_log_softmax(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return log_softmax_and_gather(functional.linear(hidden, weight), target)
+
+
+def logits_and_logsumexp(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return gather_minus_logsumexp(functional.linear(hidden, weight), target)
+
+
+def checkpointed_chunks(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """What one writes to save memory: 128 rows at a time, computed again for the gradient."""
+    parts = []
+    for h, y in zip(hidden.split(128), target.split(128), strict=True):
+        if torch.is_grad_enabled():
+            parts.append(checkpoint(logits_and_log_softmax, h, weight, y, use_reentrant=False))
+        else:
+            parts.append(logits_and_log_softmax(h, weight, y))
+    return torch.cat(parts)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    return -functional.linear_cross_entropy(hidden, weight, target, reduction="none")
+
+
+def chunked_linear_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    options = torch.nn.LinearCrossEntropyOptions()
+    return -functional.linear_cross_entropy(
+        hidden, weight, target, reduction="none", options=options
+    )
+
+
+def liger(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """The sum: not every version weights the gradient of single rows."""
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return -liger_fused_linear_cross_entropy(hidden, weight, target, reduction="sum")
+
+
+def cut_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from cut_cross_entropy import linear_cross_entropy
+
+    return -linear_cross_entropy(hidden, weight, target, reduction="none")
+
+
+def quack(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from quack.linear_cross_entropy import linear_cross_entropy_func
+
+    return -linear_cross_entropy_func(
+        hidden, weight, None, target, reduction="none", inplace_backward=True
+    )
+
+
+def flash_attn(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    logits = functional.linear(hidden, weight)
+    return -cross_entropy_loss(logits, target, inplace_backward=True)[0]
+
+
+LinearLogprob = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+LINEAR_LOGPROB: dict[str, LinearLogprob] = {
+    "log_softmax + gather": logits_and_log_softmax,  # what everybody writes
+    "gather - logsumexp": logits_and_logsumexp,
+    "log_softmax + gather, checkpointed chunks": checkpointed_chunks,
+}
+if hasattr(functional, "linear_cross_entropy"):  # torch 2.13
+    LINEAR_LOGPROB["F.linear_cross_entropy"] = linear_cross_entropy
+    LINEAR_LOGPROB["F.linear_cross_entropy, chunked"] = chunked_linear_cross_entropy
+
+# Distribution -> its head.
+LINEAR_KERNELS: dict[str, LinearLogprob] = {
+    "liger-kernel": liger,
+    "cut-cross-entropy": cut_cross_entropy,
+    "quack-kernels": quack,
+    "flash-attn": flash_attn,
+}
+
+
+def linear_peers(device: str) -> dict[str, LinearLogprob]:
+    """All ways to the log-probs of a head that can be tried on the device."""
+    found = report() if device == "cuda" else {}
+    kernels = {n: f for n, f in LINEAR_KERNELS.items() if found.get(n) == "available"}
+    return {**LINEAR_LOGPROB, **kernels}
