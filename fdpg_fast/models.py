@@ -101,7 +101,8 @@ class LanguageModel:
         model: the transformers model, fp32, in eval mode.
         tokenizer: its tokenizer, or None for a model that only ever sees token ids.
         device: where it computes.
-        compute: ``"fp32"`` or ``"bf16"`` (autocast; weights, head and log-probs stay fp32).
+        compute: ``"fp32"`` or ``"bf16"`` (autocast; weights, logits and log-probs stay fp32, and
+            products of the head take what :func:`_rounded_products` says).
         attention: the attention function in use.
         name: what it was loaded from.
         eos_ids: the ids that end a sample (may be set; empty: only the length ends it).
@@ -326,7 +327,13 @@ class LanguageModel:
         shape = (hidden.shape[0], self.vocab_size)
         if self._logits is None or self._logits.shape != shape:
             self._logits = hidden.new_empty(shape)
-        return head.logits(hidden, out=self._logits)
+        with self._head_products():
+            return head.logits(hidden, out=self._logits)
+
+    def _head_products(self) -> contextlib.AbstractContextManager[None]:
+        if self.compute == "bf16":
+            return _rounded_products(self.device)
+        return contextlib.nullcontext()
 
     def decoder(self, slots: int, length: int, reuse: Decoder | None = None) -> Decoder:
         """A decoder for ``slots`` texts of up to ``length`` tokens; ``reuse`` lends its memory."""
@@ -442,15 +449,16 @@ class LanguageModel:
         head = self.head
         if head is None:
             return ops.token_logprob(states, batch.target, entropy=entropy)
-        return ops.linear_logprob(
-            states,
-            head.weight,
-            batch.target,
-            bias=head.bias,
-            scale=head.scale,
-            softcap=head.softcap,
-            entropy=entropy,
-        )
+        with self._head_products():
+            return ops.linear_logprob(
+                states,
+                head.weight,
+                batch.target,
+                bias=head.bias,
+                scale=head.scale,
+                softcap=head.softcap,
+                entropy=entropy,
+            )
 
     def _backward(self, batch: _MicroBatch, coefficient: Tensor, lse_hint: Tensor) -> Tensor:
         """Add the gradient of sum_n coefficient[n] logp[n]; return logp ``(n,)``, detached."""
@@ -462,19 +470,20 @@ class LanguageModel:
             return logp.detach()
         # The coefficients are known, so the head's gradient is ready when its logits are.
         weight, bias = head.weight, head.bias
-        result = ops.policy_gradient(
-            states,
-            weight,
-            batch.target,
-            coefficient,
-            bias=bias,
-            scale=head.scale,
-            softcap=head.softcap,
-            lse_hint=lse_hint,
-            need_weight=weight.requires_grad,
-            add_to_weight=weight.grad,
-            add_to_bias=None if bias is None else bias.grad,
-        )
+        with self._head_products():
+            result = ops.policy_gradient(
+                states,
+                weight,
+                batch.target,
+                coefficient,
+                bias=bias,
+                scale=head.scale,
+                softcap=head.softcap,
+                lse_hint=lse_hint,
+                need_weight=weight.requires_grad,
+                add_to_weight=weight.grad,
+                add_to_bias=None if bias is None else bias.grad,
+            )
         if weight.requires_grad:
             weight.grad = result.weight
         if bias is not None and bias.requires_grad:
@@ -767,6 +776,23 @@ def _device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {name!r}: this torch sees no GPU. Use 'auto' or 'cpu'.")
     return device
+
+
+@contextlib.contextmanager
+def _rounded_products(device: torch.device) -> Iterator[None]:
+    """Matrix products of fp32 numbers that the hardware may round on the way in, to bf16 on a CPU
+    and to TF32 on a GPU; sums and results are fp32, so logits keep their last bits.
+
+    No 16-bit copies of the weight are made, which would have to be renewed at every step.
+    """
+    on_gpu = device.type == "cuda"
+    backends: Any = torch.backends
+    backend = backends.cuda.matmul if on_gpu else backends.mkldnn.matmul
+    before, backend.fp32_precision = backend.fp32_precision, "tf32" if on_gpu else "bf16"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
 
 
 def _compute(wanted: str, device: torch.device) -> str:

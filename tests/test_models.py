@@ -14,7 +14,7 @@ from tiny import write_tiny_model
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
 from fdpg_fast.attention import SLOT, attention_report
-from fdpg_fast.models import LanguageModel, ModelError
+from fdpg_fast.models import Head, LanguageModel, ModelError
 from fdpg_fast.rollout import Rollout
 from fdpg_fast.sampler import Sampler
 
@@ -79,6 +79,19 @@ def test_bf16_compute_keeps_log_probs_in_fp32() -> None:
     weights = torch.ones(len(rollout), dtype=torch.float64)
     model.accumulate_gradient(rollout, weights, denominator=1)
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_only_the_head_of_bf16_compute_rounds_its_products(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    setting = torch.backends.mkldnn.matmul
+    before, seen = setting.fp32_precision, []
+    models = [language_model("llama", eos_ids=EOS, compute=name) for name in ("fp32", "bf16")]
+    monkeypatch.setattr(Head, "logits", lambda *_, **__: seen.append(setting.fp32_precision))
+    for model in models:
+        model.logits(torch.zeros(3, model.head.weight.shape[1]))
+    assert seen == [before, "bf16"]
+    assert setting.fp32_precision == before
 
 
 def test_auto_compute_is_fp32_on_the_cpu() -> None:
