@@ -1,19 +1,21 @@
 """One whole training step against the ways others take it, on a real 3.4 M-parameter model.
 
-256 samples of 40 tokens, prompt "Once upon a time", target a(x) [x contains "dog"], fp32. All
-contenders train the same checkpoint with the same batch and learning rate, and take their steps in
-turn. Ours records everything a run logs; the others compute what they need.
+256 samples of 40 tokens, prompt "Once upon a time", target a(x) [x contains "dog"], fp32; ours in
+bf16 compute as well, against TRL in fp32. All contenders train the same checkpoint with the same
+batch and learning rate, and take their steps in turn. Ours records everything a run logs; the
+others compute what they need.
 
 FLOPs of ours, by hand, per token: 12 D^2 multiply-adds in each of 8 layers, 1.57 M, and V D in the
 head, 1.79 M. Sampling and the base's scoring are a forward pass each, 13.4 MFLOP together; training
-is a forward pass, two backward, and the head's logits once more, 23.8 MFLOP. Times 10,240 tokens:
-381 GFLOP. These matrix products alone, in their shapes here, are timed as `matrix products`.
+is a forward pass and two backward, 20.2 MFLOP. Times 10,240 tokens: 344 GFLOP. These products alone,
+in their shapes here, are timed as `matrix products`.
 """
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -44,13 +46,21 @@ def matrix_products(shape: StepShape) -> None:
     rows, chunk = shape.samples * (shape.tokens + prompt), 256
     forward(rows, layer, 4 * layers)  # base; training forward; two products backward
     for _ in range(shape.samples * shape.tokens // chunk):
-        forward(chunk, head, 5)  # base; training forward; recomputed; two products backward
+        forward(chunk, head, 4)  # base; training forward; two products backward
+
+
+# What is asked for, as ratios; bf16 is ours alone, so it meets the slowest only.
+BARS = {
+    "fp32": {"plain PyTorch loop": 2.2, "TRL RLOO": 4.0, "disco": 3.0},
+    "bf16": {"TRL RLOO": 6.0},
+}
 
 
 @pytest.mark.skipif(not MODEL.is_dir(), reason="needs the 3M story model beside the checkout")
-def test_step(contest: Contest) -> None:
+@pytest.mark.parametrize("compute", BARS)
+def test_step(contest: Contest, compute: Literal["fp32", "bf16"]) -> None:
     shape = StepShape()
-    base = fdpg.load(MODEL)
+    base = fdpg.load(MODEL, compute=compute)
     trainer = fdpg.Trainer(
         base.constrain({fdpg.regex(WORD.pattern, case=False): 1.0}),
         divergence="js",
@@ -60,13 +70,15 @@ def test_step(contest: Contest) -> None:
         learning_rate=shape.learning_rate,
     )
     others, missing = contenders(str(MODEL), shape)
+    if compute == "bf16":
+        others = {name: other for name, other in others.items() if name in BARS["bf16"]}
     contest.run(
         trainer.step,
         {"matrix products": lambda: matrix_products(shape), **others},
-        bars={"plain PyTorch loop": 1.7, "TRL RLOO": 1.0, "disco": 1.0},
+        bars=BARS[compute],
         shape=f"{shape.samples} samples x {shape.tokens} tokens",
-        dtype="fp32",
-        flops=381e9,
+        dtype=compute,
+        flops=344e9,
         least_rounds=5,
         not_installed=missing,
     )
