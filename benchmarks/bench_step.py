@@ -7,8 +7,8 @@ others compute what they need.
 
 FLOPs of ours, by hand, per token: 12 D^2 multiply-adds in each of 8 layers, 1.57 M, and V D in the
 head, 1.79 M. Sampling and the base's scoring are a forward pass each, 13.4 MFLOP together; training
-is a forward pass and two backward, 20.2 MFLOP. Times 10,240 tokens: 344 GFLOP. These products alone,
-in their shapes here, are timed as `matrix products`.
+is a forward pass and two backward, 20.2 MFLOP. Times 10,240 tokens: 344 GFLOP. These products
+alone, in their shapes here, are timed as `matrix products`.
 """
 
 from __future__ import annotations
