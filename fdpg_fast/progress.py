@@ -225,7 +225,7 @@ def speed_of(timing: Record) -> str:
 def plus_minus(record: Record, value: str, error: str) -> str:
     """``0.312±0.021``, or what can be said of it."""
     centre, spread = record.get(value), record.get(error)
-    if not _finite(centre):
+    if centre is None or not _finite(centre):
         return "n/a" if centre is None else str(centre)
     centre = round(centre, 3) + 0.0  # no minus before a zero
     return f"{centre:.3f}±{spread:.3f}" if _finite(spread) else f"{centre:.3f}"
