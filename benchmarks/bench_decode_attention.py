@@ -1,0 +1,74 @@
+"""One token of each sequence attends to its cache: ours against torch's attention over the room.
+
+Lengths are uniform over the room, as they are when slots take new samples while others go on. torch
+is told what is live by a mask, as in every static cache of transformers.
+
+Bytes of ours: (D + E) numbers of every live key. FLOPs: 2 (D + E) per live key and query head.
+`read`: the sum of all keys and values of the cache as integers, live or not.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import Contest
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from fdpg_fast import ops, reference
+
+# sequences, query heads, key heads, room, head size
+SHAPES = {
+    "stories": (256, 16, 16, 44, 8),
+    "gpt2": (64, 12, 12, 256, 64),
+    "llama3_1b": (16, 32, 8, 1024, 64),
+}
+
+
+def products(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention as two batched matrix products, keys not repeated for grouped queries."""
+    b, h, d = query.shape
+    grouped = query.reshape(b, keys.shape[1], h // keys.shape[1], d) * d**-0.5
+    scores = torch.matmul(grouped, keys.transpose(2, 3)) + mask
+    return torch.matmul(torch.softmax(scores, -1), values).reshape(b, h, -1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", SHAPES)
+def test_decode_attention(contest: Contest, name: str, dtype: torch.dtype) -> None:
+    b, h, hk, t, d = SHAPES[name]
+    torch.manual_seed(0)
+    query = torch.randn(b, h, d).to(dtype)
+    keys, values = (torch.randn(b, hk, t, d).to(dtype) for _ in range(2))
+    end = torch.randint(1, t + 1, (b,))
+    live = torch.arange(t) < end[:, None]
+    mask = torch.zeros(b, 1, 1, t, dtype=dtype).masked_fill(~live[:, None, None], -torch.inf)
+
+    def sdpa() -> Tensor:
+        out = scaled_dot_product_attention(
+            query[:, :, None], keys, values, attn_mask=mask, enable_gqa=h != hk
+        )
+        return out[:, :, 0]
+
+    wide = (x.double() for x in (query, keys, values))
+    truth = reference.decode_attention(*wide, end)
+    for out in (ops.decode_attention(query, keys, values, end), sdpa()):
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(out.double(), truth, rtol=tolerance, atol=tolerance)
+
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    whole = [x.view(integer) for x in (keys, values)]
+    keys_read = int(end.sum()) * hk
+    contest.run(
+        lambda: ops.decode_attention(query, keys, values, end),
+        {
+            "sdpa with a mask": sdpa,
+            "matrix products": lambda: products(query, keys, values, mask),
+            "read": lambda: [x.sum() for x in whole],
+        },
+        bytes_moved=keys_read * 2 * d * dtype.itemsize,
+        flops=keys_read * (h // hk) * 4 * d,
+        bars={"sdpa with a mask": 1.0},
+        shape=f"B={b} H={h} Hk={hk} T={t} D={d}",
+        dtype=str(dtype).removeprefix("torch."),
+    )
