@@ -1,6 +1,6 @@
-// row_parts.cuh: the walk that token_logprob and sample_logprob share: a row of logits is cut into
-// parts of at most 32 KiB, a block stages one part in shared memory and folds it into (max, sum) or
-// (max, sum, weighted sum).
+// row_parts.cuh: the walk that the ops on rows of logits share: a row is cut into parts of at most
+// 32 KiB, a block stages one part in shared memory and folds it into (max, sum) or (max, sum,
+// weighted sum).
 //
 // How a row is cut and which thread adds which elements is a function of V alone: not of N, nor of
 // the row's address. So a row gives the same bits in any batch, and few rows still fill the
@@ -53,6 +53,12 @@ cudaError_t with_cut(Dtype dtype, int64_t vocab, Fn&& fn) {
 }
 
 namespace {
+
+// Whether the mask leaves a row out.
+template <class Params>
+__device__ __forceinline__ bool masked(const Params& p, int64_t row) {
+  return p.mask != nullptr && !p.mask[row];
+}
 
 template <class A, bool kEntropy>
 struct StateOf {

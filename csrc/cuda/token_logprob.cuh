@@ -25,11 +25,6 @@
 namespace fdpg::cuda {
 namespace {
 
-template <class T>
-__device__ __forceinline__ bool masked(const T& p, int64_t row) {
-  return p.mask != nullptr && !p.mask[row];
-}
-
 // Row results from the state of the whole row.
 template <class T, class State, class A = accumulate_t<T>>
 __device__ void finish_row(const TokenLogprobParams& p, int64_t row, const State& state) {

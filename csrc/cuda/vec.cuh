@@ -68,5 +68,19 @@ __device__ __forceinline__ const T* stage_in_shared(T* stage, const T* from, int
   return to;
 }
 
+// Copies n elements from shared memory, where they are as misaligned as `to`.
+template <class T>
+__device__ __forceinline__ void write_from_shared(T* to, const T* from, int n) {
+  const Stretch s(to, n);
+  const int t = threadIdx.x, threads = blockDim.x;
+  for (int v = t; v < s.vectors; v += threads) {
+    const int i = s.head + v * kPerVector<T>;
+    Vector<T>::read(from + i).write(to + i);
+  }
+  if (t < s.head) to[t] = from[t];
+  const int tail = s.head + s.vectors * kPerVector<T>;
+  if (t < s.tail) to[tail + t] = from[tail + t];
+}
+
 }  // namespace
 }  // namespace fdpg::cuda

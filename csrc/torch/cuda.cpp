@@ -84,6 +84,19 @@ void token_logprob_backward_(const Tensor& logits, const Tensor& target, const T
   check("token_logprob_backward_", cuda::token_logprob_backward(call.params, place.stream()));
 }
 
+std::tuple<Tensor, Tensor, Tensor> token_logprob_numerators_(
+    const Tensor& logits, const OptionalTensor& numerators, const Tensor& target,
+    const Tensor& coefficient, const OptionalTensor& lse_hint, double inv_temperature,
+    const OptionalTensor& mask) {
+  const TokenLogprobNumerators call(logits, numerators, target, coefficient, lse_hint,
+                                    inv_temperature, mask);
+  const Place place(logits);
+  const Workspace workspace(logits, cuda::token_logprob_numerators_workspace(call.params));
+  check("token_logprob_numerators_",
+        cuda::token_logprob_numerators(call.params, workspace.data(), place.stream()));
+  return {call.logp, call.lse, call.row_scale};
+}
+
 std::tuple<Tensor, Tensor, Tensor> sample_logprob(const Tensor& logits, const Tensor& seed,
                                                   const Tensor& sample_id, const Tensor& position,
                                                   double inv_temperature) {
@@ -136,6 +149,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdpg, CUDA, m) {
   m.impl("token_logprob", TORCH_BOX(&token_logprob));
   m.impl("token_logprob_backward", TORCH_BOX(&token_logprob_backward));
   m.impl("token_logprob_backward_", TORCH_BOX(&token_logprob_backward_));
+  m.impl("token_logprob_numerators_", TORCH_BOX(&token_logprob_numerators_));
   m.impl("sample_logprob", TORCH_BOX(&sample_logprob));
   m.impl("sequence_logprob", TORCH_BOX(&sequence_logprob));
   m.impl("log_partition_", TORCH_BOX(&log_partition_));

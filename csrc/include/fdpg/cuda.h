@@ -26,6 +26,10 @@ Status token_logprob(const TokenLogprobParams& p, void* workspace, Stream stream
 
 Status token_logprob_backward(const TokenLogprobBackwardParams& p, Stream stream);
 
+std::size_t token_logprob_numerators_workspace(const TokenLogprobNumeratorsParams& p);
+Status token_logprob_numerators(const TokenLogprobNumeratorsParams& p, void* workspace,
+                                Stream stream);
+
 std::size_t sample_logprob_workspace(const SampleLogprobParams& p);
 Status sample_logprob(const SampleLogprobParams& p, void* workspace, Stream stream);
 
