@@ -88,6 +88,13 @@ typename S::Real largest(const T* x, int64_t n) {
   return S::largest(S::max(S::max(most[0], most[1]), S::max(most[2], most[3])));
 }
 
+template <class T>
+bool any_nan(const T* x, int64_t n) {
+  bool found = false;
+  for (int64_t i = 0; i < n; ++i) found |= load(x[i]) != load(x[i]);
+  return found;
+}
+
 template <class S, bool kEntropy>
 struct BlockAccumulator {
   using Vec = typename S::Vec;
@@ -150,7 +157,9 @@ SoftmaxRow<typename S::Real> softmax_row(const T* x, int64_t vocab, typename S::
       anchor = largest<S>(x + begin, n);
       row.offset = anchor * scale;
     }
-    if (anchor != kMinusInf) {  // else nothing but -inf so far
+    if (anchor == kMinusInf) {  // nothing but -inf so far, or NaN, which is nobody's largest
+      if (any_nan(x + begin, n)) sums.sum = __builtin_nan("");
+    } else {
       sums = sum_block<S, kEntropy>(x + begin, n, scale, row.offset);
       if (!(sums.sum <= kExpHeadroom)) {  // NaN is suspicious too, and stays
         const Real most = largest<S>(x + begin, n);

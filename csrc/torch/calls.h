@@ -106,7 +106,14 @@ struct TokenLogprobNumerators {
       args.one_of("numerators", e.type,
                   {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half});
     }
-    if (numerators) args.shape("numerators", *numerators, {z.rows, z.columns});
+    if (numerators) {
+      args.shape("numerators", *numerators, {z.rows, z.columns});
+      if (e.data == z.data && z.rows > 0) {
+        fail(
+            "token_logprob_numerators_: `numerators` must not begin where `logits` do, got the "
+            "same memory. Leave them out to overwrite the logits");
+      }
+    }
     logp = torch::stable::new_empty(logits, {z.rows}, z.type);
     lse = torch::stable::new_empty(logits, {z.rows}, z.type);
     row_scale = torch::stable::new_empty(logits, {z.rows}, z.type);

@@ -159,12 +159,15 @@ void never_a_masked_token(Dtype dtype) {
 
 template <class T>
 void rows_that_cannot_be_sampled(Dtype dtype) {
-  Rows<T> x(5, 2500, 1);
-  for (int64_t j = 0; j < x.vocab; ++j) x.set(1, j, -kInf);
+  Rows<T> x(6, 2500, 1);
+  for (int64_t j = 0; j < x.vocab; ++j) {
+    x.set(1, j, -kInf);
+    if (j < 1024) x.set(5, j, kNan);
+  }
   x.set(2, 2400, kNan);
   x.set(3, 1, kInf);
   const Draws<T> got(x, dtype, 1, x.rows);
-  for (int i : {1, 2, 3}) {
+  for (int i : {1, 2, 3, 5}) {
     CHECK(got.token[i] == 0 && std::isnan(got.logp[i]) && std::isnan(got.lse[i]));
   }
   for (int i : {0, 4}) CHECK(std::isfinite(got.logp[i]) && std::isfinite(got.lse[i]));

@@ -136,6 +136,22 @@ void unusual_values(Dtype dtype) {
   CHECK(std::isfinite(got.logp[7]) && std::isfinite(got.lse[7]));  // neighbours do not spoil it
 }
 
+// A NaN is the largest of nothing: rows whose first blocks hold NaN alone, or NaN and -inf.
+template <class T>
+void nothing_but_nan(Dtype dtype) {
+  Rows<T> x(4, 2500, 1);
+  for (int64_t j = 0; j < x.vocab; ++j) {
+    x.set(0, j, kNan);
+    if (j < 1024) x.set(1, j, kNan);
+    if (j < 2048) x.set(2, j, j == 1030 ? kNan : -kInf);
+  }
+  const Forward<T> got(x, dtype, {0, 2000, 2100, 0});
+  for (int i : {0, 1, 2}) {
+    CHECK(std::isnan(got.logp[i]) && std::isnan(got.lse[i]) && std::isnan(got.entropy[i]));
+  }
+  CHECK(std::isfinite(got.lse[3]));
+}
+
 // A logit so large that a temperature rounds it by more than an exponential can hold is told by
 // NaN; without a temperature it is exact, and the token certain.
 void enormous_logits() {
@@ -296,6 +312,7 @@ int main() {
       using T = decltype(tag);
       values<T>(dtype);
       rising_rows<T>(dtype);
+      nothing_but_nan<T>(dtype);
       if (dtype != Dtype::kFloat16) unusual_values<T>(dtype);
       masks_and_bad_targets<T>(dtype);
       any_split_gives_the_same<T>(dtype);

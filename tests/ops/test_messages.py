@@ -305,6 +305,10 @@ MESSAGES: list[tuple[Call, str]] = [
         "token_logprob_numerators_: `numerators` must have shape [3, 5], got [3, 6]",
     ),
     (
+        lambda: numerators(logits=(z := torch.zeros(N, V)), numerators=z),
+        "token_logprob_numerators_: `numerators` must not begin where `logits` do",
+    ),
+    (
         lambda: numerators(target=ids(0, 1, 5)),
         "token_logprob_numerators_: `target` must be in [0, 5), got 5 at row 2",
     ),
