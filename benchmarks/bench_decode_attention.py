@@ -4,7 +4,6 @@ Lengths are uniform over the room, as they are when slots take new samples while
 is told what is live by a mask, as in every static cache of transformers.
 
 Bytes of ours: (D + E) numbers of every live key. FLOPs: 2 (D + E) per live key and query head.
-`read`: the sum of all keys and values of the cache as integers, live or not.
 """
 
 from __future__ import annotations
@@ -56,15 +55,12 @@ def test_decode_attention(contest: Contest, name: str, dtype: torch.dtype) -> No
         tolerance = 1e-5 if dtype == torch.float32 else 2e-2
         torch.testing.assert_close(out.double(), truth, rtol=tolerance, atol=tolerance)
 
-    integer = torch.int32 if dtype == torch.float32 else torch.int16
-    whole = [x.view(integer) for x in (keys, values)]
     keys_read = int(end.sum()) * hk
     contest.run(
         lambda: ops.decode_attention(query, keys, values, end),
         {
             "sdpa with a mask": sdpa,
             "matrix products": lambda: products(query, keys, values, mask),
-            "read": lambda: [x.sum() for x in whole],
         },
         bytes_moved=keys_read * 2 * d * dtype.itemsize,
         flops=keys_read * (h // hk) * 4 * d,
