@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import torch
 from families import VOCAB, batch, double, language_model, reference_logprob, tiny
 from tiny import write_tiny_model
+from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-from fdpg_fast.attention import SLOT, attention_report
+from fdpg_fast import ops
+from fdpg_fast.attention import SLOT, SLOT_MASKED, attention_report
 from fdpg_fast.models import Head, LanguageModel, ModelError
 from fdpg_fast.rollout import Rollout
 from fdpg_fast.sampler import Sampler
@@ -294,6 +297,24 @@ def test_a_family_without_slots_is_right_and_loud(family: str) -> None:
         truth = reference_logprob(double(model), rollout)
     for found in (rollout.token_logprob, model.token_logprob(rollout)):
         torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-4)
+
+
+def test_a_family_that_needs_numbers_in_its_mask_decodes_with_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As one does that adds to its masks: spans of live keys fail or mislead it."""
+
+    def wrong(query: Tensor, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> Tensor:
+        return query.new_zeros(*query.shape[:2], values.shape[3])
+
+    monkeypatch.setattr(ops, "decode_attention", wrong)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # it is not slow, so nothing is said
+        model = language_model("llama", eos_ids=EOS)
+    assert model.attention == SLOT_MASKED
+    rollout = draw(model, each=3)
+    truth = reference_logprob(double(model), rollout)
+    torch.testing.assert_close(rollout.token_logprob.double(), truth, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
