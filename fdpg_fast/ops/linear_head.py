@@ -29,14 +29,14 @@ __all__ = [
     "spread",
 ]
 
-# How many bytes of logits a chunk may hold, and how few rows it must not have. CPU: a chunk that
-# stays in the second-level cache; but the weight is read once per chunk and product. Forward and
-# backward on one AVX-512 core (Xeon, 2 MB L2), ms by rows of a chunk:
-#   V 14019, D 128, N 1024:   32: 152   64: 130   128: 124   256: 148   1024: 196
-#   V 50257, D 768, N 256:    16: 1916  64: 881   128: 691   256: 685
+# How many bytes of logits a chunk may hold, and how few rows it must not have: the weight is read,
+# and packed by the BLAS, once per chunk and product. policy_gradient on two AVX-512 cores (Xeon, 2 MB
+# L2), ms by rows of a chunk; its three products alone take 154 and 682:
+#   V 14019, D 128, N 4096:   64: 184   128: 171   256: 158   512: 147
+#   V 50257, D 768, N 1024:   128: 921   256: 858   341: 820   512: 825   1024: 797
 # A GPU wants products large enough to fill it.
-_CHUNK_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-_LEAST_ROWS = 128
+_CHUNK_BYTES = {"cpu": 28 << 20, "cuda": 256 << 20}
+_LEAST_ROWS = 320
 # Rows of the logits buffer start at multiples of this many bytes: one cache line, one AVX-512 load.
 _ALIGNMENT = 64
 
