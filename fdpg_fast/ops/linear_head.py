@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 # How many bytes of logits a chunk may hold, and how few rows it must not have: the weight is read,
-# and packed by the BLAS, once per chunk and product. policy_gradient on two AVX-512 cores (Xeon, 2 MB
-# L2), ms by rows of a chunk; its three products alone take 154 and 682:
+# and packed by the BLAS, once per chunk and product. policy_gradient on two AVX-512 cores (Xeon),
+# ms by rows of a chunk; its three products alone take 154 and 682:
 #   V 14019, D 128, N 4096:   64: 184   128: 171   256: 158   512: 147
 #   V 50257, D 768, N 1024:   128: 921   256: 858   341: 820   512: 825   1024: 797
 # A GPU wants products large enough to fill it.
