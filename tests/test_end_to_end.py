@@ -56,13 +56,14 @@ def test_every_story_gets_a_dog(
     _assert_loads_in_transformers(trainer)
 
 
-@MODELS
+@pytest.mark.parametrize(("model", "learning_rate"), [("stories_3m", 5e-6), ("stories_260k", 1e-4)])
 def test_half_of_the_stories_get_a_female_word(
     model: str, learning_rate: float, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
+    """In steps a tenth of the others': this target is near, and large steps wander about it."""
     path = request.getfixturevalue(model)
-    trainer, _ = run_recipe("half_female", path, tmp_path, steps=20, learning_rate=learning_rate)
-    share, error = trainer.evaluate(2048)["tuned"]["moment: a female word"]
+    trainer, _ = run_recipe("half_female", path, tmp_path, steps=40, learning_rate=learning_rate)
+    share, error = trainer.evaluate(4096)["tuned"]["moment: a female word"]
     assert error < 0.012
     assert share == pytest.approx(0.5, abs=0.03)
 
