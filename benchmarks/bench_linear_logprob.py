@@ -14,6 +14,8 @@ import torch
 from conftest import Contest
 from heads import (
     DTYPES,
+    GRADIENT_BARS,
+    MEMORY_BAR,
     PLACES,
     assert_close,
     bars,
@@ -28,11 +30,7 @@ from torch import Tensor
 
 from fdpg_fast import ops
 
-PLAIN = "log_softmax + gather"
-# How much of the time of the products ours may take; a fraction of the product as a speed-up.
-FORWARD_BAR = 1 / 1.10
-BACKWARD_BARS = {"fp32": 1 / 1.12, "bf16": 1 / 1.25}
-MEMORY_BAR = {PLAIN: 0.15}
+FORWARD_BAR = 1 / 1.10  # as heads.GRADIENT_BARS, of one product
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,7 +75,7 @@ def test_forward_and_backward(
 
     assert_close(with_gradients(logprob, x), x, truth)
     others, out = contenders(x, truth, lambda way: with_gradients(way, x))
-    own = {"the three matrix products": BACKWARD_BARS[dtype]} if keep == "kept" else {}
+    own = {"the three matrix products": GRADIENT_BARS[dtype]} if keep == "kept" else {}
     own_memory = MEMORY_BAR if keep == "recomputed" and dtype == "fp32" else {}
     contest.run(
         lambda: with_gradients(logprob, x),

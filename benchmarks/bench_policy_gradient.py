@@ -11,6 +11,8 @@ import pytest
 from conftest import Contest
 from heads import (
     DTYPES,
+    GRADIENT_BARS,
+    MEMORY_BAR,
     PLACES,
     assert_close,
     bars,
@@ -23,11 +25,6 @@ from heads import (
 from shapes import SHAPES
 
 from fdpg_fast import ops
-
-PLAIN = "log_softmax + gather"
-# How much of the time of the three products ours may take, as a speed-up; no bar was set for two.
-BARS = {"fp32": 1 / 1.12, "bf16": 1 / 1.25}
-MEMORY_BAR = {PLAIN: 0.15}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -49,7 +46,7 @@ def test_policy_gradient(contest: Contest, name: str, device: str, weight: str, 
         {floor: products(x, of_hidden=True, of_weight=learns), **others},
         bytes_moved=3 * x.hidden.nbytes + (3 if learns else 2) * x.weight.nbytes,
         flops=(6 if learns else 4) * shape.rows * shape.vocab * shape.hidden,
-        bars=bars(name, device, {floor: BARS[dtype]} if learns else {}),
+        bars=bars(name, device, {floor: GRADIENT_BARS[dtype]} if learns else {}),  # none for two
         memory_bars=MEMORY_BAR if name == "gpt2" and dtype == "fp32" else {},
         shape=f"{shape} D {shape.hidden}",
         dtype=dtype,

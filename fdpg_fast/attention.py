@@ -398,6 +398,7 @@ def attention_report() -> list[tuple[str, bool, str]]:
     ]
 
 
-for name, mask in ((SLOT, span_mask), (SLOT_MASKED, slot_mask)):
-    AttentionInterface.register(name, slot_attention)
-    AttentionMaskInterface.register(name, mask)
+AttentionInterface.register(SLOT, slot_attention)
+AttentionMaskInterface.register(SLOT, span_mask)
+AttentionInterface.register(SLOT_MASKED, slot_attention)
+AttentionMaskInterface.register(SLOT_MASKED, slot_mask)

@@ -58,8 +58,8 @@ class DecodeAttention {
 
   void block(const T* keys, const T* values, int64_t n) {
     for (int64_t j = 0; j < n; ++j) {
-      for (int64_t g = 0; g < group_; ++g)
-        weight_[g][j] = dot(query_[g], keys + j * p_.key_stride[2]);
+      const T* const key = keys + j * p_.key_stride[2];
+      for (int64_t g = 0; g < group_; ++g) weight_[g][j] = dot(query_[g], key);
     }
     for (int64_t g = 0; g < group_; ++g) {
       to_weights(g, n);
@@ -84,8 +84,6 @@ class DecodeAttention {
   }
 
  private:
-  static int64_t round_up(int64_t n) { return (n + S::kLanes - 1) / S::kLanes * S::kLanes; }
-
   FDPG_ALWAYS_INLINE Vec load_at(const T* row, int64_t i, int64_t size) const {
     return i + S::kLanes <= size ? S::load(row + i) : S::load_zeros(row + i, size - i);
   }

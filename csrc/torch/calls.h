@@ -226,8 +226,10 @@ struct DecodeAttention {
            " of `query`, got ", key_heads);
     }
     if (size > kMaxHeadSize || value_size > kMaxHeadSize) {
-      fail("decode_attention: heads must be no larger than ", int64_t{kMaxHeadSize}, ", got ",
-           size > value_size ? size : value_size);
+      fail("decode_attention: `", size > value_size ? "keys" : "values",
+           "` must have heads of a size of at most ", int64_t{kMaxHeadSize}, ", got ",
+           size > value_size ? size : value_size,
+           ". Use torch's scaled_dot_product_attention for larger ones");
     }
     check_at_least("decode_attention", "softcap", softcap, 0.0);
     params.query = args.unit_stride("query", query, type);
