@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from fdpg_fast.moment_fit import FitError, FitReport
     from fdpg_fast.partition import Partition, PartitionError
     from fdpg_fast.prompts import PromptError, Prompts
-    from fdpg_fast.rollout import PromptBatch, Rollout
+    from fdpg_fast.rollout import Finish, PromptBatch, Rollout
     from fdpg_fast.run_directory import RunDirectoryError
     from fdpg_fast.sampler import Sampler, SamplingError
     from fdpg_fast.scorers import (
@@ -49,6 +49,7 @@ __all__ = [
     "Config",
     "ConfigError",
     "Divergence",
+    "Finish",
     "FitError",
     "FitReport",
     "LanguageModel",
@@ -92,7 +93,7 @@ _MODULES = {
     "ops": ["ops"],
     "partition": ["Partition", "PartitionError"],
     "prompts": ["PromptError", "Prompts"],
-    "rollout": ["PromptBatch", "Rollout"],
+    "rollout": ["Finish", "PromptBatch", "Rollout"],
     "run_directory": ["RunDirectoryError"],
     "sampler": ["Sampler", "SamplingError"],
     "scorers": [

@@ -172,7 +172,8 @@ def measure(
         ``kl_target_base`` = KL(p || a), where the target itself is (exactly -log Z for conditions);
         ``log_z`` (with ``_se``); ``moment: NAME`` and ``moment_se: NAME`` of every feature under
         pi; ``entropy`` per sample (with ``_se``) and ``entropy_per_token``; ``length`` in tokens;
-        the share ``finished`` by an end-of-text token and the share ``cut_off`` by length;
+        the share ``finished`` by itself (end-of-text token or stop function) and the share
+        ``cut_off`` by length;
         ``prompts_skipped``.
     """
     prompt, prompts = rollout.prompt_index, len(rollout.prompts)

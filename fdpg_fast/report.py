@@ -38,7 +38,7 @@ ROWS = {
     "distinct_3": "distinct-3",
     "self_bleu": "self-BLEU",
     "length": "length, tokens",
-    "finished": "ended by end of text",
+    "finished": "ended before the longest",
 }
 
 

@@ -7,12 +7,21 @@ T = P + S.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["PromptBatch", "Rollout"]
+__all__ = ["Finish", "PromptBatch", "Rollout"]
+
+
+class Finish(enum.IntEnum):
+    """Why a sample ended."""
+
+    LENGTH = 0  # cut off
+    EOS = 1  # an end-of-text token, which belongs to it
+    STOP = 2  # the caller's stop function was true of it
 
 
 @dataclass(frozen=True)
@@ -39,8 +48,8 @@ class Rollout:
     """Samples x ~ q, grouped by prompt, with what q said of them.
 
     A row of ``tokens`` is the prompt, then the sample, then padding (on the right). A sample ends
-    at its first end-of-text token, which belongs to it, or is cut off at S tokens. Masks are made
-    from lengths, never by comparing with a padding id.
+    at its first end-of-text token, which belongs to it, or where a stop function says so, or is cut
+    off at S tokens. Masks are made from lengths, never by comparing with a padding id.
 
     Attributes:
         tokens: ``(B, T)`` int64.
@@ -52,7 +61,7 @@ class Rollout:
         token_logprob: ``(B, S)`` fp32, log q of each sampled token as sampled, 0 past the length.
         lse: ``(B, S)`` fp32, the log-sum-exp of the logits it was drawn from, 0 past the length.
         log_q: ``(B,)`` fp64, log q(x | prompt): the sum of ``token_logprob``.
-        finished: ``(B,)`` bool, ended by an end-of-text token (False: cut off by length).
+        finish: ``(B,)`` int8, a :class:`Finish`: why it ended.
         prompts: the G prompts.
         texts: B decoded samples, without the prompt and without special tokens.
     """
@@ -65,12 +74,17 @@ class Rollout:
     token_logprob: Tensor
     lse: Tensor
     log_q: Tensor
-    finished: Tensor
+    finish: Tensor
     prompts: PromptBatch
     texts: tuple[str, ...]
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    @property
+    def finished(self) -> Tensor:
+        """``(B,)`` bool: ended by itself, not cut off by length."""
+        return self.finish != Finish.LENGTH
 
     @property
     def prompt_texts(self) -> tuple[str, ...]:

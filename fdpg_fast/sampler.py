@@ -6,12 +6,16 @@ function of (key, sample id, place in the sample), so samples depend neither on 
 batch size, beyond ties that floating-point rounding decides.
 
 Samples are draws from the model itself: temperature 1, nothing truncated. A sample ends with its
-first end-of-text token, which belongs to it, or at ``max_new_tokens``.
+first end-of-text token, which belongs to it, or at the first prefix that a stop function is true
+of, or at ``max_new_tokens``. Where it ends is a function of its tokens, so its log-prob is still
+the sum over them.
 
 Shape legend: B samples, G prompts, P longest prompt, S ``max_new_tokens``, T = P + S.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -19,7 +23,7 @@ from torch import Tensor
 from fdpg_fast import ops
 from fdpg_fast.attention import Decoder
 from fdpg_fast.models import LanguageModel
-from fdpg_fast.rollout import PromptBatch, Rollout
+from fdpg_fast.rollout import Finish, PromptBatch, Rollout
 
 __all__ = ["Sampler", "SamplingError"]
 
@@ -35,10 +39,24 @@ class Sampler:
         max_new_tokens: S, the longest sample.
         batch_size: most samples in work at a time; speed and memory, not the samples, depend on it.
         check_every: steps between looks at which samples have ended (the only times the device is
-            asked anything).
+            asked anything). An ended sample's slot waits for the next look.
+        stop: ends a sample early: given the ids sampled so far, without the prompt, whether they
+            are a whole sample. Asked of each prefix once, shortest first, when the device is; the
+            answer must depend on the ids alone. So samples are the same whatever the other
+            settings; a slot may write up to ``check_every`` tokens past the end, which are dropped.
+
+            For a text that ends with a line, say::
+
+                stop=lambda ids: "\\n" in model.decode([ids])[0]
     """
 
-    def __init__(self, max_new_tokens: int, batch_size: int = 256, check_every: int = 8) -> None:
+    def __init__(
+        self,
+        max_new_tokens: int,
+        batch_size: int = 256,
+        check_every: int = 8,
+        stop: Callable[[list[int]], bool] | None = None,
+    ) -> None:
         for name, value in (
             ("max_new_tokens", max_new_tokens),
             ("batch_size", batch_size),
@@ -49,6 +67,7 @@ class Sampler:
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
         self.check_every = check_every
+        self.stop = stop
         self._decoder: Decoder | None = None
 
     @torch.no_grad()
@@ -113,6 +132,8 @@ class Sampler:
             )
             for step in range(steps):
                 work.step(decoder, row, min(reach + step, work.width))
+            if self.stop is not None:
+                work.cut(row, [occupant[slot] for slot in live], self.stop)
             occupant, position = torch.stack((row, decoder.positions)).tolist()
 
     def _check(self, model: LanguageModel, prompts: PromptBatch, samples_per_prompt: int) -> None:
@@ -179,7 +200,8 @@ class _Work:
         self.logp = torch.zeros(rows, max_new_tokens, device=device)
         self.lse = torch.zeros(rows, max_new_tokens, device=device)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.finished = torch.zeros(rows, dtype=torch.bool, device=device)
+        self.finish = torch.zeros(rows, dtype=torch.int8, device=device)
+        self.judged = [0] * self.count  # tokens of each sample that the stop function has seen
         self.eos = torch.tensor(model.eos_ids, dtype=torch.int64, device=device)
 
     def step(self, decoder: Decoder, row: Tensor, reach: int) -> None:
@@ -194,10 +216,34 @@ class _Work:
         self.lse[row, place] = drawn.lse.float()
         self.lengths[row] = place + 1
         ended = (drawn.token[:, None] == self.eos).any(dim=1)
-        self.finished[row] = ended
+        self.finish[row] = ended.to(torch.int8)  # Finish.LENGTH or Finish.EOS
         idle = (row == self.count) | ended | (place + 1 == self.logp.shape[1])
         row.masked_fill_(idle, self.count)
         position.add_(~idle)
+
+    def cut(self, row: Tensor, samples: list[int], stop: Callable[[list[int]], bool]) -> None:
+        """End those of ``samples`` that have come to a prefix that ``stop`` is true of."""
+        at = torch.tensor(samples, device=row.device)
+        lengths, finish, tokens = (x[at].tolist() for x in (self.lengths, self.finish, self.tokens))
+        ends: dict[int, int] = {}
+        for sample, length, why, text in zip(samples, lengths, finish, tokens, strict=True):
+            start, first = self.prompt_length[sample], self.judged[sample] + 1
+            self.judged[sample] = length
+            for end in range(first, length + (why != Finish.EOS)):
+                if stop(text[start : start + end]):
+                    ends[sample] = end
+                    break
+        if not ends:
+            return
+        at = torch.tensor(list(ends), device=row.device)
+        end = torch.tensor(list(ends.values()), device=row.device)
+        self.lengths[at], self.finish[at] = end, int(Finish.STOP)
+        column = torch.arange(self.tokens.shape[1], device=row.device)
+        self.tokens[at] = self.tokens[at].where(column < (self.start[at] + end)[:, None], 0)
+        inside = column[: self.logp.shape[1]] < end[:, None]
+        for values in (self.logp, self.lse):
+            values[at] = values[at].where(inside, 0.0)
+        row.masked_fill_(torch.isin(row, at), self.count)
 
     def rollout(self, model: LanguageModel) -> Rollout:
         """What was drawn, once no slot is live."""
@@ -224,7 +270,7 @@ class _Work:
             token_logprob=self.logp[:n],
             lse=self.lse[:n],
             log_q=ops.sequence_logprob(self.logp[:n], lengths),
-            finished=self.finished[:n],
+            finish=self.finish[:n],
             prompts=self.prompts,
             texts=tuple(model.decode(samples)),
         )

@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,8 @@ class Trainer:
         out: folder of the run; None: nothing is written.
         resume: go on with the run in ``out`` from its newest checkpoint, if any.
         display: who is told how it goes; by default a live panel or plain lines.
+        stop: ends samples early, as :class:`Sampler` says. The folder of the run does not hold it:
+            give it again to go on; ``fdpg evaluate`` and ``fdpg sample`` do without.
         config: every setting at once, in place of the keywords.
         settings: any key of :class:`Config` without its part: ``steps=100, learning_rate=1e-5``.
 
@@ -99,6 +101,7 @@ class Trainer:
         out: str | Path | None = None,
         resume: bool = False,
         display: Display | None = None,
+        stop: Callable[[list[int]], bool] | None = None,
         config: Config | None = None,
         **settings: Any,
     ) -> None:
@@ -122,7 +125,7 @@ class Trainer:
 
         self.display: Display = display or for_this_terminal()
         self.prompts = prompts_of(self.config, self.base)
-        self.sampler = Sampler(sampling.max_new_tokens, sampling.sampler_batch)
+        self.sampler = Sampler(sampling.max_new_tokens, sampling.sampler_batch, stop=stop)
         self.policy = self.base.trainable_copy()
         # The proposal q: the policy itself, or a copy that lags behind it.
         self.proposal = self.policy.frozen_copy() if sampling.adaptive_proposal else self.policy

@@ -12,6 +12,7 @@ from toy_language import TEXTS, ToyModel, toy_model
 from fdpg_fast import metrics
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.partition import Partition
+from fdpg_fast.rollout import Finish
 from fdpg_fast.scorers import contains, length
 from fdpg_fast.targets import Base, Scores, Target
 
@@ -229,7 +230,7 @@ def test_lengths_and_ends():
     rollout = dataclasses.replace(
         rollout,
         lengths=torch.tensor([1, 2, 3, 6]),
-        finished=torch.tensor([True, True, True, False]),
+        finish=torch.tensor([Finish.EOS, Finish.EOS, Finish.STOP, Finish.LENGTH]),
     )
     zeros = torch.zeros(4).double()
     scores = Scores(zeros, zeros, {})

@@ -14,7 +14,7 @@ from transformers import GenerationConfig
 
 from fdpg_fast.attention import SlotDecoder
 from fdpg_fast.models import LanguageModel
-from fdpg_fast.rollout import Rollout
+from fdpg_fast.rollout import Finish, Rollout
 from fdpg_fast.sampler import Sampler, SamplingError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -83,6 +83,7 @@ def test_a_sample_ends_with_its_first_end_of_text(model: LanguageModel) -> None:
     rollout = Sampler(longest, batch_size=16).draw(model, batch(*PROMPTS), 30, key=2)
     texts = samples(rollout)
     assert 0 < int(rollout.finished.sum()) < len(rollout)
+    assert set(rollout.finish.tolist()) == {Finish.EOS, Finish.LENGTH}
     for text, finished in zip(texts, rollout.finished.tolist(), strict=True):
         assert not any(token in EOS for token in text[:-1])
         assert finished == (text[-1] in EOS)
@@ -166,6 +167,47 @@ def test_the_device_is_asked_only_now_and_then(
 
     monkeypatch.setattr(SlotDecoder, "step", watched)
     Sampler(12, batch_size=8).draw(model, batch(*PROMPTS), 4, key=0)
+
+
+def test_a_sample_ends_where_the_stop_function_says(model: LanguageModel) -> None:
+    """Cut at the first prefix that it is true of: what is left is what would have been drawn
+    without it, whenever it is asked."""
+    prompts = batch(*PROMPTS)
+
+    def stop(ids: list[int]) -> bool:
+        assert ids
+        assert not any(token in EOS for token in ids)
+        return len(ids) >= 3 and sum(ids[-3:]) > 90
+
+    whole = Sampler(12, batch_size=16).draw(model, prompts, 32, key=6)
+    wanted, why = [], []
+    for text, finish in zip(samples(whole), whole.finish.tolist(), strict=True):
+        judged = len(text) - (finish == Finish.EOS)
+        ends = [n for n in range(1, judged + 1) if stop(text[:n])]
+        wanted.append(text[: ends[0]] if ends else text)
+        why.append(Finish.STOP if ends else finish)
+    assert set(why) == set(Finish)
+    for slots, every in ((96, 1), (5, 4), (16, 100)):
+        sampler = Sampler(12, batch_size=slots, check_every=every, stop=stop)
+        rollout = sampler.draw(model, prompts, 32, key=6)
+        got = samples(rollout)
+        differ = [i for i in range(len(got)) if got[i] != wanted[i]]
+        assert len(differ) <= 1  # a tie
+        same = torch.tensor([i for i in range(len(got)) if i not in differ])
+        assert rollout.finish[same].tolist() == [why[i] for i in same]
+        inside = torch.arange(12) < rollout.lengths[:, None]
+        for values, all_values in (
+            (rollout.token_logprob, whole.token_logprob),
+            (rollout.lse, whole.lse),
+        ):
+            assert (values[~inside] == 0).all()
+            torch.testing.assert_close(
+                values[same], all_values.where(inside, 0.0)[same], rtol=1e-4, atol=1e-4
+            )
+        torch.testing.assert_close(rollout.log_q, rollout.token_logprob.sum(1, torch.float64))
+        ends = (rollout.prompt_lengths + rollout.lengths)[:, None]
+        assert (rollout.tokens[torch.arange(rollout.tokens.shape[1]) >= ends] == 0).all()
+        assert rollout.texts[0] == " ".join(map(str, got[0]))
 
 
 def test_sampling_habits_of_a_checkpoint_are_ignored(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fdpg_fast.rollout import PromptBatch, Rollout
+from fdpg_fast.rollout import Finish, PromptBatch, Rollout
 
 TEXTS = (
     "the dog ran",
@@ -52,7 +52,7 @@ class ToyModel:
             token_logprob=log_q[:, None].float(),
             lse=torch.zeros(count, 1),
             log_q=log_q,
-            finished=torch.ones(count, dtype=torch.bool),
+            finish=torch.full((count,), Finish.EOS, dtype=torch.int8),
             prompts=batch,
             texts=tuple(self.texts[i] for i in texts.tolist()),
         )
