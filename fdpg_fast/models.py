@@ -142,6 +142,7 @@ class LanguageModel:
 
         accepted = inspect.signature(self.model.base_model.forward).parameters
         self._takes_positions = "position_ids" in accepted
+        self._cache_name = "cache" if "cache" in accepted else "past_key_values"  # before 5.24
         self._fused: tuple[float, float | None] | None = None  # scale and softcap of a fused head
         self._logits: Tensor | None = None  # buffer of `logits`
         self.activation_checkpointing = activation_checkpointing
@@ -309,7 +310,7 @@ class LanguageModel:
         module = self.model if self._fused is None else self.model.base_model
         options: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
-            options["past_key_values"] = cache
+            options[self._cache_name] = cache
         if self._takes_positions:
             options["position_ids"] = positions
         bf16 = self.compute == "bf16"
