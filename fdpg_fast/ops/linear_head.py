@@ -2,8 +2,9 @@
 
     logits = softcap * tanh(scale * (hidden W^T + bias) / softcap)      (no softcap: scale * (...))
 
-A chunk's logits are the result of a matrix product, in a buffer that every chunk reuses; a kernel
-reads them, and puts in their place what their gradient is made of, while they are in the cache.
+What stands before the softcap is the result of a matrix product, of a chunk of rows, in a buffer
+that every chunk reuses; a kernel reads it, bounds it, and puts in its place what its gradient is
+made of, while it is in the cache.
 
 Shape legend: N rows (tokens), n rows of a chunk, D hidden size, V vocabulary.
 """
@@ -90,6 +91,8 @@ def check_head(
 class LinearHead:
     """Logits of consecutive chunks of rows, and the way back from their gradient.
 
+    Logits before the softcap, that is: it is the kernels' affair, and so is its derivative.
+
     The gradient of the logits is ``row_scale[:, None] * numerators``, as
     ``token_logprob_numerators_`` makes it: a number per row may wait until after the products.
     """
@@ -100,7 +103,6 @@ class LinearHead:
         weight: Tensor,
         bias: Tensor | None,
         scale: float,
-        softcap: float | None,
         chunk: int,
     ) -> None:
         self.dtype = result_dtype(hidden.dtype, weight.dtype)
@@ -108,46 +110,33 @@ class LinearHead:
         self.hidden = hidden if self.low_precision else hidden.to(self.dtype)  # [N, D]
         self.weight = weight if self.low_precision else weight.to(self.dtype)  # [V, D]
         self.bias = None if bias is None else bias.to(self.dtype)
-        self.scale, self.softcap, self.chunk = scale, softcap, chunk
+        self.scale, self.chunk = scale, chunk
         self.buffer = new_rows(weight, min(chunk, max(1, len(hidden))), self.dtype)
-        self.slope = None if softcap is None else torch.empty_like(self.buffer)
 
     def chunks(self) -> Iterator[slice]:
         n = self.hidden.shape[0]
         return (slice(i, min(i + self.chunk, n)) for i in range(0, n, self.chunk))
 
-    def logits(self, rows: slice, keep_slope: bool = False, out: Tensor | None = None) -> Tensor:
+    def logits(self, rows: slice, out: Tensor | None = None) -> Tensor:
         """``[n, V]`` in ``out``, or in the buffer, which the next call overwrites."""
         hidden, weight = self.hidden[rows], self.weight
         out = self.buffer[: rows.stop - rows.start] if out is None else out
-        alpha = self.scale if self.softcap is None else self.scale / self.softcap
         if self.low_precision:
             torch.mm(hidden, weight.t(), out_dtype=self.dtype, out=out)
             if self.bias is not None:
                 out += self.bias
-            if alpha != 1.0:
-                out *= alpha
+            if self.scale != 1.0:
+                out *= self.scale
         elif self.bias is None:
-            torch.addmm(out, hidden, weight.t(), beta=0.0, alpha=alpha, out=out)
+            torch.addmm(out, hidden, weight.t(), beta=0.0, alpha=self.scale, out=out)
         else:
-            torch.addmm(self.bias, hidden, weight.t(), beta=alpha, alpha=alpha, out=out)
-        if self.softcap is not None:
-            out.tanh_()
-            if keep_slope:
-                self._keep_slope(out)
-            out *= self.softcap
+            scale = self.scale
+            torch.addmm(self.bias, hidden, weight.t(), beta=scale, alpha=scale, out=out)
         return out
 
     def recall(self, kept: Tensor) -> Tensor:
-        """What :meth:`logits` gave for a chunk, ``[n, V]`` in the buffer, slope and all."""
-        out = self.buffer[: len(kept)]
-        if self.softcap is not None:
-            self._keep_slope(torch.mul(kept, 1 / self.softcap, out=out))
-        return out.copy_(kept)
-
-    def _keep_slope(self, tanh: Tensor) -> None:
-        assert self.slope is not None
-        torch.mul(tanh, tanh, out=self.slope[: len(tanh)]).neg_().add_(1.0)
+        """What :meth:`logits` gave for a chunk, ``[n, V]`` in the buffer."""
+        return self.buffer[: len(kept)].copy_(kept)
 
     def backward(
         self, rows: slice, numerators: Tensor, row_scale: Tensor | None, *grads: Tensor
@@ -161,8 +150,6 @@ class LinearHead:
             grads: as :meth:`gradients` makes them; those of size 0 are skipped.
         """
         grad_hidden, grad_weight, grad_bias = grads
-        if self.slope is not None:
-            numerators *= self.slope[: len(numerators)]
         hidden, weight, scale = self.hidden[rows], self.weight, self.scale
         if self.low_precision:
             numerators = numerators.to(hidden.dtype)
