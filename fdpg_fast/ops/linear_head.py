@@ -85,7 +85,10 @@ def check_head(
     if chunk is not None:
         return chunk
     width = torch.finfo(result_dtype(hidden.dtype, weight.dtype)).bits // 8 * vocab
-    return max(_LEAST_ROWS, _CHUNK_BYTES.get(hidden.device.type, 256 << 20) // width)
+    wanted = max(_LEAST_ROWS, _CHUNK_BYTES.get(hidden.device.type, 256 << 20) // width)
+    # Of equal size: a short chunk takes nearly as long as a long one.
+    chunks = max(1, round(rows / wanted))
+    return max(1, -(-rows // chunks))
 
 
 class LinearHead:
