@@ -78,8 +78,10 @@ def policy_gradient(
     ``coefficient = -w / B``. The gradients are results, not a graph: hand that of ``hidden`` to
     ``hidden.backward``.
 
-    Arithmetic is fp32 whatever the dtypes (fp64 if an input is fp64), except that on CUDA the
-    matrix products of bf16 and fp16 take their inputs as they are and accumulate in fp32.
+    Arithmetic is fp32 whatever the dtypes (fp64 if an input is fp64), except that matrix products
+    of bf16 (on CUDA fp16 too) take their inputs as they are and accumulate in fp32, where the
+    hardware can. Log-probs are as exact then; gradients are of softmax numerators in 16 bits, and
+    on a CPU each chunk's are rounded to 16 bits themselves.
 
     Args:
         hidden: ``[N, D]`` floating point.
