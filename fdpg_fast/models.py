@@ -37,6 +37,7 @@ from fdpg_fast.attention import (
     SlotDecoder,
     attention_report,
 )
+from fdpg_fast.ops.linear_head import rounded_products
 from fdpg_fast.rollout import Rollout
 
 __all__ = ["Head", "LanguageModel", "ModelError", "attention_report"]
@@ -102,7 +103,7 @@ class LanguageModel:
         tokenizer: its tokenizer, or None for a model that only ever sees token ids.
         device: where it computes.
         compute: ``"fp32"`` or ``"bf16"`` (autocast; weights, logits and log-probs stay fp32, and
-            products of the head take what :func:`_rounded_products` says).
+            products of the head take what :func:`rounded_products` says).
         attention: the attention function in use.
         name: what it was loaded from.
         eos_ids: the ids that end a sample (may be set; empty: only the length ends it).
@@ -333,7 +334,7 @@ class LanguageModel:
 
     def _head_products(self) -> contextlib.AbstractContextManager[None]:
         if self.compute == "bf16":
-            return _rounded_products(self.device)
+            return rounded_products(self.device)
         return contextlib.nullcontext()
 
     def decoder(self, slots: int, length: int, reuse: Decoder | None = None) -> Decoder:
@@ -777,23 +778,6 @@ def _device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {name!r}: this torch sees no GPU. Use 'auto' or 'cpu'.")
     return device
-
-
-@contextlib.contextmanager
-def _rounded_products(device: torch.device) -> Iterator[None]:
-    """Matrix products of fp32 numbers that the hardware may round on the way in, to bf16 on a CPU
-    and to TF32 on a GPU; sums and results are fp32, so logits keep their last bits.
-
-    No 16-bit copies of the weight are made, which would have to be renewed at every step.
-    """
-    on_gpu = device.type == "cuda"
-    backends: Any = torch.backends
-    backend = backends.cuda.matmul if on_gpu else backends.mkldnn.matmul
-    before, backend.fp32_precision = backend.fp32_precision, "tf32" if on_gpu else "bf16"
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
 
 
 def _compute(wanted: str, device: torch.device) -> str:
