@@ -165,6 +165,8 @@ class ObjectiveConfig:
         log_z: normaliser from all samples so far, from each batch, or from the base before training
         log_z_samples: samples of the base per prompt that a frozen log_z is made from
         steps_per_batch: optimiser steps on each batch of samples
+        behaviour: log q of the samples: sampler: as recorded when they were drawn; rescore: by a
+            forward pass of the proposal as the trainer computes it, which costs that pass
         ratio_clip: largest importance ratio policy/proposal; .inf: not truncated
         reward_clip: largest absolute pseudo-reward; .inf: not clipped
     """
@@ -174,6 +176,7 @@ class ObjectiveConfig:
     log_z: Literal["running", "batch", "frozen"] = "running"
     log_z_samples: int = 2048
     steps_per_batch: int = 1
+    behaviour: Literal["sampler", "rescore"] = "sampler"
     ratio_clip: float = math.inf
     reward_clip: float = math.inf
 

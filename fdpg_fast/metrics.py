@@ -219,21 +219,29 @@ def logprob_gap(token_logprob: Tensor, rollout: Rollout) -> Measures:
 
     Returns:
         ``gap_mean``, ``gap_p99``, ``gap_max`` of the absolute difference per token, and
-        ``gap_sequence``, the largest difference of a whole sample.
+        ``gap_sequence_mean``, ``gap_sequence_p99``, ``gap_sequence_max`` of whole samples.
     """
     gap = token_logprob.double() - rollout.token_logprob.double()
     steps = torch.arange(gap.shape[1], device=gap.device)
     sampled = (steps < rollout.lengths[:, None]) & ~gap.isnan()
     gap = torch.where(sampled, gap, 0.0)
-    count = sampled.sum()
-    # Positions past the end sort first as -1; the p99 is then counted from the top end.
-    ordered = torch.where(sampled, gap.abs(), -1.0).flatten().sort().values
+    return {
+        **_spread("gap", gap.abs().flatten(), sampled.flatten()),
+        **_spread("gap_sequence", gap.sum(1).abs(), sampled.any(1)),
+    }
+
+
+def _spread(name: str, sizes: Tensor, use: Tensor) -> Measures:
+    """Mean, 99th percentile and maximum of the sizes to ``use``, NaN if there are none."""
+    count = use.sum()
+    # What is left out sorts first, as no size is negative; the p99 is counted from the top end.
+    ordered = torch.where(use, sizes, -1.0).sort().values
+    ordered = torch.where(ordered < 0, torch.nan, ordered)
     above = (count * 0.01).floor().long()
     return {
-        "gap_mean": gap.abs().sum() / count,
-        "gap_p99": ordered.gather(0, (len(ordered) - 1 - above)[None])[0],
-        "gap_max": gap.abs().max(),
-        "gap_sequence": gap.sum(1).abs().max(),
+        f"{name}_mean": torch.where(use, sizes, 0.0).sum() / count,
+        f"{name}_p99": ordered.gather(0, (len(ordered) - 1 - above)[None])[0],
+        f"{name}_max": ordered[-1],
     }
 
 

@@ -9,15 +9,17 @@ The algorithm is f-DPG (Go et al., arXiv 2302.08215, Algorithm 1). One step, in 
     w_i = (pi/q)(x_i) (r_i - baseline)           what each sample is worth
     theta <- theta + AdamW( mean_i w_i grad log pi(x_i) )
 
-On policy, log pi is what the sampler recorded when it drew the sample, so weights are known before
-the only training forward; that forward then measures how far the two disagree (the gap), and a run
-whose gap is too large stops, because every weight is an exponential of such a difference.
+On policy, log pi is log q: what the sampler recorded when it drew the sample, so weights are known
+before the only training forward; that forward then measures how far the two disagree (the gap), and
+a run whose gap is too large stops, because every weight is an exponential of such a difference.
+With ``behaviour: rescore`` log q is another forward pass of the trainer's, and no gap enters.
 
 Legend: B samples of a step, G prompts, S sampled tokens.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 import time
@@ -209,6 +211,8 @@ class Trainer:
         clock = _Clock(self.policy.device)
         rollout = self.draw(self.proposal, self.prompts.batch(self.steps_done), TRAINING)
         clock.lap("sample")
+        if self.config.objective.behaviour == "rescore":
+            rollout = dataclasses.replace(rollout, log_q=self.proposal.sequence_logprob(rollout))
         scores = self.target.score(rollout)
         log_z = self.partition.update(rollout, scores.log_score)
         clock.lap("score")
@@ -241,7 +245,7 @@ class Trainer:
         again: bool = False,
     ) -> _Update:
         """One optimiser step on a batch; ``again``: not the first on it."""
-        # On policy, the sampler has already said what the policy thinks of its samples.
+        # On policy, pi is q: what the policy thinks of its samples is known.
         on_policy = self.proposal is self.policy and not again
         log_pi = rollout.log_q if on_policy else self.policy.sequence_logprob(rollout)
         objective = self.config.objective

@@ -254,7 +254,15 @@ def test_logprob_gap_sees_sampled_tokens_only():
     assert gap["gap_max"].item() == pytest.approx(0.5)
     assert gap["gap_p99"].item() == pytest.approx(0.2)  # 301 tokens: the fourth largest
     assert gap["gap_mean"].item() == pytest.approx(1.55 / 301)
-    assert gap["gap_sequence"].item() == pytest.approx(0.7)
+    assert gap["gap_sequence_max"].item() == pytest.approx(0.7)
+    assert gap["gap_sequence_p99"].item() == pytest.approx(0.7)
+    assert gap["gap_sequence_mean"].item() == pytest.approx((0.7 + 0.05) / 3)
+    trainer[1, :100] = math.nan  # of weight 0, hence not computed
+    gap = metrics.logprob_gap(trainer, rollout)
+    assert gap["gap_mean"].item() == pytest.approx(1.5 / 201)
+    assert gap["gap_sequence_mean"].item() == pytest.approx(0.7 / 2)
+    gap = metrics.logprob_gap(torch.full_like(trainer, math.nan), rollout)
+    assert all(value.isnan() for value in gap.values()), "nothing was measured"
 
 
 def test_measure_takes_its_log_z_from_a_partition(setting):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -20,6 +21,7 @@ from fdpg_fast import checkpoint, ops
 from fdpg_fast import trainer as training
 from fdpg_fast.config import ConfigError
 from fdpg_fast.progress import SilentDisplay
+from fdpg_fast.rollout import Rollout
 from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
 from fdpg_fast.targets import Base, Target
 from fdpg_fast.trainer import Trainer, TrainingError
@@ -180,6 +182,54 @@ def test_on_policy_weights_come_from_the_sampler(
         assert torch.equal(asked[again][1], asked[0][1])
         assert 1e-4 < (asked[again][0] - asked[again][1]).abs().max() < 10
     assert not torch.equal(asked[1][0], asked[2][0])
+
+
+@pytest.mark.parametrize("lagging", [False, True])
+@pytest.mark.parametrize("behaviour", ["sampler", "rescore"])
+def test_whose_log_q_enters_the_ratio(
+    base: Base, monkeypatch: pytest.MonkeyPatch, behaviour: str, lagging: bool
+) -> None:
+    """With a sampler that is off by 0.01 nats per token, and so tells the two apart."""
+    asked: list[tuple[torch.Tensor, torch.Tensor]] = []
+    drawn: list[Rollout] = []
+    weigh, draw = ops.fdiv_weights, Trainer.draw
+
+    def spy(log_pi: torch.Tensor, log_q: torch.Tensor, *rest: Any, **named: Any) -> ops.Weights:
+        asked.append((log_pi.clone(), log_q.clone()))
+        return weigh(log_pi, log_q, *rest, **named)
+
+    def rough(*arguments: Any) -> Rollout:
+        rollout = draw(*arguments)
+        off = dataclasses.replace(
+            rollout,
+            token_logprob=rollout.token_logprob + 0.01,
+            log_q=rollout.log_q + 0.01 * rollout.lengths,
+        )
+        drawn.append(off)
+        return off
+
+    monkeypatch.setattr(ops, "fdiv_weights", spy)
+    monkeypatch.setattr(Trainer, "draw", rough)
+    listener = Listener()
+    run = trainer(
+        dogs(base),
+        behaviour=behaviour,
+        adaptive_proposal=lagging,
+        max_gap=1.0,
+        steps=1,
+        display=listener,
+    )
+    with torch.no_grad():  # the policy moves away from a proposal that lags
+        run.parameters["transformer.wpe.weight"].mul_(3.0)
+    before = {"pi": run.policy.frozen_copy(), "q": run.proposal.frozen_copy()}
+    run.train()
+    (log_pi, log_q), (rollout,) = asked[0], drawn
+    scored = {name: model.sequence_logprob(rollout) for name, model in before.items()}
+    expected = rollout.log_q if behaviour == "sampler" else scored["q"]
+    torch.testing.assert_close(log_q, expected, rtol=0, atol=1e-6)
+    torch.testing.assert_close(log_pi, scored["pi"] if lagging else expected, rtol=0, atol=1e-6)
+    assert ((log_pi - log_q).abs().max() > 0.1) == lagging
+    assert listener.records[0]["gap_mean"] == pytest.approx(0.01, rel=1e-2)
 
 
 def test_a_lagging_proposal_follows_only_a_better_policy(base: Base) -> None:
