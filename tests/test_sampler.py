@@ -204,7 +204,7 @@ def test_a_sample_ends_where_the_stop_function_says(model: LanguageModel) -> Non
             torch.testing.assert_close(
                 values[same], all_values.where(inside, 0.0)[same], rtol=1e-4, atol=1e-4
             )
-        torch.testing.assert_close(rollout.log_q, rollout.token_logprob.sum(1, torch.float64))
+        torch.testing.assert_close(rollout.log_q, rollout.token_logprob.double().sum(1))
         ends = (rollout.prompt_lengths + rollout.lengths)[:, None]
         assert (rollout.tokens[torch.arange(rollout.tokens.shape[1]) >= ends] == 0).all()
         assert rollout.texts[0] == " ".join(map(str, got[0]))
