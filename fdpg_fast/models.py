@@ -30,6 +30,7 @@ from transformers.activations import NewGELUActivation
 
 from fdpg_fast import adapters, ops
 from fdpg_fast.attention import (
+    REACH_STEP,
     SLOTS,
     Decoder,
     RecomputeDecoder,
@@ -454,6 +455,8 @@ class LanguageModel:
         """A decoder for ``slots`` texts of up to ``length`` tokens; ``reuse`` lends its memory."""
         if self.attention not in SLOTS:
             return RecomputeDecoder(self, slots, length)
+        # Few lengths, so that prompts of another width at every step find memory that fits.
+        length = min(self.context_length, -(-length // REACH_STEP) * REACH_STEP)
         cache = reuse.cache if isinstance(reuse, SlotDecoder) else None
         if cache is None or not (
             cache.slots == slots

@@ -137,6 +137,20 @@ def test_memory_is_kept_from_draw_to_draw(model: LanguageModel) -> None:
     assert_same_samples(mixed, Sampler(12, batch_size=8).draw(other, batch(*PROMPTS), 4, key=0))
 
 
+def test_prompts_of_another_width_find_memory_that_fits(model: LanguageModel) -> None:
+    """And what an earlier draw left in it is not seen, shorter or longer."""
+    sampler, places = Sampler(12, batch_size=8), set()
+    for width in (3, 9, 2, 14, 20, 5):
+        prompts = batch(list(range(1, width + 1)), [7])
+        rollout = sampler.draw(model, prompts, 8, key=width)
+        assert isinstance(sampler._decoder, SlotDecoder)
+        places.add(sampler._decoder.cache.slot_layers[0].keys.data_ptr())
+        again = Sampler(12, batch_size=8).draw(model, prompts, 8, key=width)
+        assert samples(rollout) == samples(again)
+        torch.testing.assert_close(rollout.token_logprob, again.token_logprob, rtol=0, atol=0)
+    assert len(places) == 1
+
+
 def test_the_device_is_asked_only_now_and_then(
     model: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
