@@ -443,13 +443,33 @@ class LanguageModel:
         shape = (hidden.shape[0], self.vocab_size)
         if self._logits is None or self._logits.shape != shape:
             self._logits = hidden.new_empty(shape)
-        with self._head_products():
+        with self._head_products(), torch.autocast(self.device.type, enabled=False):
             return head.logits(hidden, out=self._logits)
 
     def _head_products(self) -> contextlib.AbstractContextManager[None]:
         if self.compute == "bf16":
             return rounded_products(self.device)
         return contextlib.nullcontext()
+
+    @contextlib.contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """While in here the weights do not change, and nothing records a gradient: in bf16 compute
+        each weight is rounded once, and not again at every step of a draw."""
+        if self.compute != "bf16":
+            yield
+            return
+        # Autocast keeps the rounded copy of a weight only if that could learn.
+        weights = self.model.parameters()
+        frozen = [p for p in weights if not p.requires_grad and p.is_floating_point()]
+        try:
+            for weight in frozen:
+                weight.requires_grad_(True)
+            with torch.no_grad(), torch.autocast(self.device.type, dtype=torch.bfloat16):
+                yield
+        finally:
+            for weight in frozen:
+                weight.requires_grad_(False)
+            torch.clear_autocast_cache()  # if the caller's own autocast goes on, copies would stay
 
     def decoder(self, slots: int, length: int, reuse: Decoder | None = None) -> Decoder:
         """A decoder for ``slots`` texts of up to ``length`` tokens; ``reuse`` lends its memory."""

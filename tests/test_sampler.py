@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import scipy.stats
 import torch
 from families import batch, language_model, tiny
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
 from fdpg_fast.attention import SlotDecoder
@@ -181,6 +184,40 @@ def test_the_device_is_asked_only_now_and_then(
 
     monkeypatch.setattr(SlotDecoder, "step", watched)
     Sampler(12, batch_size=8).draw(model, batch(*PROMPTS), 4, key=0)
+
+
+@pytest.mark.parametrize("learns", [True, False])
+def test_weights_are_rounded_once_in_a_draw(learns: bool) -> None:
+    """In bf16 compute; the samples are those of weights rounded at every step, also after the
+    weights have changed."""
+    model = language_model("gpt2", eos_ids=EOS, compute="bf16")
+    model = model.trainable_copy() if learns else model.frozen_copy()
+    weight = model.model.transformer.h[0].mlp.c_fc.weight
+    rounded = 0
+
+    class Rounding(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            nonlocal rounded
+            if op.overloadpacket.__name__ == "_to_copy":
+                rounded += args[0].data_ptr() == weight.data_ptr()
+            return op(*args, **(kwargs or {}))
+
+    for _ in range(2):
+        rounded = 0
+        with Rounding():
+            rollout = Sampler(12, batch_size=8).draw(model, batch(*PROMPTS), 8, key=1)
+        assert rounded == 1
+        assert weight.requires_grad == learns
+        assert not torch.is_autocast_enabled("cpu")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(LanguageModel, "unchanging", lambda self: contextlib.nullcontext())
+            plain = Sampler(12, batch_size=8).draw(model, batch(*PROMPTS), 8, key=1)
+        assert samples(rollout) == samples(plain)
+        torch.testing.assert_close(rollout.token_logprob, plain.token_logprob, rtol=0, atol=0)
+        with torch.no_grad():
+            weight.mul_(-1.0)
 
 
 def test_a_sample_ends_where_the_stop_function_says(model: LanguageModel) -> None:
