@@ -28,6 +28,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from fdpg_fast import ops
 
 __all__ = [
+    "REACH_STEP",
     "SLOT",
     "SLOTS",
     "SLOT_MASKED",
@@ -47,8 +48,8 @@ SLOT = "fdpg_slot"
 SLOT_MASKED = "fdpg_slot_masked"
 SLOTS = (SLOT, SLOT_MASKED)
 
-# Attended lengths are rounded up to this: few shapes, and above 50 keys of 8 numbers torch's
-# batched product goes to MKL (64 keys took 0.78 ms, 48 took 1.0 ms: B=256, H=16, 2 cores).
+# Attended and stored lengths are rounded up to this: few shapes, and above 50 keys of 8 numbers
+# torch's batched product goes to MKL (64 keys took 0.78 ms, 48 took 1.0 ms: B=256, H=16, 2 cores).
 REACH_STEP = 32
 
 # Up to this many keys, attention on the CPU is faster as plain matrix products than as sdpa.

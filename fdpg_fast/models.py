@@ -30,6 +30,7 @@ from transformers.activations import NewGELUActivation
 
 from fdpg_fast import adapters, ops
 from fdpg_fast.attention import (
+    REACH_STEP,
     SLOTS,
     Decoder,
     RecomputeDecoder,
@@ -441,8 +442,10 @@ class LanguageModel:
             return hidden
         shape = (hidden.shape[0], self.vocab_size)
         if self._logits is None or self._logits.shape != shape:
-            self._logits = hidden.new_empty(shape)
-        with self._head_products():
+            # Rows begin on a cache line: MKL is slow where an odd vocabulary lets them drift.
+            room = -(-self.vocab_size // 64) * 64
+            self._logits = hidden.new_empty(hidden.shape[0], room)[:, : self.vocab_size]
+        with self._head_products(), torch.autocast(self.device.type, enabled=False):
             return head.logits(hidden, out=self._logits)
 
     def _head_products(self) -> contextlib.AbstractContextManager[None]:
@@ -450,10 +453,32 @@ class LanguageModel:
             return rounded_products(self.device)
         return contextlib.nullcontext()
 
+    @contextlib.contextmanager
+    def unchanging(self) -> Iterator[None]:
+        """While in here the weights do not change, and nothing records a gradient: in bf16 compute
+        each weight is rounded once, and not again at every step of a draw."""
+        if self.compute != "bf16":
+            yield
+            return
+        # Autocast keeps the rounded copy of a weight only if that could learn.
+        weights = self.model.parameters()
+        frozen = [p for p in weights if not p.requires_grad and p.is_floating_point()]
+        try:
+            for weight in frozen:
+                weight.requires_grad_(True)
+            with torch.no_grad(), torch.autocast(self.device.type, dtype=torch.bfloat16):
+                yield
+        finally:
+            for weight in frozen:
+                weight.requires_grad_(False)
+            torch.clear_autocast_cache()  # if the caller's own autocast goes on, copies would stay
+
     def decoder(self, slots: int, length: int, reuse: Decoder | None = None) -> Decoder:
         """A decoder for ``slots`` texts of up to ``length`` tokens; ``reuse`` lends its memory."""
         if self.attention not in SLOTS:
             return RecomputeDecoder(self, slots, length)
+        # Few lengths, so that prompts of another width at every step find memory that fits.
+        length = min(self.context_length, -(-length // REACH_STEP) * REACH_STEP)
         cache = reuse.cache if isinstance(reuse, SlotDecoder) else None
         if cache is None or not (
             cache.slots == slots

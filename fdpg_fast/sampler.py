@@ -54,7 +54,7 @@ class Sampler:
         self,
         max_new_tokens: int,
         batch_size: int = 256,
-        check_every: int = 8,
+        check_every: int = 4,
         stop: Callable[[list[int]], bool] | None = None,
     ) -> None:
         for name, value in (
@@ -99,7 +99,8 @@ class Sampler:
         decoder = model.decoder(slots, work.width, reuse=self._decoder)
         # Not kept while in use: after an error its memory may hold NaN, which masks do not hide.
         self._decoder = None
-        self._run(model, work, decoder, slots)
+        with model.unchanging():
+            self._run(model, work, decoder, slots)
         rollout = work.rollout(model)
         self._decoder = decoder
         return rollout
