@@ -34,6 +34,7 @@ EPILOG = """examples:
   fdpg train --resume --out runs/slow                   go on where it stopped
   fdpg sample runs/dog -n 5
   fdpg report runs/dog runs/slow
+  fdpg sweep dog --divergences kl,tv,js --seeds 3 --out sweeps/dog
 """
 
 
@@ -56,8 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not given:
             parser.print_help()
             return USAGE_ERROR
-        if given[0] == "train":  # its keys are the config's: another parser reads them
-            return train(given[1:])
+        if given[0] in WITH_KEYS:
+            return WITH_KEYS[given[0]](given[1:])
         known = parser.parse_args(given)
         command: Callable[[argparse.Namespace], int] = known.run
         return command(known)
@@ -109,13 +110,9 @@ def _raised_by_package(error: BaseException) -> bool:
 
 def train(words: Sequence[str]) -> int:
     """`fdpg train`: a whole run, from a recipe or file to a report."""
-    # The recipe first, as everything after it may be a key and its value.
-    recipe = words[0] if words and not words[0].startswith("-") else None
-    parser = _Parser(prog="fdpg train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--out", type=Path)
+    parser = _KeysParser("train")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("-h", "--help", action="store_true")
-    known, overrides = parser.parse_known_args(words[recipe is not None :])
+    recipe, known, overrides = parser.read(words)
     if known.help:
         print(_train_help())
         return 0
@@ -141,6 +138,36 @@ def train(words: Sequence[str]) -> int:
         _show_evaluation(evaluation)
     print(f"model   {run.model}")
     print(f"report  {run.report}")
+    return 0
+
+
+def sweep(words: Sequence[str]) -> int:
+    """`fdpg sweep`: several divergences and seeds, measured alike, in one report."""
+    parser = _KeysParser("sweep")
+    parser.add_argument("--divergences")
+    parser.add_argument("--seeds", type=_positive)
+    recipe, known, overrides = parser.read(words)
+    if known.help:
+        print(_sweep_help())
+        return 0
+    if known.out is None:
+        raise ConfigError("sweep: expected --out DIR, the folder that the sweep is written to")
+
+    from fdpg_fast.sweep import Sweep
+
+    if recipe is None:  # goes on with what is there
+        plan = Sweep.read_plan(known.out)
+        config = _resumed(Config.read(plan["config"]), overrides)
+        names, seeds = plan["divergences"], plan["seeds"]
+    else:
+        config, names, seeds = Config.read(recipe, overrides), [], 1
+    if known.divergences is not None:
+        names = [name.strip() for name in known.divergences.split(",")]
+    swept = Sweep(config, known.out, divergences=names, seeds=known.seeds or seeds)
+    measured = swept.run()
+    _show_cross_table(measured)
+    print(f"models  {swept.folder.path}/DIVERGENCE/SEED/model")
+    print(f"report  {swept.folder.report}")
     return 0
 
 
@@ -208,6 +235,21 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. Way out: `{self.prog} --help`")
 
 
+class _KeysParser(_Parser):
+    """Reads a recipe, what the command itself takes, and leaves the keys of the config."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(prog=f"fdpg {command}", add_help=False, allow_abbrev=False)
+        self.add_argument("--out", type=Path)
+        self.add_argument("-h", "--help", action="store_true")
+
+    def read(self, words: Sequence[str]) -> tuple[str | None, argparse.Namespace, list[str]]:
+        """The recipe, if one is named; what the command takes; the rest."""
+        # The recipe first, as everything after it may be a key and its value.
+        recipe = words[0] if words and not words[0].startswith("-") else None
+        return recipe, *self.parse_known_args(words[recipe is not None :])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fdpg",
@@ -221,6 +263,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
     commands.add_parser("train", help="tune a model, as a recipe or a YAML file says")
+    commands.add_parser("sweep", help="compare divergences: several runs, one report")
     part = _command(commands, "sample", sample, "draw texts from the tuned model of a run")
     part.add_argument("folder", metavar="DIR", type=Path)
     part.add_argument("-n", type=_positive, default=3, help="texts (default: 3)")
@@ -296,6 +339,32 @@ keys, with their defaults:
 {configuration.describe_keys()}"""
 
 
+def _sweep_help() -> str:
+    from fdpg_fast.divergences import describe_divergences
+
+    listed = "\n".join(f"  {n:<14} {configuration.describe(p)}" for n, p in _names().items())
+    return f"""usage: fdpg sweep [RECIPE|FILE.yaml] [--divergences kl,tv,js] [--seeds N]
+                  [--part.key value ...] --out DIR
+
+Trains every divergence with every seed, each as a run of its own in DIR/<divergence>/<seed>; then
+measures all of them and the base on the same fresh samples, and writes one report: which divergence
+gets how near to the target by each measure, at what price in diversity. The same command again, or
+without a recipe, goes on where it was stopped; more divergences or seeds add to what is there.
+
+  --divergences     what is minimised, with commas between (default: kl, reverse_kl, tv, js, but
+                    for those that are infinite on the target)
+  --seeds           runs of each (default: 1); the first is --run.seed
+  --out DIR         where everything is written
+  --part.key value  settings of all runs, as `fdpg train --help` lists them;
+                    --run.evaluation_samples are the fresh samples of each model
+
+recipes:
+{listed}
+
+divergences, between policy pi and target p:
+{_indent(describe_divergences())}"""
+
+
 def _indent(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
 
@@ -330,6 +399,26 @@ def _show_evaluation(evaluation: dict[str, Any]) -> None:
         )[:3]:
             whole, start = joined(prompt, text), len(prompt)
             console.print(Text.assemble("  ", (whole[:start], "dim"), one_line(whole[start:])))
+
+
+def _show_cross_table(measured: dict[str, Any]) -> None:
+    """Trained on f, measured by g."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fdpg_fast.sweep_report import cross_table
+
+    header, rows = cross_table(measured)
+    table = Table(title="divergence to the target (* lowest)", title_justify="left")
+    for name in header:
+        table.add_column(name, justify="left" if name == header[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    Console().print(table)
+
+
+# Their keys are the config's: another parser reads them.
+WITH_KEYS = {"train": train, "sweep": sweep}
 
 
 if __name__ == "__main__":

@@ -176,6 +176,7 @@ def measure(
     Returns:
         ``kl reverse_kl tv js`` to the target and ``kl_to_base`` = KL(pi || a), each with ``_se``;
         ``kl_target_base`` = KL(p || a), where the target itself is (exactly -log Z for conditions);
+        ``off_support``, the share of pi that the target forbids (with ``_se``);
         ``log_z`` (with ``_se``); ``moment: NAME`` and ``moment_se: NAME`` of every feature under
         pi; ``entropy`` per sample and ``entropy_per_token`` (with ``_se``); ``base_perplexity``,
         exp of the base's surprise per token; ``length`` in tokens; the share ``finished`` by an
@@ -189,6 +190,8 @@ def measure(
     measures = divergence_estimates(log_pi, rollout.log_q, scores.log_score, log_z, prompt)
     measures |= _named("kl_to_base", plain(log_ratio.exp() * (log_pi - scores.log_base)))
     measures["kl_target_base"] = _kl_target_base(rollout, scores, log_z)
+    outside = (scores.log_score == -math.inf).double()
+    measures |= _named("off_support", under_pi(outside))
     has_target = log_z > -math.inf
     measures["log_z"] = torch.where(has_target, log_z, 0.0).sum() / has_target.sum()
     variance = torch.where(has_target, log_z_se.square(), 0.0).sum()

@@ -22,16 +22,19 @@ from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["evaluation_table", "model_card", "write_report"]
+__all__ = ["FOUR", "ROWS", "evaluation_table", "model_card", "write_report"]
 
+# The divergences of the paper, between policy π and target p.
 FOUR = {"kl": "KL(p‖π)", "reverse_kl": "KL(π‖p)", "tv": "TV", "js": "JS"}
 
 # Rows of the comparison of base and tuned model that are there whatever the target is.
 ROWS = {
     **{name: f"{label}, to the target" for name, label in FOUR.items()},
+    "off_support": "share outside the target's support",
     "kl_to_base": "KL(π‖a), to the base",
     "entropy": "entropy, nats per sample",
     "entropy_per_token": "entropy, nats per token",
+    "base_perplexity": "perplexity under the base",
     "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
     "distinct_3": "distinct-3",

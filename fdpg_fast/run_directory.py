@@ -67,7 +67,7 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"run: {run.path} holds files of something else. Way out: another --out"
             )
-        run._require_writable()
+        run.require_writable()
         run._write_text(run.path / "config.yaml", config.dump())
         return run
 
@@ -98,7 +98,7 @@ class RunDirectory:
             RunDirectoryError: no run there, it cannot be written, or ``config`` is another run's.
         """
         run = cls.open(path)
-        run._require_writable()
+        run.require_writable()
         if config is not None:
             saved = run.config()
             other = [key for key in config.difference(saved) if not key.startswith("run.")]
@@ -201,7 +201,7 @@ class RunDirectory:
             return False
         return isinstance(content, dict) and "objective" in content
 
-    def _require_writable(self) -> None:
+    def require_writable(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):
