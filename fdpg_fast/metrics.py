@@ -20,7 +20,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ __all__ = [
     "measure_texts",
     "runaway",
     "self_bleu",
+    "with_plug_ins",
 ]
 
 PAPER = tuple(Divergence.parse(name) for name in ("kl", "reverse_kl", "tv", "js"))
@@ -152,6 +153,30 @@ def divergence_estimates(
         measures |= _named(str(divergence), mean(terms))
     measures["prompts_skipped"] = (~has_target).sum()
     return measures
+
+
+def with_plug_ins(
+    terms: Callable[..., Tensor], excesses: Sequence[Tensor], mean: Mean, prompt: Tensor
+) -> Tensor:
+    """Terms whose standard error also holds that of constants estimated from the same samples.
+
+    A constant is the log of a mean of weights over each prompt. To first order a sample moves it by
+    its excess, weight / mean - 1, and the estimate by that times the slope. Excesses sum to zero,
+    so the mean stays as it is.
+
+    Args:
+        terms: given an amount to add to each log, ``(B,)`` fp64.
+        excesses: one ``(B,)`` fp64 for each of them.
+        mean: over the samples.
+        prompt: ``(B,)`` int64.
+    """
+    nudge = 1e-4
+    total = terms(*[0.0] * len(excesses))
+    for at, excess in enumerate(excesses):
+        up, down = ([sign * nudge * (i == at) for i in range(len(excesses))] for sign in (1, -1))
+        slopes = ((terms(*up) - terms(*down)) / (2 * nudge)).nan_to_num(0.0)
+        total = total + mean.of_prompts(slopes)[prompt] * excess
+    return total
 
 
 def measure(

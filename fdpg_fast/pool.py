@@ -28,13 +28,11 @@ from torch import Tensor
 
 from fdpg_fast import ops
 from fdpg_fast.divergences import Divergence
-from fdpg_fast.metrics import Mean, Measures, measure_target
+from fdpg_fast.metrics import Mean, Measures, measure_target, with_plug_ins
 from fdpg_fast.rollout import Rollout
 from fdpg_fast.targets import Scores
 
 __all__ = ["Pool"]
-
-NUDGE = 1e-4  # of log Z, to see how much a divergence depends on it
 
 
 class Pool:
@@ -96,21 +94,17 @@ class Pool:
         return measures | {"log_z": known, "log_z_se": self.log_z_se}
 
     def _divergence(self, log_pi: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
-        def terms(nudge: float) -> Tensor:
+        def terms(z: float) -> Tensor:
             return ops.fdiv_terms(
                 log_pi,
                 self.rollout.log_q,
                 self.scores.log_score,
-                self.log_z + nudge,
+                self.log_z + z,
                 self._prompt,
                 divergence=divergence,
             )
 
-        # Z is a mean over the same samples. To first order a sample moves it, and so the estimate,
-        # by its excess times the slope; excesses sum to zero, so this leaves the mean as it is.
-        slopes = ((terms(NUDGE) - terms(-NUDGE)) / (2 * NUDGE)).nan_to_num(0.0)
-        slope = self._mean.of_prompts(slopes)[self._prompt]
-        return self._mean(terms(0.0) + slope * self._excess)
+        return self._mean(with_plug_ins(terms, [self._excess], self._mean, self._prompt))
 
 
 def _joined(rollouts: Sequence[Rollout], log_q: Tensor) -> Rollout:
