@@ -56,8 +56,9 @@ cuda-compile: venv ## nvcc compiles every CUDA file and its binding for sm_80 an
 	  'from torch.utils.cpp_extension import include_paths; print(";".join(include_paths()))')"
 	cmake --build build/cuda --target fdpg_cuda fdpg_cuda_binding gpu_tests
 
-bench: install ## every benchmark
-	$(BIN)/python -m pytest benchmarks -o python_files='bench_*.py' -o addopts=--strict-markers -s
+BENCHMARKS ?= benchmarks
+bench: install ## every benchmark, or those that BENCHMARKS="FILE ..." names
+	$(BIN)/python -m pytest $(BENCHMARKS) -o python_files='bench_*.py' -o addopts=--strict-markers -s
 
 gpu: venv ## on a machine with a GPU: the CUDA extension, every test, compute-sanitizer, benchmarks
 	FDPG_CUDA=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[test,check]"

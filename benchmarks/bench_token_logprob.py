@@ -73,6 +73,37 @@ def test_forward(contest: Contest, name: str, dtype: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["stories", "gpt2_decode"])
+def test_softcap(contest: Contest, name: str) -> None:
+    """Gemma 2's bound inside the kernel, against passes over the logits before it."""
+    logits, target = rows(name, torch.float32)
+    cap = 30.0
+    exact = reference.capped(logits[:32].double(), cap)
+    exact = exact.gather(-1, target[:32, None])[:, 0] - exact.logsumexp(-1)
+    got = ops.token_logprob(logits, target, softcap=cap).logp[:32]
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-5)
+    bound = torch.empty_like(logits)
+
+    def passes() -> Tensor:
+        return torch.div(logits, cap, out=bound).tanh_().mul_(cap)
+
+    contest.run(
+        lambda: ops.token_logprob(logits, target, softcap=cap),
+        {
+            "passes, then ours": lambda: ops.token_logprob(passes(), target),
+            "passes, then log_softmax + gather": lambda: peers.log_softmax_and_gather(
+                passes(), target
+            ),
+            "ours without a softcap": lambda: ops.token_logprob(logits, target),
+        },
+        bytes_moved=logits.numel() * logits.element_size(),
+        prepare=lambda: warm(logits),
+        shape=str(SHAPES[name]),
+        dtype="fp32",
+        softcap=cap,
+    )
+
+
 def warm(*inputs: Tensor) -> None:
     """Brings inputs as near as they fit: a last-level cache keeps them after three reads."""
     for x in inputs:

@@ -11,7 +11,7 @@ from fdpg_fast.models import LanguageModel
 from fdpg_fast.prompts import Prompts
 from fdpg_fast.targets import Base, Target, from_spec
 
-__all__ = ["load", "model_of", "prompts_of", "target_of"]
+__all__ = ["load", "model_of", "policy_of", "prompts_of", "target_of", "tuned_of"]
 
 
 def load(name_or_path: str = "", **settings: Any) -> Base:
@@ -34,6 +34,24 @@ def model_of(config: Config, name_or_path: str | Path) -> LanguageModel:
     settings = dataclasses.asdict(config.model)
     del settings["name"]
     return LanguageModel.load(name_or_path, **settings)
+
+
+def policy_of(config: Config, base: LanguageModel) -> LanguageModel:
+    """The model that learns, before it has: a copy of the base, or an adapter on its weights.
+
+    Raises:
+        AdapterError: the adapter cannot be made.
+    """
+    if config.adapter.peft == "none":
+        return base.trainable_copy()
+    return base.with_adapter(**dataclasses.asdict(config.adapter), seed=config.run.seed)
+
+
+def tuned_of(config: Config, folder: Path, base: LanguageModel | None = None) -> LanguageModel:
+    """The model that a run has saved; an adapter shares the weights of ``base``, if given."""
+    if config.adapter.peft == "none":
+        return model_of(config, folder)
+    return (base or model_of(config, config.model.name)).with_saved_adapter(folder)
 
 
 def target_of(config: Config) -> Target:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 __all__ = [
+    "AdapterConfig",
     "Config",
     "ConfigError",
     "ModelConfig",
@@ -64,6 +65,26 @@ class ModelConfig:
     attention: str = "auto"
     trust_remote_code: bool = False
     activation_checkpointing: bool = False
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """A small adapter that learns while the model's own weights stay (`pip install peft`).
+
+    Attributes:
+        peft: none: all weights learn; or a kind of adapter that the package peft has, such as lora,
+            which wants about ten times the learning rate
+        rank: of the two matrices whose product lora adds to a layer's
+        alpha: that product is scaled by alpha / rank
+        target_modules: layers that get one: ends of their names, or all-linear: all but the output
+        options: further settings of this kind in peft, as in {use_rslora: true}
+    """
+
+    peft: str = "none"
+    rank: int = 16
+    alpha: int = 32
+    target_modules: str | list[str] = "all-linear"
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -216,6 +237,7 @@ class Config:
     """One whole run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
     prompts: PromptsConfig = field(default_factory=PromptsConfig)
     target: TargetConfig = field(default_factory=TargetConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -239,6 +261,7 @@ class Config:
             "table_rows",
             "checkpoint_every",
             "keep_checkpoints",
+            "rank",
         )
         not_negative = ("warmup_steps", "weight_decay", "table_every", "evaluation_samples", "seed")
         positive = ("learning_rate", "epsilon", "ratio_clip", "reward_clip", "max_grad_norm")
@@ -513,6 +536,7 @@ def _type_name(key: str) -> str:
         "str | None": "text or null",
         "tuple[float, float]": "a list of two numbers",
         "list[dict[str, Any]]": "a list of `{scorer: argument}`, as in [{contains: dog}]",
+        "dict[str, Any]": "`{setting: value}`",
         "dict[str, Any] | list[dict[str, Any]] | None": "`{scorer: argument, beta: number}`",
     }
     choices = re.fullmatch(r"Literal\[(.*)\]", declared.type)

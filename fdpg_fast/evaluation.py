@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fdpg_fast import checkpoint, metrics, ops
-from fdpg_fast.building import model_of, prompts_of, target_of
+from fdpg_fast.building import prompts_of, target_of, tuned_of
 from fdpg_fast.config import RunConfig
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.partition import Partition
@@ -140,7 +140,7 @@ def evaluate_run(run: RunDirectory, *, samples: int | None, seed: int) -> dict[s
     if newest is not None:
         partition.load_state_dict(checkpoint.load(newest).tensors["state"])
     evaluation = evaluate(
-        model_of(config, run.model),
+        tuned_of(config, run.model, target.base.model),
         target,
         prompts,
         Sampler(config.sampling.max_new_tokens, config.sampling.sampler_batch),
@@ -179,7 +179,7 @@ def draw_texts(
     """
     run.require_model()
     config = run.config()
-    model = model_of(config, run.model)
+    model = tuned_of(config, run.model)
     longest = max_new_tokens or config.sampling.max_new_tokens
     source = config.prompts.source if prompt is None else prompt
     number = secrets.randbits(32) if seed is None else seed

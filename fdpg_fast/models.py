@@ -17,7 +17,7 @@ import copy
 import inspect
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -28,7 +28,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
 
-from fdpg_fast import ops
+from fdpg_fast import adapters, ops
 from fdpg_fast.attention import (
     SLOTS,
     Decoder,
@@ -37,6 +37,7 @@ from fdpg_fast.attention import (
     SlotDecoder,
     attention_report,
 )
+from fdpg_fast.ops.linear_head import rounded_products
 from fdpg_fast.rollout import Rollout
 
 __all__ = ["Head", "LanguageModel", "ModelError", "attention_report"]
@@ -102,7 +103,7 @@ class LanguageModel:
         tokenizer: its tokenizer, or None for a model that only ever sees token ids.
         device: where it computes.
         compute: ``"fp32"`` or ``"bf16"`` (autocast; weights, logits and log-probs stay fp32, and
-            products of the head take what :func:`_rounded_products` says).
+            products of the head take what :func:`rounded_products` says).
         attention: the attention function in use.
         name: what it was loaded from.
         eos_ids: the ids that end a sample (may be set; empty: only the length ends it).
@@ -142,6 +143,8 @@ class LanguageModel:
 
         accepted = inspect.signature(self.model.base_model.forward).parameters
         self._takes_positions = "position_ids" in accepted
+        self._adapter: Any = None  # peft's model around `model`, if it has an adapter
+        self._cache_name = "cache" if "cache" in accepted else "past_key_values"  # before 5.24
         self._fused: tuple[float, float | None] | None = None  # scale and softcap of a fused head
         self._logits: Tensor | None = None  # buffer of `logits`
         self.activation_checkpointing = activation_checkpointing
@@ -169,7 +172,7 @@ class LanguageModel:
 
         Args:
             name_or_path: a local folder or a Hugging Face name; empty or ``"default"``: the small
-                story model that ships with the package.
+                story model that ships with the package. It may be an adapter of the package peft.
             device: ``"auto"`` is the GPU if there is one.
             compute: ``"auto"`` is bf16 on a GPU that has it and fp32 elsewhere: on CPUs bf16 is not
                 always faster, and it costs accuracy that every f-DPG weight exponentiates.
@@ -180,6 +183,7 @@ class LanguageModel:
 
         Raises:
             ModelError: the model cannot be found, read or used; the message says what to do.
+            AdapterError: the same of an adapter.
         """
         name = os.fspath(name_or_path) or "default"
         source = _embedded_model() if name == "default" else name
@@ -189,15 +193,19 @@ class LanguageModel:
             raise ModelError(f"model {name!r}: no such folder. Check the path.")
         with _no_progress_bar():
             try:
+                adapter, source = source, adapters.base_of(source) or source
                 model = transformers.AutoModelForCausalLM.from_pretrained(
                     source, dtype=torch.float32, trust_remote_code=trust_remote_code
                 )
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
                     source, trust_remote_code=trust_remote_code
                 )
+            except adapters.AdapterError:
+                raise
             except Exception as error:  # a checkpoint can be wrong in any way
-                raise ModelError(_why_not_loaded(name, error)) from error
-        return cls(
+                wanted = name if source == adapter else source
+                raise ModelError(_why_not_loaded(wanted, error)) from error
+        loaded = cls(
             model,
             tokenizer,
             name=name,
@@ -207,6 +215,7 @@ class LanguageModel:
             activation_checkpointing=activation_checkpointing,
             eos_ids=eos_ids,
         )
+        return loaded if adapter == source else loaded.with_saved_adapter(adapter)
 
     @classmethod
     def from_model(cls, model: Any, tokenizer: Any = None, **options: Any) -> LanguageModel:
@@ -217,38 +226,144 @@ class LanguageModel:
         return cls(model, tokenizer, **options)
 
     def trainable_copy(self) -> LanguageModel:
-        """A copy with weights of its own that learn."""
+        """A copy with weights of its own that learn; of a model with an adapter, only the adapter
+        is copied."""
         return self._copy(learns=True)
 
     def frozen_copy(self) -> LanguageModel:
-        """A copy with weights of its own that do not learn."""
+        """The same with weights that do not learn."""
         return self._copy(learns=False)
 
     def _copy(self, learns: bool) -> LanguageModel:
+        own = {id(parameter) for parameter in self.parameters()}
+        shared = {id(p): p for p in self.model.parameters() if id(p) not in own}
         other = copy.copy(self)
-        other.model = copy.deepcopy(self.model).eval().requires_grad_(learns)
-        other.model.zero_grad(set_to_none=True)
+        if self._adapter is None:
+            other.model = copy.deepcopy(self.model)
+        else:
+            other._adapter = copy.deepcopy(self._adapter, shared)
+            other.model = other._adapter.get_base_model()
+        other.model.eval()
+        for parameter in other.parameters():
+            parameter.requires_grad_(learns)
+            parameter.grad = None
         other._logits = None
         return other
 
+    def with_adapter(
+        self,
+        peft: str = "lora",
+        *,
+        rank: int = 16,
+        alpha: int = 32,
+        target_modules: str | Sequence[str] = "all-linear",
+        options: Mapping[str, Any] | None = None,
+        seed: int = 0,
+    ) -> LanguageModel:
+        """A model over the same weights, not copied and frozen there, with an adapter that learns.
+
+        It starts as the same distribution. This model is not changed, and is not by what the
+        adapter learns.
+
+        Args:
+            peft: the kind, as the package peft calls it.
+            rank, alpha: of LoRA: the adapter is a product of two matrices of this rank, scaled by
+                alpha / rank.
+            target_modules: ends of names of the layers that get one; ``"all-linear"``: all linear
+                layers but the output layer.
+            options: further settings of peft's config for this kind; dropout is set to zero.
+            seed: of the adapter's random weights.
+
+        Raises:
+            AdapterError: peft is not installed, or this adapter does not fit this model.
+        """
+        if self._adapter is not None:
+            raise adapters.AdapterError(
+                f"{self.name}: has an adapter already. Way out: train that one, or merge it into "
+                "its model with peft's merge_and_unload and save the result"
+            )
+        adapted = adapters.attach(
+            self.model,
+            peft,
+            rank=rank,
+            alpha=alpha,
+            target_modules=target_modules,
+            options=options or {},
+            seed=seed,
+        )
+        other = self._around(adapted)
+        with self._plain_compute():
+            rows, reference = self._references()
+            error, tolerance = other._scoring_error(rows, reference), _tolerance(reference)
+        if not error <= tolerance:
+            raise adapters.AdapterError(
+                f"adapter {peft!r}: changes {self.name} before it has learnt anything, by "
+                f"{error:.2g} nats: the policy must start as the base. Way out: the usual "
+                "initial weights of this kind"
+            )
+        return other
+
+    def with_saved_adapter(self, folder: str | os.PathLike[str]) -> LanguageModel:
+        """A model over the same weights, not copied, with an adapter that :meth:`save` wrote.
+
+        Raises:
+            AdapterError: peft is not installed, or the adapter belongs to another model.
+        """
+        other = self._around(adapters.load(self.model, os.fspath(folder)))
+        other.name = os.fspath(folder)
+        return other
+
+    def _around(self, adapted: Any) -> LanguageModel:
+        """This model with the modules of peft's model ``adapted``."""
+        other = copy.copy(self)
+        other._adapter, other.model = adapted, adapted.get_base_model().eval()
+        other._logits = None
+        _remove_dropout(other.model)
+        head = self.model.get_output_embeddings()
+        if type(other.model.get_output_embeddings()) is not type(head):
+            # The fused head reads the weight of the base, past any adapter.
+            other._fused = None
+            warnings.warn(
+                f"{self.name}: an adapter on the output layer; using the model's own logits, which "
+                "is right but slower and takes more memory.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        other.checks = other.self_test()
+        return other
+
     def copy_weights_from(self, other: LanguageModel) -> None:
-        """Take the weights of a model of the same architecture."""
-        self.model.load_state_dict(other.model.state_dict())
+        """Take the weights of a copy of this model."""
+        theirs = other.named_parameters()
+        with torch.no_grad():
+            for name, parameter in self.named_parameters().items():
+                parameter.copy_(theirs[name])
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write model and tokenizer for ``from_pretrained``: fp32 safetensors and JSON.
 
         The generation config says temperature 1 and no truncation, so that ``generate`` of the
-        saved model samples from the distribution that was trained.
+        saved model samples from the distribution that was trained. Of a model with an adapter the
+        adapter alone is written, never merged; transformers loads it where peft is installed.
         """
         with _no_progress_bar():
-            self.model.save_pretrained(folder)
+            if self._adapter is None:
+                self.model.save_pretrained(folder)
+            else:
+                adapters.save(self._adapter, os.fspath(folder))
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """The weights that are its own, tied ones once: all, or those of its adapter."""
+        named = dict(self.model.named_parameters())
+        if self._adapter is None:
+            return named
+        return {name: named[name] for name in adapters.names(self._adapter)}
+
     def parameters(self) -> list[nn.Parameter]:
-        """The weights, tied ones once."""
-        return list(self.model.parameters())
+        """The same without their names."""
+        return list(self.named_parameters().values())
 
     # --- text -----------------------------------------------------------------------------------
 
@@ -309,7 +424,7 @@ class LanguageModel:
         module = self.model if self._fused is None else self.model.base_model
         options: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
-            options["past_key_values"] = cache
+            options[self._cache_name] = cache
         if self._takes_positions:
             options["position_ids"] = positions
         bf16 = self.compute == "bf16"
@@ -332,7 +447,7 @@ class LanguageModel:
 
     def _head_products(self) -> contextlib.AbstractContextManager[None]:
         if self.compute == "bf16":
-            return _rounded_products(self.device)
+            return rounded_products(self.device)
         return contextlib.nullcontext()
 
     def decoder(self, slots: int, length: int, reuse: Decoder | None = None) -> Decoder:
@@ -776,23 +891,6 @@ def _device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {name!r}: this torch sees no GPU. Use 'auto' or 'cpu'.")
     return device
-
-
-@contextlib.contextmanager
-def _rounded_products(device: torch.device) -> Iterator[None]:
-    """Matrix products of fp32 numbers that the hardware may round on the way in, to bf16 on a CPU
-    and to TF32 on a GPU; sums and results are fp32, so logits keep their last bits.
-
-    No 16-bit copies of the weight are made, which would have to be renewed at every step.
-    """
-    on_gpu = device.type == "cuda"
-    backends: Any = torch.backends
-    backend = backends.cuda.matmul if on_gpu else backends.mkldnn.matmul
-    before, backend.fp32_precision = backend.fp32_precision, "tf32" if on_gpu else "bf16"
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
 
 
 def _compute(wanted: str, device: torch.device) -> str:

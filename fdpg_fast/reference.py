@@ -21,6 +21,7 @@ __all__ = [
     "Sampled",
     "TokenLogprob",
     "cache_append_",
+    "capped",
     "decode_attention",
     "f",
     "f_prime",
@@ -321,6 +322,11 @@ def _effective_size(weights: Collection[float]) -> float:
 # The vocabulary: logits, N rows of V, or any leading dimensions
 
 
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Bounded smoothly, in (-softcap, softcap), if there is a softcap: -inf gives -softcap."""
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
 class TokenLogprob(NamedTuple):
     """``[...]`` each; ``entropy`` is None if it was not asked for."""
 
@@ -336,6 +342,7 @@ def token_logprob(
     inv_temperature: float = 1.0,
     mask: Tensor | None = None,
     entropy: bool = False,
+    softcap: float | None = None,
     inplace_backward: bool = False,
 ) -> TokenLogprob:
     """``(..., V)``, ``(...)`` -> log-probability of the target, log-sum-exp, entropy.
@@ -343,7 +350,8 @@ def token_logprob(
     In fp32, or fp64 if the logits are; zeros where ``mask`` is False. ``inplace_backward`` changes
     nothing here.
     """
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32)) * inv_temperature
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = capped(logits, softcap) * inv_temperature
     if mask is not None:
         z = torch.where(mask[..., None], z, 0.0)
         target = torch.where(mask, target, 0)
@@ -377,10 +385,13 @@ def linear_logprob(
     In the precision of the inputs; ``keep_bytes`` and ``chunk`` change nothing here.
     """
     logits = scale * torch.nn.functional.linear(hidden, weight, bias)
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
     return token_logprob(
-        logits, target, inv_temperature=inv_temperature, mask=mask, entropy=entropy
+        logits,
+        target,
+        inv_temperature=inv_temperature,
+        mask=mask,
+        entropy=entropy,
+        softcap=softcap,
     )
 
 
@@ -465,9 +476,7 @@ def decode_attention(
     heads, key_heads = query.shape[1], keys.shape[1]
     keys, values = (t.repeat_interleave(heads // key_heads, dim=1) for t in (keys, values))
     scores = torch.einsum("bhd,bhtd->bht", query, keys)
-    scores = scores * (query.shape[2] ** -0.5 if scale is None else scale)
-    if softcap > 0:
-        scores = softcap * torch.tanh(scores / softcap)
+    scores = capped(scores * (query.shape[2] ** -0.5 if scale is None else scale), softcap)
     place = torch.arange(keys.shape[2])
     live = place < end[:, None]
     if begin is not None:
@@ -495,12 +504,13 @@ def sample_logprob(
     position: Tensor,
     *,
     inv_temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> Sampled:
     """``(N, V)`` -> the first token whose cumulative probability exceeds the row's uniform number.
 
     A row that holds NaN or +inf, or is -inf throughout, gives token 0 and NaN. Computed in fp64.
     """
-    z = logits.double() * inv_temperature
+    z = capped(logits.double(), softcap) * inv_temperature
     can_draw = (z < math.inf).all(dim=-1) & (z > -math.inf).any(dim=-1)
     z = torch.where(can_draw[:, None], z, 0.0)
     uniform = random_uniform(int(seed), sample_id, position)

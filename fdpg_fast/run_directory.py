@@ -121,7 +121,8 @@ class RunDirectory:
 
     def require_model(self) -> None:
         """Raises RunDirectoryError if there is no finished model."""
-        if not (self.model / "config.json").is_file():
+        files = ("config.json", "adapter_config.json")
+        if not any((self.model / file).is_file() for file in files):
             raise RunDirectoryError(
                 f"run: {self.path} has no model/ yet: the run did not get to its end. Way out: "
                 f"fdpg train --resume --out {self.path}"

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from fdpg_fast import checkpoint, metrics, ops
 from fdpg_fast.baselines import Baseline
-from fdpg_fast.building import prompts_of, target_of
+from fdpg_fast.building import policy_of, prompts_of, target_of
 from fdpg_fast.checkpoint import Checkpoint, CheckpointError
 from fdpg_fast.config import Config, ConfigError
 from fdpg_fast.divergences import Divergence, require_finite_at_zero_targets
@@ -123,12 +123,12 @@ class Trainer:
         self.display: Display = display or for_this_terminal()
         self.prompts = prompts_of(self.config, self.base)
         self.sampler = Sampler(sampling.max_new_tokens, sampling.sampler_batch)
-        self.policy = self.base.trainable_copy()
+        self.policy = policy_of(self.config, self.base)
         # The proposal q: the policy itself, or a copy that lags behind it.
         self.proposal = self.policy.frozen_copy() if sampling.adaptive_proposal else self.policy
         self.partition = Partition(len(self.prompts), objective.log_z, self.policy.device)
         self.baseline_state = self.baseline.new_state(self.policy.device)
-        self.parameters = dict(self.policy.model.named_parameters())
+        self.parameters = self.policy.named_parameters()
         optimiser = self.config.optimiser
         self.optimiser = torch.optim.AdamW(
             self.parameters.values(),
@@ -400,11 +400,17 @@ class Trainer:
     def header(self) -> dict[str, str]:
         """What a person should know before the first step."""
         config = self.config
-        millions = sum(p.numel() for p in self.parameters.values()) / 1e6
+        learning, held = (
+            sum(p.numel() for p in parameters) / 1e6
+            for parameters in (self.parameters.values(), self.policy.model.parameters())
+        )
+        weights = f"{held:.1f} M weights"
+        if learning < held:
+            weights = f"adapter of {learning:.2f} M weights on {held - learning:.1f} M"
         checks = {k: v for k, v in self.policy.checks.items() if k != "tolerance"}
         wanted = ", ".join(f"{name} = {goal:g}" for name, goal in self.target.moments.items())
         rows = {
-            "model": f"{_model_name(self.base)}, {millions:.1f} M weights, {self.policy.compute}",
+            "model": f"{_model_name(self.base)}, {weights}, {self.policy.compute}",
             "device": device_name(self.policy.device),
             "checked": ", ".join(f"{name} to {error:.0e} nats" for name, error in checks.items()),
             "target": str(self.target) + (f"  ({wanted})" if wanted else ""),
@@ -577,7 +583,7 @@ class Trainer:
         if self.baseline_state is not None:
             tensors["state"]["baseline"] = self.baseline_state
         if self.proposal is not self.policy:
-            tensors["proposal"] = dict(self.proposal.model.named_parameters())
+            tensors["proposal"] = dict(self.proposal.named_parameters())
         facts = {"seed": self.config.run.seed, "lambdas": self.target.state_dict()}
         self._flush()
         self.run.sync()
@@ -598,7 +604,7 @@ class Trainer:
         saved = checkpoint.load(path)
         _load_parameters(self.parameters, saved.tensors["policy"], path)
         if self.proposal is not self.policy:
-            own = dict(self.proposal.model.named_parameters())
+            own = self.proposal.named_parameters()
             _load_parameters(own, saved.tensors.get("proposal", {}), path)
         self.optimiser.state.clear()
         for key, value in saved.tensors["optimiser"].items():

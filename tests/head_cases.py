@@ -103,18 +103,23 @@ def worst(a: list[Tensor], b: list[Tensor]) -> float:
     return max(((x - y).abs().max().item() for x, y in pairs), default=0.0)
 
 
-def imitate_gpu_products(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the path that keeps bf16 inputs as they are, with torch's GPU-only product imitated."""
+def keep_bf16(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Take the path that multiplies bf16 inputs as they are: of a CPU, whether this one has
+    instructions for them or not, or of a GPU, with torch's GPU-only product imitated."""
+    head = sys.modules["fdpg_fast.ops.linear_head"]
+    monkeypatch.setattr(head, "_CPU_HAS_BF16", True)
+    if where == "cpu":
+        return
 
     def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         assert a.dtype == b.dtype == torch.bfloat16
         product = a.to(out_dtype) @ b.to(out_dtype)
         return product if out is None else out.copy_(product)
 
-    for module in ("linear_head", "linear_logprob"):
-        monkeypatch.setattr(
-            sys.modules[f"fdpg_fast.ops.{module}"],
-            "multiplies_as_they_are",
-            lambda hidden, weight: hidden.dtype == weight.dtype == torch.bfloat16,
-        )
+    monkeypatch.setattr(head, "has_wide_products", lambda _: True)
     monkeypatch.setattr(torch, "mm", mm)
+
+
+def widen_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the path of a CPU that has no instructions for bf16."""
+    monkeypatch.setattr(sys.modules["fdpg_fast.ops.linear_head"], "_CPU_HAS_BF16", False)

@@ -14,6 +14,7 @@
 #include <cstdint>
 
 #include "fdpg/types.h"  // load, store
+#include "logits-inl.h"  // tanh
 #include "simd_target.h"
 
 FDPG_BEGIN_SIMD
@@ -103,12 +104,18 @@ class DecodeAttention {
     return j < n ? S::max(S::load_first(x + j, n - j), most) : most;
   }
 
+  static FDPG_ALWAYS_INLINE Vec capped(Vec score, Vec cap) {
+    return S::mul(cap, tanh<S>(S::div(score, cap)));
+  }
+
   // Scores of a block to exponentials relative to the largest score so far.
   FDPG_ALWAYS_INLINE void to_weights(int64_t g, int64_t n) {
     Real* const w = weight_[g];
     if (p_.softcap > 0) {
-      const Real cap = static_cast<Real>(p_.softcap);
-      for (int64_t j = 0; j < n; ++j) w[j] = cap * static_cast<Real>(__builtin_tanh(w[j] / cap));
+      const Vec cap = S::broadcast(static_cast<Real>(p_.softcap));
+      int64_t j = 0;
+      for (; j + S::kLanes <= n; j += S::kLanes) S::store(w + j, capped(S::load(w + j), cap));
+      if (j < n) S::store_first(w + j, capped(S::load_first(w + j, n - j), cap), n - j);
     }
     // A NaN is no maximum, but its exponential is NaN and stays.
     const Real most = S::largest(S::max(largest_of(w, n), S::broadcast(most_[g])));

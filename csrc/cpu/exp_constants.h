@@ -1,4 +1,4 @@
-// exp_constants.h: the constants of exp in fp32, the same on every instruction set.
+// exp_constants.h: the constants of exp and tanh in fp32, the same on every instruction set.
 //
 //   n = round(x / ln 2),  r = x - n ln 2 in two steps,  exp x = 2^n (1 + r + r^2 (c2 + ... c6 r^4))
 //
@@ -26,5 +26,8 @@ inline constexpr float kExp3 = 0x1.555492p-3f;
 inline constexpr float kExp4 = 0x1.5558f2p-5f;
 inline constexpr float kExp5 = 0x1.123a2p-7f;
 inline constexpr float kExp6 = 0x1.6a23dp-10f;
+
+// tanh, made of the same (logits-inl.h), is 1 in fp32 from here on: 1 - tanh 9.02 is 2^-25.
+inline constexpr float kTanhOne = 10.0f;
 
 }  // namespace fdpg::cpu

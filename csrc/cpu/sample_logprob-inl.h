@@ -1,4 +1,4 @@
-// sample_logprob-inl.h: a token drawn from softmax(logits * inv_temperature) per row, with its
+// sample_logprob-inl.h: a token drawn from softmax(z) of each row (z: logits-inl.h), with its
 // log-prob, by inverting the cumulative distribution with one uniform.
 //
 // Fused: softmax, cumulative sum, search, gather and log: the row is read once, V logits, as in
@@ -52,23 +52,23 @@ int64_t choose(const double* parts, int64_t n, double* uniform) {
   return chosen;
 }
 
-// exp(scale x - offset) of x[0..n), n <= kLeaf, as doubles.
-template <class S, class T>
-void exp_leaf(const T* x, int64_t n, typename S::Real scale, typename S::Real offset, double* out) {
+// exp(z - offset) of x[0..n), n <= kLeaf, as doubles.
+template <class L, class T>
+void exp_leaf(const T* x, int64_t n, const L& logits, typename L::Real offset, double* out) {
+  using S = typename L::S;
   using Vec = typename S::Vec;
-  const Vec scale_v = S::broadcast(scale), minus_offset = S::broadcast(-offset);
+  const Vec scale = S::broadcast(logits.scale), minus_offset = S::broadcast(-offset);
   typename S::Real e[kLeaf];
   for (int64_t j = 0; j < n; j += S::kLanes) {
-    const Vec x_v = n - j < S::kLanes ? S::load_first(x + j, n - j) : S::load(x + j);
-    S::store(e + j, S::exp(S::fma(x_v, scale_v, minus_offset)));
+    const Vec u = n - j < S::kLanes ? logits.load_first(x + j, n - j) : logits.load(x + j);
+    S::store(e + j, S::exp(S::fma(u, scale, minus_offset)));
   }
   for (int64_t j = 0; j < n; ++j) out[j] = e[j];
 }
 
-// One of x[0..n) with probability proportional to exp(scale x); some of them is positive.
-template <class S, class T>
-int64_t descend(const T* x, int64_t n, typename S::Real scale, typename S::Real offset,
-                double uniform) {
+// One of x[0..n) with probability proportional to exp z; some of them is positive.
+template <class L, class T>
+int64_t descend(const T* x, int64_t n, const L& logits, typename L::Real offset, double uniform) {
   int64_t first = 0;
   while (n > kLeaf) {
     const int64_t part = (n + kMaxParts * kLeaf - 1) / (kMaxParts * kLeaf) * kLeaf;
@@ -76,28 +76,28 @@ int64_t descend(const T* x, int64_t n, typename S::Real scale, typename S::Real 
     double sums[kMaxParts] = {};
     for (int64_t k = 0; k < parts; ++k) {
       const int64_t size = k + 1 < parts ? part : n - k * part;
-      sums[k] = sum_block<S, false>(x + first + k * part, size, scale, offset).sum;
+      sums[k] = sum_block<false>(x + first + k * part, size, logits, offset).sum;
     }
     const int64_t chosen = choose(sums, parts, &uniform);
     first += chosen * part;
     n = chosen + 1 < parts ? part : n - chosen * part;
   }
   double e[kLeaf];
-  exp_leaf<S>(x + first, n, scale, offset, e);
+  exp_leaf(x + first, n, logits, offset, e);
   return first + choose(e, n, &uniform);
 }
 
-template <class S, class T>
-int64_t sample_logprob(const SampleLogprobParams& p, int64_t begin, int64_t end) {
-  using Real = typename S::Real;
+template <class L, class T>
+int64_t sample_logprob_of(const SampleLogprobParams& p, int64_t begin, int64_t end) {
+  using Real = typename L::Real;
   Real* const logp = static_cast<Real*>(p.logp);
   Real* const lse = static_cast<Real*>(p.lse);
-  const Real scale = static_cast<Real>(p.inv_temperature);
+  const L logits(p);
   const int64_t block = block_size(p.vocab);
   for (int64_t i = begin; i < end; ++i) {
     const T* const x = static_cast<const T*>(p.logits) + i * p.row_stride;
     double block_sums[kMaxBlocks];  // 4 KiB
-    const SoftmaxRow<Real> row = softmax_row<S, false>(x, p.vocab, scale, block_sums);
+    const SoftmaxRow<Real> row = softmax_row<false>(x, p.vocab, logits, block_sums);
     if (!(row.sums.sum > 0)) {  // NaN or +inf somewhere, or -inf everywhere
       p.token[i] = 0;
       logp[i] = lse[i] = static_cast<Real>(__builtin_nan(""));
@@ -106,12 +106,18 @@ int64_t sample_logprob(const SampleLogprobParams& p, int64_t begin, int64_t end)
     double uniform = random_uniform(p.seed[0], p.sample_id[i], p.position[i]);
     const int64_t first = choose(block_sums, (p.vocab + block - 1) / block, &uniform) * block;
     const int64_t n = p.vocab - first < block ? p.vocab - first : block;
-    const int64_t token = first + descend<S>(x + first, n, scale, row.offset, uniform);
+    const int64_t token = first + descend(x + first, n, logits, row.offset, uniform);
     p.token[i] = token;
-    logp[i] = static_cast<Real>(row.logp(S::product(load(x[token]), scale)));
+    logp[i] = static_cast<Real>(row.logp(logits.z(x[token])));
     lse[i] = static_cast<Real>(row.lse());
   }
   return kOk;
+}
+
+template <class S, class T>
+int64_t sample_logprob(const SampleLogprobParams& p, int64_t begin, int64_t end) {
+  return p.softcap > 0 ? sample_logprob_of<Logits<S, true>, T>(p, begin, end)
+                       : sample_logprob_of<Logits<S, false>, T>(p, begin, end);
 }
 
 }  // namespace

@@ -25,9 +25,11 @@ struct Avx2 {
   static FDPG_ALWAYS_INLINE Vec broadcast(float x) { return _mm256_set1_ps(x); }
   static FDPG_ALWAYS_INLINE Vec add(Vec a, Vec b) { return _mm256_add_ps(a, b); }
   static FDPG_ALWAYS_INLINE Vec mul(Vec a, Vec b) { return _mm256_mul_ps(a, b); }
+  static FDPG_ALWAYS_INLINE Vec div(Vec a, Vec b) { return _mm256_div_ps(a, b); }
   static FDPG_ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
   static FDPG_ALWAYS_INLINE double product(float a, float b) { return double{a} * b; }
   static FDPG_ALWAYS_INLINE Vec max(Vec x, Vec or_else) { return _mm256_max_ps(x, or_else); }
+  static FDPG_ALWAYS_INLINE Vec min(Vec x, Vec or_else) { return _mm256_min_ps(x, or_else); }
 
   static FDPG_ALWAYS_INLINE Vec load(const float* p) { return _mm256_loadu_ps(p); }
   static FDPG_ALWAYS_INLINE Vec load(const BFloat16* p) {
@@ -104,6 +106,11 @@ struct Avx2 {
     const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
     const Vec scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(y), exponent));
     return _mm256_and_ps(scaled, _mm256_cmp_ps(x, broadcast(kExpLow), _CMP_NLT_UQ));
+  }
+
+  static FDPG_ALWAYS_INLINE Vec power_of_two(Vec shifted) {
+    const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);
+    return _mm256_castsi256_ps(_mm256_add_epi32(exponent, _mm256_set1_epi32(0x3f800000)));
   }
 
   static FDPG_ALWAYS_INLINE Vec clamp_low(Vec x) { return max(broadcast(kExpLow), x); }

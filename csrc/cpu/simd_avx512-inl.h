@@ -25,9 +25,11 @@ struct Avx512 {
   static FDPG_ALWAYS_INLINE Vec broadcast(float x) { return _mm512_set1_ps(x); }
   static FDPG_ALWAYS_INLINE Vec add(Vec a, Vec b) { return _mm512_add_ps(a, b); }
   static FDPG_ALWAYS_INLINE Vec mul(Vec a, Vec b) { return _mm512_mul_ps(a, b); }
+  static FDPG_ALWAYS_INLINE Vec div(Vec a, Vec b) { return _mm512_div_ps(a, b); }
   static FDPG_ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static FDPG_ALWAYS_INLINE double product(float a, float b) { return double{a} * b; }
   static FDPG_ALWAYS_INLINE Vec max(Vec x, Vec or_else) { return _mm512_max_ps(x, or_else); }
+  static FDPG_ALWAYS_INLINE Vec min(Vec x, Vec or_else) { return _mm512_min_ps(x, or_else); }
 
   static FDPG_ALWAYS_INLINE Vec load(const float* p) { return _mm512_loadu_ps(p); }
   static FDPG_ALWAYS_INLINE Vec load(const BFloat16* p) {
@@ -101,6 +103,11 @@ struct Avx512 {
     y = fma(y, r, broadcast(1.0f));
     y = fma(y, r, broadcast(1.0f));
     return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, broadcast(kExpLow), _CMP_NLT_UQ), y, n);
+  }
+
+  static FDPG_ALWAYS_INLINE Vec power_of_two(Vec shifted) {
+    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(shifted), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(0x3f800000)));
   }
 
   static FDPG_ALWAYS_INLINE Vec clamp_low(Vec x) { return max(broadcast(kExpLow), x); }

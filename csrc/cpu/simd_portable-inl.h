@@ -2,15 +2,16 @@
 // for every CPU and for double. Also the dictionary: the words that each instruction set has.
 //
 //   Real, Vec, kLanes      the number, the vector, numbers per vector
-//   broadcast add mul fma  (fma may round twice where the CPU has none)
+//   broadcast add mul div fma  (fma may round twice where the CPU has none)
 //   product(a, b)          of two numbers, as fma sees it: exact, or rounded where fma is not one
-//   max(x, or_else)        or_else in a lane where either is NaN
+//   max min(x, or_else)    or_else in a lane where either is NaN
 //   load store             from and to every storage type that accumulates in Real; unaligned
 //   load_pair(p, &a, &b)   2 kLanes numbers, in whatever order is cheapest
 //   load_first(p, n)       the first n lanes, 0 < n < kLanes; the rest are -inf and not read
 //   load_zeros(p, n)       the same, but the rest are 0
 //   store_first(p, x, n)   the first n lanes; the rest are not written
 //   exp(x)                 exp_constants.h; above kExpHigh at least exp(kExpHigh); NaN stays NaN
+//   power_of_two(x)        2^n where x = n + kShifter, n a small whole number; fp32 only
 //   clamp_low(x)           a finite number in place of -inf, whose exp is 0; NaN stays NaN
 //   sum(x) largest(x)      across lanes, in a fixed order; the sum in double
 //   total(x)               the sum in Real
@@ -39,9 +40,11 @@ struct Portable {
   static FDPG_ALWAYS_INLINE Vec broadcast(Real x) { return Vec{} + x; }
   static FDPG_ALWAYS_INLINE Vec add(Vec a, Vec b) { return a + b; }
   static FDPG_ALWAYS_INLINE Vec mul(Vec a, Vec b) { return a * b; }
+  static FDPG_ALWAYS_INLINE Vec div(Vec a, Vec b) { return a / b; }
   static FDPG_ALWAYS_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
   static FDPG_ALWAYS_INLINE double product(Real a, Real b) { return a * b; }
   static FDPG_ALWAYS_INLINE Vec max(Vec x, Vec or_else) { return x > or_else ? x : or_else; }
+  static FDPG_ALWAYS_INLINE Vec min(Vec x, Vec or_else) { return x < or_else ? x : or_else; }
 
   template <class T>
   static FDPG_ALWAYS_INLINE Vec load(const T* p) {
@@ -99,6 +102,15 @@ struct Portable {
       memcpy(&y, &bits, sizeof(y));
       return x < kExpLow ? Vec{} : y;
     }
+  }
+
+  static FDPG_ALWAYS_INLINE Vec power_of_two(Vec shifted) {
+    using Bits __attribute__((vector_size(16))) = uint32_t;
+    Bits bits;
+    memcpy(&bits, &shifted, sizeof(bits));
+    bits = (bits << 23) + 0x3f800000u;
+    memcpy(&shifted, &bits, sizeof(bits));
+    return shifted;
   }
 
   static FDPG_ALWAYS_INLINE Vec clamp_low(Vec x) {

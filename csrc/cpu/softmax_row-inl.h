@@ -20,6 +20,7 @@
 #include <cstdint>
 
 #include "fdpg/types.h"  // load
+#include "logits-inl.h"
 
 FDPG_BEGIN_SIMD
 namespace fdpg::cpu {
@@ -39,7 +40,7 @@ inline int64_t block_size(int64_t vocab) {
 constexpr double kHeadroom = 3;
 constexpr double kExpHeadroom = 20.0;  // below exp(3)
 
-// What logits come to relative to an offset h, with z = scale x and d = z - h:
+// What logits come to relative to an offset h, with d = z - h (z and u: logits-inl.h):
 // sum exp d,  sum d exp d.
 struct Sums {
   double sum = 0;
@@ -48,7 +49,7 @@ struct Sums {
 
 template <class Real>
 struct SoftmaxRow {
-  Real offset;  // the anchor's z, rounded; -inf: every logit is
+  Real offset;  // the anchor's z, rounded; -inf: every logit is, and none is capped
   Sums sums;
 
   double lse() const { return offset + __builtin_log(sums.sum); }
@@ -103,8 +104,8 @@ struct BlockAccumulator {
   // Written out: g++ compiles an implicit constructor for the CPU outside the pragma.
   FDPG_ALWAYS_INLINE BlockAccumulator() : sum(S::broadcast(0)), weighted(S::broadcast(0)) {}
 
-  FDPG_ALWAYS_INLINE void push(Vec x, Vec scale, Vec minus_offset) {
-    const Vec d = S::fma(x, scale, minus_offset);
+  FDPG_ALWAYS_INLINE void push(Vec u, Vec scale, Vec minus_offset) {
+    const Vec d = S::fma(u, scale, minus_offset);
     const Vec e = S::exp(d);
     sum = S::add(sum, e);
     if constexpr (kEntropy) weighted = S::fma(e, S::clamp_low(d), weighted);
@@ -112,10 +113,11 @@ struct BlockAccumulator {
 };
 
 // Sums over x[0..n) relative to `offset`.
-template <class S, bool kEntropy, class T>
-Sums sum_block(const T* x, int64_t n, typename S::Real scale, typename S::Real offset) {
+template <bool kEntropy, class L, class T>
+Sums sum_block(const T* x, int64_t n, const L& logits, typename L::Real offset) {
+  using S = typename L::S;
   using Vec = typename S::Vec;
-  const Vec scale_v = S::broadcast(scale), minus_offset = S::broadcast(-offset);
+  const Vec scale = S::broadcast(logits.scale), minus_offset = S::broadcast(-offset);
   BlockAccumulator<S, kEntropy> part[kUnroll];
   int64_t i = 0;
   for (; i + kUnroll * S::kLanes <= n; i += kUnroll * S::kLanes) {
@@ -123,13 +125,13 @@ Sums sum_block(const T* x, int64_t n, typename S::Real scale, typename S::Real o
       prefetch<S>(x + i, k);
       prefetch<S>(x + i, k + 1);
       Vec even, odd;
-      S::load_pair(x + i + k * S::kLanes, &even, &odd);
-      part[k].push(even, scale_v, minus_offset);
-      part[k + 1].push(odd, scale_v, minus_offset);
+      logits.load_pair(x + i + k * S::kLanes, &even, &odd);
+      part[k].push(even, scale, minus_offset);
+      part[k + 1].push(odd, scale, minus_offset);
     }
   }
-  for (; i + S::kLanes <= n; i += S::kLanes) part[0].push(S::load(x + i), scale_v, minus_offset);
-  if (i < n) part[1].push(S::load_first(x + i, n - i), scale_v, minus_offset);
+  for (; i + S::kLanes <= n; i += S::kLanes) part[0].push(logits.load(x + i), scale, minus_offset);
+  if (i < n) part[1].push(logits.load_first(x + i, n - i), scale, minus_offset);
   Sums sums;
   sums.sum = S::sum(S::add(S::add(part[0].sum, part[1].sum), S::add(part[2].sum, part[3].sum)));
   if constexpr (kEntropy) {
@@ -141,33 +143,35 @@ Sums sum_block(const T* x, int64_t n, typename S::Real scale, typename S::Real o
 
 // Walks a row x[0..vocab) in blocks. If `block_sums` is not null, it receives the sum of every
 // block, relative to the row's final offset.
-template <class S, bool kEntropy, class T>
-SoftmaxRow<typename S::Real> softmax_row(const T* x, int64_t vocab, typename S::Real scale,
+template <bool kEntropy, class L, class T>
+SoftmaxRow<typename L::Real> softmax_row(const T* x, int64_t vocab, const L& logits,
                                          double* block_sums = nullptr) {
+  using S = typename L::S;
   using Real = typename S::Real;
+  const Real scale = logits.scale;
   constexpr Real kMinusInf = -static_cast<Real>(__builtin_inff());
   const int64_t block = block_size(vocab);
   SoftmaxRow<Real> row = {kMinusInf, {}};
   Sums& total = row.sums;
-  Real anchor = kMinusInf;
+  Real anchor = kMinusInf;  // its u
   for (int64_t begin = 0; begin < vocab; begin += block) {
     const int64_t n = vocab - begin < block ? vocab - begin : block;
     Sums sums;
     if (anchor == kMinusInf) {
-      anchor = largest<S>(x + begin, n);
+      anchor = logits.capped_one(largest<S>(x + begin, n));
       row.offset = anchor * scale;
     }
     if (anchor == kMinusInf) {  // nothing but -inf so far, or NaN, which is nobody's largest
       if (any_nan(x + begin, n)) sums.sum = __builtin_nan("");
     } else {
-      sums = sum_block<S, kEntropy>(x + begin, n, scale, row.offset);
+      sums = sum_block<kEntropy>(x + begin, n, logits, row.offset);
       if (!(sums.sum <= kExpHeadroom)) {  // NaN is suspicious too, and stays
-        const Real most = largest<S>(x + begin, n);
+        const Real most = logits.capped_one(largest<S>(x + begin, n));
         if ((static_cast<double>(most) - anchor) * scale > kHeadroom) {
           const double lower = row.offset;
           anchor = most;
           row.offset = anchor * scale;
-          sums = sum_block<S, kEntropy>(x + begin, n, scale, row.offset);
+          sums = sum_block<kEntropy>(x + begin, n, logits, row.offset);
           const double shift = lower - row.offset, factor = __builtin_exp(shift);
           total.weighted = (total.weighted + total.sum * shift) * factor;
           total.sum *= factor;

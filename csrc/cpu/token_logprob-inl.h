@@ -18,14 +18,14 @@ FDPG_BEGIN_SIMD
 namespace fdpg::cpu {
 namespace {
 
-// S: vector vocabulary; T: storage type of the logits.
-template <class S, class T>
-int64_t token_logprob(const TokenLogprobParams& p, int64_t begin, int64_t end) {
-  using Real = typename S::Real;
+// S: vector vocabulary; L: Logits<S, capped or not>; T: storage type of the logits.
+template <class L, class T>
+int64_t token_logprob_of(const TokenLogprobParams& p, int64_t begin, int64_t end) {
+  using Real = typename L::Real;
   Real* const logp = static_cast<Real*>(p.logp);
   Real* const lse = static_cast<Real*>(p.lse);
   Real* const entropy = static_cast<Real*>(p.entropy);
-  const Real scale = static_cast<Real>(p.inv_temperature);
+  const L logits(p);
   int64_t bad_row = kOk;
   for (int64_t i = begin; i < end; ++i) {
     double row_logp = 0, row_lse = 0, row_entropy = 0;
@@ -37,10 +37,10 @@ int64_t token_logprob(const TokenLogprobParams& p, int64_t begin, int64_t end) {
       if (bad_row == kOk) bad_row = i;
     } else {
       const T* const x = static_cast<const T*>(p.logits) + i * p.row_stride;
-      const SoftmaxRow<Real> row = entropy ? softmax_row<S, true>(x, p.vocab, scale)
-                                           : softmax_row<S, false>(x, p.vocab, scale);
+      const SoftmaxRow<Real> row =
+          entropy ? softmax_row<true>(x, p.vocab, logits) : softmax_row<false>(x, p.vocab, logits);
       row_lse = row.lse();
-      row_logp = row.logp(S::product(load(x[target]), scale));
+      row_logp = row.logp(logits.z(x[target]));
       row_entropy = row.entropy();
     }
     logp[i] = static_cast<Real>(row_logp);
@@ -50,23 +50,33 @@ int64_t token_logprob(const TokenLogprobParams& p, int64_t begin, int64_t end) {
   return bad_row;
 }
 
-// The softmax part of a row's gradient:  out_j = exp(d_j) (constant + slope d_j),
-// d = scale x - offset.
-template <class S, bool kEntropy>
+template <class S, class T>
+int64_t token_logprob(const TokenLogprobParams& p, int64_t begin, int64_t end) {
+  return p.softcap > 0 ? token_logprob_of<Logits<S, true>, T>(p, begin, end)
+                       : token_logprob_of<Logits<S, false>, T>(p, begin, end);
+}
+
+// The softmax part of a row's gradient:  out_j = exp(d_j) (constant + slope d_j),  d = z - offset,
+// times 1 - u^2 with a softcap.
+template <class L, bool kEntropy>
 struct SoftmaxGradient {
+  using S = typename L::S;
   using Real = typename S::Real;
   using Vec = typename S::Vec;
+  L logits;
   Vec scale, minus_offset, constant, slope;
 
-  SoftmaxGradient(Real scale, Real offset, Real constant, Real slope)
-      : scale(S::broadcast(scale)),
+  SoftmaxGradient(const L& logits, Real offset, Real constant, Real slope)
+      : logits(logits),
+        scale(S::broadcast(logits.scale)),
         minus_offset(S::broadcast(-offset)),
         constant(S::broadcast(constant)),
         slope(S::broadcast(slope)) {}
 
-  FDPG_ALWAYS_INLINE Vec of(Vec x) const {
-    const Vec d = S::fma(x, scale, minus_offset);
-    return S::mul(S::exp(d), kEntropy ? S::fma(S::clamp_low(d), slope, constant) : constant);
+  FDPG_ALWAYS_INLINE Vec of(Vec u) const {
+    const Vec d = S::fma(u, scale, minus_offset);
+    const Vec factor = kEntropy ? S::fma(S::clamp_low(d), slope, constant) : constant;
+    return logits.back(S::mul(S::exp(d), factor), u);
   }
 
   template <class T, class U>
@@ -76,11 +86,11 @@ struct SoftmaxGradient {
       for (int64_t k = 0; k < kUnroll; ++k) {
         prefetch<S>(x + j, k);
         prefetch<S>(out + j, k);
-        S::store(out + j + k * S::kLanes, of(S::load(x + j + k * S::kLanes)));
+        S::store(out + j + k * S::kLanes, of(logits.load(x + j + k * S::kLanes)));
       }
     }
-    for (; j + S::kLanes <= vocab; j += S::kLanes) S::store(out + j, of(S::load(x + j)));
-    if (j < vocab) S::store_first(out + j, of(S::load_first(x + j, vocab - j)), vocab - j);
+    for (; j + S::kLanes <= vocab; j += S::kLanes) S::store(out + j, of(logits.load(x + j)));
+    if (j < vocab) S::store_first(out + j, of(logits.load_first(x + j, vocab - j)), vocab - j);
   }
 };
 
@@ -97,15 +107,16 @@ void fill_row(T* out, int64_t vocab, accumulate_t<T> value) {
 template <class T>
 constexpr bool kSumAgain = sizeof(T) == sizeof(float);
 
-template <class S, class T>
-int64_t token_logprob_backward(const TokenLogprobBackwardParams& p, int64_t begin, int64_t end) {
-  using Real = typename S::Real;
+template <class L, class T>
+int64_t token_logprob_backward_of(const TokenLogprobBackwardParams& p, int64_t begin, int64_t end) {
+  using Real = typename L::Real;
   const Real* const all_lse = static_cast<const Real*>(p.lse);
   const Real* const all_entropy = static_cast<const Real*>(p.entropy);
   const Real* const grad_logp = static_cast<const Real*>(p.grad_logp);
   const Real* const grad_lse = static_cast<const Real*>(p.grad_lse);
   const Real* const grad_entropy = static_cast<const Real*>(p.grad_entropy);
-  const Real scale = static_cast<Real>(p.inv_temperature);
+  const Real inv_temperature = static_cast<Real>(p.inv_temperature);
+  const L logits(p);
   int64_t bad_row = kOk;
   for (int64_t i = begin; i < end; ++i) {
     const T* const x = static_cast<const T*>(p.logits) + i * p.row_stride;
@@ -127,41 +138,49 @@ int64_t token_logprob_backward(const TokenLogprobBackwardParams& p, int64_t begi
     Real offset = all_lse[i];
     double log_weight = 0;
     if constexpr (kSumAgain<T>) {
-      const SoftmaxRow<Real> row = softmax_row<S, false>(x, p.vocab, scale);
+      const SoftmaxRow<Real> row = softmax_row<false>(x, p.vocab, logits);
       offset = row.offset;
       log_weight = -__builtin_log(row.sums.sum);
     }
-    const double weight = __builtin_exp(log_weight) * scale;
+    const double weight = __builtin_exp(log_weight) * inv_temperature;
     const double shift = log_weight + (grad_entropy ? all_entropy[i] : 0);
     const double constant = weight * (g_lse - g_logp - g_entropy * shift);
     const double slope = -weight * g_entropy;
-    const double d = S::product(load(x[target]), scale) - offset;
+    const T logit = x[target];  // before it is overwritten
+    const double d = logits.z(logit) - offset;
     if (g_entropy != 0) {
-      SoftmaxGradient<S, true>(scale, offset, constant, slope).row(x, out, p.vocab);
+      SoftmaxGradient<L, true>(logits, offset, constant, slope).row(x, out, p.vocab);
     } else {
-      SoftmaxGradient<S, false>(scale, offset, constant, slope).row(x, out, p.vocab);
+      SoftmaxGradient<L, false>(logits, offset, constant, slope).row(x, out, p.vocab);
     }
     const double p_target = __builtin_exp(d + log_weight);
     // 1 - p by expm1: a target that is all but certain has a gradient that is all but zero.
     double at_target = -g_logp * __builtin_expm1(d + log_weight) + g_lse * p_target;
     if (p_target > 0) at_target -= g_entropy * p_target * (d + shift);
-    out[target] = store<T>(static_cast<Real>(at_target * scale));
+    out[target] = store<T>(static_cast<Real>(logits.back_one(at_target * inv_temperature, logit)));
   }
   return bad_row;
 }
 
-// p - 1 at the target and p elsewhere, and -coefficient * inv_temperature for the row. The row is
-// summed, then waits in the L2 cache to be read again; it needs no hint. T: type of the logits, U:
-// of the numerators.
-template <class S, class T, class U>
-int64_t token_logprob_numerators_as(const TokenLogprobNumeratorsParams& p, int64_t begin,
+template <class S, class T>
+int64_t token_logprob_backward(const TokenLogprobBackwardParams& p, int64_t begin, int64_t end) {
+  return p.softcap > 0 ? token_logprob_backward_of<Logits<S, true>, T>(p, begin, end)
+                       : token_logprob_backward_of<Logits<S, false>, T>(p, begin, end);
+}
+
+// p - 1 at the target and p elsewhere, times 1 - u^2 with a softcap; and -coefficient *
+// inv_temperature for the row. The row is summed, then waits in the L2 cache to be read again; it
+// needs no hint. T: type of the logits, U: of the numerators.
+template <class L, class T, class U>
+int64_t token_logprob_numerators_of(const TokenLogprobNumeratorsParams& p, int64_t begin,
                                     int64_t end) {
-  using Real = typename S::Real;
+  using Real = typename L::Real;
   const Real* const coefficient = static_cast<const Real*>(p.coefficient);
   Real* const logp = static_cast<Real*>(p.logp);
   Real* const lse = static_cast<Real*>(p.lse);
   Real* const row_scale = static_cast<Real*>(p.row_scale);
-  const Real scale = static_cast<Real>(p.inv_temperature);
+  const Real inv_temperature = static_cast<Real>(p.inv_temperature);
+  const L logits(p);
   int64_t bad_row = kOk;
   for (int64_t i = begin; i < end; ++i) {
     const T* const x = static_cast<const T*>(p.logits) + i * p.row_stride;
@@ -176,17 +195,19 @@ int64_t token_logprob_numerators_as(const TokenLogprobNumeratorsParams& p, int64
       fill_row(out, p.vocab, __builtin_nan(""));
       if (bad_row == kOk) bad_row = i;
     } else {
-      const SoftmaxRow<Real> row = softmax_row<S, false>(x, p.vocab, scale);
+      const SoftmaxRow<Real> row = softmax_row<false>(x, p.vocab, logits);
+      const T logit = x[target];  // before it is overwritten
       row_lse = row.lse();
-      row_logp = row.logp(S::product(load(x[target]), scale));
+      row_logp = row.logp(logits.z(logit));
       if (coefficient[i] == 0) {
         fill_row(out, p.vocab, 0);
       } else {
-        row_scale[i] = -coefficient[i] * scale;
+        row_scale[i] = -coefficient[i] * inv_temperature;
         const Real weight = static_cast<Real>(1 / row.sums.sum);
-        SoftmaxGradient<S, false>(scale, row.offset, weight, 0).row(x, out, p.vocab);
+        SoftmaxGradient<L, false>(logits, row.offset, weight, 0).row(x, out, p.vocab);
         // 1 - p by expm1: a target that is all but certain has a gradient that is all but zero.
-        out[target] = store<U>(static_cast<Real>(__builtin_expm1(row_logp)));
+        const double at_target = logits.back_one(__builtin_expm1(row_logp), logit);
+        out[target] = store<U>(static_cast<Real>(at_target));
       }
     }
     logp[i] = static_cast<Real>(row_logp);
@@ -202,7 +223,8 @@ int64_t token_logprob_numerators(const TokenLogprobNumeratorsParams& p, int64_t 
   visit_dtype(p.numerator_dtype, [&](auto storage) {
     using U = decltype(storage);
     if constexpr (sizeof(accumulate_t<U>) == sizeof(typename S::Real)) {
-      bad_row = token_logprob_numerators_as<S, T, U>(p, begin, end);
+      bad_row = p.softcap > 0 ? token_logprob_numerators_of<Logits<S, true>, T, U>(p, begin, end)
+                              : token_logprob_numerators_of<Logits<S, false>, T, U>(p, begin, end);
     }
   });
   return bad_row;

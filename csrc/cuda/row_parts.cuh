@@ -13,6 +13,7 @@
 #include "fdpg/online_logsumexp.h"
 #include "fdpg/types.h"
 #include "instructions.cuh"
+#include "logits.cuh"
 #include "reduce.cuh"
 #include "vec.cuh"
 
@@ -83,25 +84,25 @@ struct PartOfRow {
 
 // What a thread has seen of its elements: those at `threads` apart, eight at a time, so that the
 // running sum is rescaled once per eight.
-template <bool kEntropy, class T, class A = accumulate_t<T>>
-__device__ state_t<A, kEntropy> fold(const T* elements, int n, A inv_temperature) {
+template <bool kEntropy, class T, class L, class A = accumulate_t<T>>
+__device__ state_t<A, kEntropy> fold(const T* elements, int n, const L& logits) {
   constexpr int kGroup = 8;
   constexpr A kNothing = -static_cast<A>(INFINITY);
   const int threads = blockDim.x;
   A max = kNothing, sum = 0, weighted = 0;
   for (int first = threadIdx.x; first < n; first += kGroup * threads) {
-    A x[kGroup], top = kNothing;
+    A u[kGroup], top = kNothing;
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
       const int i = first + k * threads;
-      x[k] = i < n ? widen(elements[i]) : kNothing;
-      top = larger_number(top, x[k]);
+      u[k] = i < n ? logits.u(elements[i]) : kNothing;
+      top = larger_number(top, u[k]);
     }
-    top = larger_number(max, top * inv_temperature);
+    top = larger_number(max, top * logits.scale);
     if (top == kNothing) {
       // All -inf so far, but NaN has no maximum and must be kept.
 #pragma unroll
-      for (int k = 0; k < kGroup; ++k) sum += x[k] == kNothing ? A{0} : x[k];
+      for (int k = 0; k < kGroup; ++k) sum += u[k] == kNothing ? A{0} : u[k];
       continue;
     }
     const A shift = max - top;  // -inf for the first group, whose `sum` is 0
@@ -112,7 +113,7 @@ __device__ state_t<A, kEntropy> fold(const T* elements, int n, A inv_temperature
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
       // One rounding, of a number that is small where it matters.
-      const A distance = std::fma(x[k], inv_temperature, -max);
+      const A distance = logits.relative(u[k], max);
       const A weight = exponential(distance);
       sum += weight;
       if constexpr (kEntropy) weighted += weight > 0 ? weight * distance : A{0};
@@ -126,12 +127,12 @@ __device__ state_t<A, kEntropy> fold(const T* elements, int n, A inv_temperature
 }
 
 // What the block makes of part `index` of a row; thread 0 gets it. `stage`: Cut::stage_bytes.
-template <bool kEntropy, class T, class A = accumulate_t<T>>
+template <bool kEntropy, class T, class L, class A = accumulate_t<T>>
 __device__ state_t<A, kEntropy> fold_part(const T* row, int64_t vocab, int64_t index, int part,
-                                          A inv_temperature, T* stage) {
+                                          const L& logits, T* stage) {
   const PartOfRow here(index, part, vocab);
   const T* elements = stage_in_shared(stage, row + here.begin, here.size);
-  return block_merge(fold<kEntropy>(elements, here.size, inv_temperature));
+  return block_merge(fold<kEntropy>(elements, here.size, logits));
 }
 
 // The whole row from its parts, in order.

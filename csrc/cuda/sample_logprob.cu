@@ -18,11 +18,15 @@ Status sample_logprob(const SampleLogprobParams& p, void* workspace, Stream stre
     using T = decltype(tag);
     auto* partial = static_cast<OnlineLogSumExp<accumulate_t<T>>*>(workspace);
     const std::size_t stage = cut.stage_bytes<T>();
-    const cudaError_t status = launch(sample_logprob_parts<T>, p.rows * cut.parts, cut.threads,
-                                      stage, stream, p, cut.part, cut.parts, partial);
-    if (status != cudaSuccess) return status;
-    return launch(sample_logprob_rows<T>, p.rows, cut.threads, stage, stream, p, cut.part,
-                  cut.parts, partial);
+    return with_softcap(p.softcap, [&](auto capped) {
+      constexpr bool kCapped = decltype(capped)::value;
+      const cudaError_t status =
+          launch(sample_logprob_parts<T, kCapped>, p.rows * cut.parts, cut.threads, stage, stream,
+                 p, cut.part, cut.parts, partial);
+      if (status != cudaSuccess) return status;
+      return launch(sample_logprob_rows<T, kCapped>, p.rows, cut.threads, stage, stream, p,
+                    cut.part, cut.parts, partial);
+    });
   });
 }
 

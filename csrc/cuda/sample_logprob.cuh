@@ -1,5 +1,5 @@
-// sample_logprob.cuh: a token drawn from softmax(logits * inv_temperature) per row, with its
-// log-prob, by inverting the cumulative distribution with one uniform.
+// sample_logprob.cuh: a token drawn from softmax(z) of each row (z: logits.cuh), with its log-prob,
+// by inverting the cumulative distribution with one uniform.
 //
 // Fused: softmax, cumulative sum, search, gather and log. The first kernel folds the parts of each
 // row (row_parts.cuh); the second, a block per row, chooses a part, reads it again, and descends to
@@ -64,21 +64,20 @@ __device__ int warp_choose(int n, const Weight& weight, double* uniform) {
 }
 
 // Block b folds part b % parts of row b / parts.
-template <class T>
+template <class T, bool kCapped>
 __global__ void __launch_bounds__(Cut::kMaxThreads)
     sample_logprob_parts(SampleLogprobParams p, int part, int parts,
                          OnlineLogSumExp<accumulate_t<T>>* partial) {
   FDPG_DYNAMIC_SHARED(T, stage);
   const int64_t row = blockIdx.x / parts;
-  const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
-  const auto inv_temperature = static_cast<accumulate_t<T>>(p.inv_temperature);
-  const auto state =
-      fold_part<false>(logits, p.vocab, blockIdx.x % parts, part, inv_temperature, stage);
+  const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
+  const Logits<accumulate_t<T>, kCapped> logits(p);
+  const auto state = fold_part<false>(x, p.vocab, blockIdx.x % parts, part, logits, stage);
   if (threadIdx.x == 0) partial[blockIdx.x] = state;
 }
 
 // A block per row.
-template <class T>
+template <class T, bool kCapped>
 __global__ void __launch_bounds__(Cut::kMaxThreads)
     sample_logprob_rows(SampleLogprobParams p, int part, int parts,
                         const OnlineLogSumExp<accumulate_t<T>>* partial) {
@@ -89,8 +88,8 @@ __global__ void __launch_bounds__(Cut::kMaxThreads)
   __shared__ double left;  // of the uniform
   const int64_t row = blockIdx.x;
   const int t = threadIdx.x, threads = blockDim.x;
-  const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
-  const A inv_temperature = static_cast<A>(p.inv_temperature);
+  const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
+  const Logits<A, kCapped> logits(p);
   A* logp = static_cast<A*>(p.logp) + row;
   A* lse = static_cast<A*>(p.lse) + row;
   partial += row * parts;
@@ -119,9 +118,9 @@ __global__ void __launch_bounds__(Cut::kMaxThreads)
   __syncthreads();
 
   const PartOfRow here(chosen_part, part, p.vocab);
-  const T* elements = stage_in_shared(stage, logits + here.begin, here.size);
+  const T* elements = stage_in_shared(stage, x + here.begin, here.size);
   auto weight = [&](int i) -> double {
-    return exponential(std::fma(widen(elements[i]), inv_temperature, -partial[chosen_part].max));
+    return exponential(logits.relative(logits.u(elements[i]), partial[chosen_part].max));
   };
   const int run = static_cast<int>(divide_up(here.size, threads));
   double sum = 0;
@@ -137,7 +136,7 @@ __global__ void __launch_bounds__(Cut::kMaxThreads)
       r * run + warp_choose(size, [&](int i) { return weight(r * run + i); }, &uniform);
   if (t != 0) return;
   p.token[row] = here.begin + token;
-  *logp = std::fma(widen(elements[token]), inv_temperature, -state.max) - std::log(state.sum);
+  *logp = logits.relative(logits.u(elements[token]), state.max) - std::log(state.sum);
   *lse = state.value();
 }
 

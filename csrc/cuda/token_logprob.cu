@@ -6,18 +6,18 @@
 namespace fdpg::cuda {
 namespace {
 
-template <class T, bool kEntropy>
+template <class T, bool kEntropy, bool kCapped>
 cudaError_t run_forward(const TokenLogprobParams& p, const Cut& cut, void* workspace,
                         cudaStream_t stream) {
   using State = state_t<accumulate_t<T>, kEntropy>;
   constexpr int kRowThreads = 128;
   State* partial = static_cast<State*>(workspace);
   const cudaError_t status =
-      launch(token_logprob_parts<T, kEntropy>, p.rows * cut.parts, cut.threads,
+      launch(token_logprob_parts<T, kEntropy, kCapped>, p.rows * cut.parts, cut.threads,
              cut.stage_bytes<T>(), stream, p, cut.part, cut.parts, partial);
   if (status != cudaSuccess || cut.parts == 1) return status;
-  return launch(token_logprob_rows<T, State>, divide_up(p.rows, kRowThreads), kRowThreads, 0,
-                stream, p, cut.parts, partial);
+  return launch(token_logprob_rows<T, kCapped, State>, divide_up(p.rows, kRowThreads), kRowThreads,
+                0, stream, p, cut.parts, partial);
 }
 
 }  // namespace
@@ -36,8 +36,11 @@ std::size_t token_logprob_workspace(const TokenLogprobParams& p) {
 Status token_logprob(const TokenLogprobParams& p, void* workspace, Stream stream) {
   return with_cut(p.dtype, p.vocab, [&](const Cut& cut, auto tag) {
     using T = decltype(tag);
-    return p.entropy ? run_forward<T, true>(p, cut, workspace, stream)
-                     : run_forward<T, false>(p, cut, workspace, stream);
+    return with_softcap(p.softcap, [&](auto capped) {
+      constexpr bool kCapped = decltype(capped)::value;
+      return p.entropy ? run_forward<T, true, kCapped>(p, cut, workspace, stream)
+                       : run_forward<T, false, kCapped>(p, cut, workspace, stream);
+    });
   });
 }
 
@@ -46,8 +49,10 @@ Status token_logprob_backward(const TokenLogprobBackwardParams& p, Stream stream
   visit_dtype(p.dtype, [&](auto tag) {
     using T = decltype(tag);
     const int64_t parts = divide_up(p.vocab, kBackwardPart<T>);
-    status = launch(token_logprob_backward_parts<T>, p.rows * parts, kBackwardThreads, 0, stream, p,
-                    parts);
+    status = with_softcap(p.softcap, [&](auto capped) {
+      return launch(token_logprob_backward_parts<T, decltype(capped)::value>, p.rows * parts,
+                    kBackwardThreads, 0, stream, p, parts);
+    });
   });
   return status;
 }

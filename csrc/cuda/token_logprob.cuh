@@ -1,9 +1,9 @@
 // token_logprob.cuh: log p(target), log-sum-exp and entropy of each row of logits, and the
 // gradient.
 //
-// Forward. Fused: temperature, max, sum of exponentials, entropy, gather. Never written: anything
-// of size V. A block folds one part of a row (row_parts.cuh), all its 16-byte copies in flight at
-// once; where a row has several parts they meet in a second kernel of one thread per row.
+// Forward. Fused: softcap, temperature, max, sum of exponentials, entropy, gather. Never written:
+// anything of size V. A block folds one part of a row (row_parts.cuh), all its 16-byte copies in
+// flight at once; where a row has several parts they meet in a second kernel of one thread per row.
 //   bytes per row:  V * sizeof(T) read, 8 + 4 for the target and its logit, 8 (12) written;
 //                   per part 8 (12) written and read again: 0.1 % at 32 KiB
 //   floor:          N V sizeof(T) / bandwidth: [8192, 128256] in bf16 is 2.10 GB, 0.70 ms at 3 TB/s
@@ -26,15 +26,15 @@ namespace fdpg::cuda {
 namespace {
 
 // Row results from the state of the whole row.
-template <class T, class State, class A = accumulate_t<T>>
-__device__ void finish_row(const TokenLogprobParams& p, int64_t row, const State& state) {
+template <class T, class State, class L, class A = accumulate_t<T>>
+__device__ void finish_row(const TokenLogprobParams& p, int64_t row, const State& state,
+                           const L& logits) {
   const int64_t target = p.target[row];
   A logp = static_cast<A>(NAN), lse = logp, entropy = logp;
   if (target >= 0 && target < p.vocab) {
-    const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
-    const A inv_temperature = static_cast<A>(p.inv_temperature);
+    const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
     // Relative to the maximum: two large numbers would cancel in z - lse.
-    logp = std::fma(widen(logits[target]), inv_temperature, -state.max) - std::log(state.sum);
+    logp = logits.relative(logits.u(x[target]), state.max) - std::log(state.sum);
     lse = state.value();
     if constexpr (std::is_same_v<State, OnlineEntropy<A>>) entropy = state.entropy();
   }
@@ -52,7 +52,7 @@ __device__ void zero_row(const TokenLogprobParams& p, int64_t row) {
 
 // Block b folds part b % parts of row b / parts. A row of one part is finished here; else its parts
 // go to `partial` (N, parts).
-template <class T, bool kEntropy>
+template <class T, bool kEntropy, bool kCapped>
 __global__ void __launch_bounds__(Cut::kMaxThreads)
     token_logprob_parts(TokenLogprobParams p, int part, int parts,
                         state_t<accumulate_t<T>, kEntropy>* partial) {
@@ -62,41 +62,45 @@ __global__ void __launch_bounds__(Cut::kMaxThreads)
     if (parts == 1 && threadIdx.x == 0) zero_row<accumulate_t<T>>(p, row);
     return;
   }
-  const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
-  const auto inv_temperature = static_cast<accumulate_t<T>>(p.inv_temperature);
-  const auto state =
-      fold_part<kEntropy>(logits, p.vocab, blockIdx.x % parts, part, inv_temperature, stage);
+  const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
+  const Logits<accumulate_t<T>, kCapped> logits(p);
+  const auto state = fold_part<kEntropy>(x, p.vocab, blockIdx.x % parts, part, logits, stage);
   if (threadIdx.x != 0) return;
   if (parts == 1) {
-    finish_row<T>(p, row, state);
+    finish_row<T>(p, row, state, logits);
   } else {
     partial[blockIdx.x] = state;
   }
 }
 
 // One thread per row, the row's parts in order.
-template <class T, class State>
+template <class T, bool kCapped, class State>
 __global__ void token_logprob_rows(TokenLogprobParams p, int parts, const State* partial) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= p.rows) return;
   if (masked(p, row)) return zero_row<accumulate_t<T>>(p, row);
-  finish_row<T>(p, row, merge_parts(partial + row * parts, parts));
+  finish_row<T>(p, row, merge_parts(partial + row * parts, parts),
+                Logits<accumulate_t<T>, kCapped>(p));
 }
 
 // -------------------------------------------------------------------------------------------------
 
 // The gradient of one row as a function of its logits:
 //   d_j = c ((g_lse - g_logp) p_j - g_entropy p_j (log p_j + H)) + c g_logp [j = target]
-template <class A>
+// times 1 - u^2 with a softcap.
+template <class L, class A>
 struct RowGradient {
-  A inv_temperature, lse, all, entropy_slope, entropy, at_target;
+  L logits;
+  A lse, all, entropy_slope, entropy, at_target;
 
-  __device__ __forceinline__ A operator()(A x) const {
-    const A log_p = std::fma(x, inv_temperature, -lse);
+  // `extra`: `at_target` there, else 0.
+  __device__ __forceinline__ A operator()(A u, A extra) const {
+    const A log_p = logits.relative(u, lse);
     const A p = exponential(log_p);
     A slope = all;
     if (entropy_slope != 0) slope -= entropy_slope * (log_p + entropy);
-    return p == 0 ? A{0} : p * slope;  // 0 * inf where a logit is -inf; NaN stays NaN
+    // 0 * inf where a logit is -inf; NaN stays NaN
+    return logits.back((p == 0 ? A{0} : p * slope) + extra, u);
   }
 };
 
@@ -112,7 +116,7 @@ template <class T>
 constexpr int kBackwardPart = kBackwardThreads * kBackwardVectors * kPerVector<T>;
 
 // Block b writes part b % parts of row b / parts.
-template <class T>
+template <class T, bool kCapped>
 __global__ void __launch_bounds__(kBackwardThreads)
     token_logprob_backward_parts(TokenLogprobBackwardParams p, int parts) {
   using A = accumulate_t<T>;
@@ -132,11 +136,11 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const A g_entropy = dead ? A{0} : or_zero<A>(p.grad_entropy, row);
   const bool zero = g_logp == 0 && g_lse == 0 && g_entropy == 0;
 
-  RowGradient<A> gradient{};
+  using L = Logits<A, kCapped>;
+  RowGradient<L, A> gradient{L(p), 0, 0, 0, 0, 0};
   int target = -1;  // its place in this part, or anything outside [0, n)
   if (!zero) {
     const A c = static_cast<A>(p.inv_temperature);
-    gradient.inv_temperature = c;
     gradient.lse = static_cast<const A*>(p.lse)[row];
     gradient.all = c * (g_lse - g_logp);
     gradient.entropy_slope = c * g_entropy;
@@ -149,7 +153,8 @@ __global__ void __launch_bounds__(kBackwardThreads)
     if (zero) {
       to[i] = narrow<T>(A{0});
     } else {
-      to[i] = narrow<T>(gradient(widen(from[i])) + (i == target ? gradient.at_target : A{0}));
+      to[i] =
+          narrow<T>(gradient(gradient.logits.u(from[i]), i == target ? gradient.at_target : A{0}));
     }
   };
 
@@ -171,14 +176,15 @@ __global__ void __launch_bounds__(kBackwardThreads)
       const Vector<T> x = vectors[k];
 #pragma unroll
       for (int e = 0; e < kPerVector<T>; ++e) {
-        vectors[k].element[e] = narrow<T>(gradient(widen(x.element[e])));
+        vectors[k].element[e] = narrow<T>(gradient(gradient.logits.u(x.element[e]), 0));
       }
       const int here = target - place(k);
       if (here < 0 || here >= kPerVector<T>) continue;  // one vector of the row has the target
 #pragma unroll
       for (int e = 0; e < kPerVector<T>; ++e) {  // unrolled: registers have no addresses
         if (e != here) continue;
-        vectors[k].element[e] = narrow<T>(gradient(widen(x.element[e])) + gradient.at_target);
+        vectors[k].element[e] =
+            narrow<T>(gradient(gradient.logits.u(x.element[e]), gradient.at_target));
       }
     }
   }

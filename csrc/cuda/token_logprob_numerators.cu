@@ -31,34 +31,34 @@ bool uses_hint(const TokenLogprobNumeratorsParams& p) {
   return p.lse_hint != nullptr && p.numerators != p.logits;
 }
 
-template <class T, class U>
+template <class T, class U, bool kCapped>
 cudaError_t run_with_hint(const TokenLogprobNumeratorsParams& p, const Cut& cut, void* workspace,
                           cudaStream_t stream) {
   const std::size_t shared = cut.stage_bytes<T>() + cut.stage_bytes<U>();
   T* partial = static_cast<T*>(workspace);
-  cudaError_t status = launch(numerators_hint_parts<T, U>, p.rows * cut.parts, cut.threads, shared,
-                              stream, p, cut.part, cut.parts, partial);
+  cudaError_t status = launch(numerators_hint_parts<T, U, kCapped>, p.rows * cut.parts, cut.threads,
+                              shared, stream, p, cut.part, cut.parts, partial);
   if (status != cudaSuccess) return status;
-  status = launch(numerators_hint_rows<T, U>, divide_up(p.rows, kRowThreads), kRowThreads, 0,
-                  stream, p, cut.parts, partial);
+  status = launch(numerators_hint_rows<T, U, kCapped>, divide_up(p.rows, kRowThreads), kRowThreads,
+                  0, stream, p, cut.parts, partial);
   if (status != cudaSuccess) return status;
-  return launch(numerators_again<T, U>, p.rows, cut.threads, shared, stream, p, cut.part,
+  return launch(numerators_again<T, U, kCapped>, p.rows, cut.threads, shared, stream, p, cut.part,
                 cut.parts);
 }
 
-template <class T, class U>
+template <class T, class U, bool kCapped>
 cudaError_t run_without_hint(const TokenLogprobNumeratorsParams& p, const Cut& cut, void* workspace,
                              cudaStream_t stream) {
   const std::size_t shared = cut.stage_bytes<T>() + cut.stage_bytes<U>();
   auto* partial = static_cast<OnlineLogSumExp<T>*>(workspace);
-  cudaError_t status = launch(numerators_fold_parts<T>, p.rows * cut.parts, cut.threads,
+  cudaError_t status = launch(numerators_fold_parts<T, kCapped>, p.rows * cut.parts, cut.threads,
                               cut.stage_bytes<T>(), stream, p, cut.part, cut.parts, partial);
   if (status != cudaSuccess) return status;
-  status = launch(numerators_fold_rows<T>, divide_up(p.rows, kRowThreads), kRowThreads, 0, stream,
-                  p, cut.parts, partial);
+  status = launch(numerators_fold_rows<T, kCapped>, divide_up(p.rows, kRowThreads), kRowThreads, 0,
+                  stream, p, cut.parts, partial);
   if (status != cudaSuccess) return status;
-  return launch(numerators_write_parts<T, U>, p.rows * cut.parts, cut.threads, shared, stream, p,
-                cut.part, cut.parts, partial);
+  return launch(numerators_write_parts<T, U, kCapped>, p.rows * cut.parts, cut.threads, shared,
+                stream, p, cut.part, cut.parts, partial);
 }
 
 }  // namespace
@@ -78,8 +78,11 @@ Status token_logprob_numerators(const TokenLogprobNumeratorsParams& p, void* wor
   return with_types(p, [&](const Cut& cut, auto logit, auto numerator) {
     using T = decltype(logit);
     using U = decltype(numerator);
-    return uses_hint(p) ? run_with_hint<T, U>(p, cut, workspace, stream)
-                        : run_without_hint<T, U>(p, cut, workspace, stream);
+    return with_softcap(p.softcap, [&](auto capped) {
+      constexpr bool kCapped = decltype(capped)::value;
+      return uses_hint(p) ? run_with_hint<T, U, kCapped>(p, cut, workspace, stream)
+                          : run_without_hint<T, U, kCapped>(p, cut, workspace, stream);
+    });
   });
 }
 

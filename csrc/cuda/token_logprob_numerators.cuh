@@ -1,9 +1,10 @@
 // token_logprob_numerators.cuh: log p(target) and log-sum-exp of each row of logits, and what the
-// gradient is made of: softmax numerators, p - 1 or e - sum e at the target, and a scale per row.
+// gradient is made of: softmax numerators, p - 1 or e - sum e at the target, times 1 - u^2 with a
+// softcap (logits.cuh), and a scale per row.
 //
-// Fused: temperature, exponentials, their sum, gather, the target's term, and the rounding to 16
-// bits. T is the type of the logits, U of the numerators. Exponentials need an offset near the
-// row's log-sum-exp, which is known when the row has been read. So there are two ways:
+// Fused: softcap, temperature, exponentials, their sum, gather, the target's term, and the rounding
+// to 16 bits. T is the type of the logits, U of the numerators. Exponentials need an offset near
+// the row's log-sum-exp, which is known when the row has been read. So there are two ways:
 //
 // With a hint of it, exponentials relative to the hint are written as the row streams by, and the
 // row's scale makes up for what the hint was off. One thread per row then adds the parts up and
@@ -68,17 +69,21 @@ struct Part : PartOfRow {
   }
 
   // Makes weight exp(z - offset) of each logit, and returns what this thread's come to, not
-  // rounded to U. The logits may be overwritten after this.
-  __device__ T make_exponentials(T inv_temperature, T offset, T weight) const {
+  // rounded to U, nor with the slope of a softcap. The logits may be overwritten after this.
+  template <class L>
+  __device__ T make_exponentials(const L& logits, T offset, T weight) const {
     const T* elements = stage_in_shared(stage, from, size);
     T sum = 0;
     for (int i = threadIdx.x; i < size; i += blockDim.x) {
-      const T e = weight * exponential(std::fma(elements[i], inv_temperature, -offset));
-      made[i] = narrow<U>(e);
+      const T u = logits.u(elements[i]), e = weight * exponential(logits.relative(u, offset));
+      made[i] = narrow<U>(logits.back(e, u));
       sum += e;
     }
     return sum;
   }
+
+  // A logit that make_exponentials has read, for the thread that made its exponential.
+  __device__ T staged(int64_t i) const { return stage[misalignment(from) + i]; }
 
   // What the block has made.
   __device__ void write() const {
@@ -106,48 +111,49 @@ __device__ void set_results(const TokenLogprobNumeratorsParams& p, int64_t row, 
 
 // Row results from sum = sum exp(z - offset). `total` is what the row's numerators add up to before
 // it is taken from the target's.
-template <class T>
-__device__ void finish_row(const TokenLogprobNumeratorsParams& p, int64_t row, T offset, T sum,
-                           T total) {
-  const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
+template <class T, class L>
+__device__ void finish_row(const TokenLogprobNumeratorsParams& p, int64_t row, const L& logits,
+                           T offset, T sum, T total) {
+  const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
   const T inv_temperature = static_cast<T>(p.inv_temperature);
   const T coefficient = coefficient_of<T>(p, row), log_sum = std::log(sum);
   // Relative to the offset: two large numbers would cancel in z - lse.
-  const T logp = std::fma(logits[p.target[row]], inv_temperature, -offset) - log_sum;
+  const T logp = logits.relative(logits.u(x[p.target[row]]), offset) - log_sum;
   static_cast<T*>(p.logp)[row] = logp > 0 ? T{0} : logp;  // the sum is rounded
   static_cast<T*>(p.lse)[row] = offset + log_sum;
   static_cast<T*>(p.row_scale)[row] =
       coefficient == 0 ? T{0} : -coefficient * inv_temperature / total;
 }
 
-// The numerator of the target of a row with results: e - total = total (p - 1). By expm1: a target
-// that is all but certain has a gradient that is all but zero.
-template <class U, class T>
+// The numerator of the target, whose logit is x, of a row with results: e - total = total (p - 1).
+// By expm1: a target that is all but certain has a gradient that is all but zero.
+template <class U, class T, class L>
 __device__ __forceinline__ U at_target(const TokenLogprobNumeratorsParams& p, int64_t row,
-                                       T total) {
-  return narrow<U>(total * std::expm1(static_cast<const T*>(p.logp)[row]));
+                                       const L& logits, T x, T total) {
+  const T p_minus_1 = std::expm1(static_cast<const T*>(p.logp)[row]);
+  return narrow<U>(logits.back(total * p_minus_1, logits.u(x)));
 }
 
 // -------------------------------------------------------------------------------------------------
 // Without a hint
 
 // Block b folds part b % parts of row b / parts.
-template <class T>
+template <class T, bool kCapped>
 __global__ void __launch_bounds__(Cut::kMaxThreads)
     numerators_fold_parts(TokenLogprobNumeratorsParams p, int part, int parts,
                           OnlineLogSumExp<T>* partial) {
   FDPG_DYNAMIC_SHARED(T, shared);
   const int64_t row = blockIdx.x / parts;
   if (masked(p, row)) return;  // not read
-  const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
-  const auto state = fold_part<false>(logits, p.vocab, blockIdx.x % parts, part,
-                                      static_cast<T>(p.inv_temperature), shared);
+  const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
+  const auto state =
+      fold_part<false>(x, p.vocab, blockIdx.x % parts, part, Logits<T, kCapped>(p), shared);
   if (threadIdx.x == 0) partial[blockIdx.x] = state;
 }
 
 // One thread per row, the row's parts in order; their whole takes the place of the first. The
 // target's logit is read here, before it may be overwritten.
-template <class T>
+template <class T, bool kCapped>
 __global__ void numerators_fold_rows(TokenLogprobNumeratorsParams p, int parts,
                                      OnlineLogSumExp<T>* partial) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -155,15 +161,16 @@ __global__ void numerators_fold_rows(TokenLogprobNumeratorsParams p, int parts,
   if (masked(p, row)) return set_results(p, row, T{0});
   if (!has_target(p, row)) return set_results(p, row, static_cast<T>(NAN));
   const OnlineLogSumExp<T> state = merge_parts(partial + row * parts, parts);
-  finish_row(p, row, state.max, state.sum, T{1});
+  finish_row(p, row, Logits<T, kCapped>(p), state.max, state.sum, T{1});
   partial[row * parts] = state;
 }
 
 // Writes softmax - [target] of one part of a row that has its results. `state`: (max, sum) of the
 // row; looked at only where it was made.
-template <class T, class U>
+template <class T, class U, class L>
 __device__ void write_softmax(const TokenLogprobNumeratorsParams& p, int64_t row,
-                              const Part<T, U>& here, const OnlineLogSumExp<T>& state) {
+                              const Part<T, U>& here, const L& logits,
+                              const OnlineLogSumExp<T>& state) {
   if (masked(p, row)) {
     here.make_all(0);
   } else if (!has_target(p, row)) {
@@ -171,32 +178,32 @@ __device__ void write_softmax(const TokenLogprobNumeratorsParams& p, int64_t row
   } else if (coefficient_of<T>(p, row) == 0) {
     here.make_all(0);
   } else {
-    here.make_exponentials(static_cast<T>(p.inv_temperature), state.max, 1 / state.sum);
+    here.make_exponentials(logits, state.max, 1 / state.sum);
     const int64_t target = p.target[row] - here.begin;
     // By the thread that made the exponential which this replaces: no barrier in between.
     if (target >= 0 && target < here.size && target % blockDim.x == threadIdx.x) {
-      here.made[target] = at_target<U>(p, row, T{1});
+      here.made[target] = at_target<U>(p, row, logits, here.staged(target), T{1});
     }
   }
   here.write();
 }
 
 // Block b writes part b % parts of row b / parts.
-template <class T, class U>
+template <class T, class U, bool kCapped>
 __global__ void __launch_bounds__(Cut::kMaxThreads)
     numerators_write_parts(TokenLogprobNumeratorsParams p, int part, int parts,
                            const OnlineLogSumExp<T>* partial) {
   FDPG_DYNAMIC_SHARED(T, shared);
   const int64_t row = blockIdx.x / parts;
   const Part<T, U> here(p, row, blockIdx.x % parts, part, shared);
-  write_softmax(p, row, here, partial[row * parts]);
+  write_softmax(p, row, here, Logits<T, kCapped>(p), partial[row * parts]);
 }
 
 // -------------------------------------------------------------------------------------------------
 // With a hint
 
 // Block b writes part b % parts of row b / parts, all but the target's numerator.
-template <class T, class U>
+template <class T, class U, bool kCapped>
 __global__ void __launch_bounds__(Cut::kMaxThreads)
     numerators_hint_parts(TokenLogprobNumeratorsParams p, int part, int parts, T* partial) {
   FDPG_DYNAMIC_SHARED(T, shared);
@@ -206,7 +213,7 @@ __global__ void __launch_bounds__(Cut::kMaxThreads)
     here.make_all(0);
   } else {
     const T hint = static_cast<const T*>(p.lse_hint)[row];
-    const T mine = here.make_exponentials(static_cast<T>(p.inv_temperature), hint, 1);
+    const T mine = here.make_exponentials(Logits<T, kCapped>(p), hint, 1);
     const Sum<T> sum = block_merge(Sum<T>{mine});
     if (threadIdx.x == 0) partial[blockIdx.x] = sum.value;
     if (coefficient_of<T>(p, row) == 0) here.make_all(0);
@@ -216,7 +223,7 @@ __global__ void __launch_bounds__(Cut::kMaxThreads)
 
 // One thread per row, the row's parts in order. Rows to be done again are marked by lse = NaN,
 // which no other row has: a sum within reach is that of a finite hint.
-template <class T, class U>
+template <class T, class U, bool kCapped>
 __global__ void numerators_hint_rows(TokenLogprobNumeratorsParams p, int parts, const T* partial) {
   constexpr T kMost = kReach, kLeast = 1 / kMost;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
@@ -226,14 +233,17 @@ __global__ void numerators_hint_rows(TokenLogprobNumeratorsParams p, int parts, 
   for (int k = 0; k < parts; ++k) sum += partial[row * parts + k];
   const bool within_reach = sum >= kLeast && sum <= kMost;  // not if NaN
   if (!within_reach || !has_target(p, row)) return set_results(p, row, static_cast<T>(NAN));
-  finish_row(p, row, static_cast<const T*>(p.lse_hint)[row], sum, sum);
+  const Logits<T, kCapped> logits(p);
+  finish_row(p, row, logits, static_cast<const T*>(p.lse_hint)[row], sum, sum);
   if (coefficient_of<T>(p, row) == 0) return;
   U* numerators = static_cast<U*>(p.numerators) + row * p.numerator_row_stride;
-  numerators[p.target[row]] = at_target<U>(p, row, sum);
+  const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
+  const int64_t target = p.target[row];
+  numerators[target] = at_target<U>(p, row, logits, x[target], sum);
 }
 
 // A block per row, for the rows that are marked; the others it leaves at once.
-template <class T, class U>
+template <class T, class U, bool kCapped>
 __global__ void __launch_bounds__(Cut::kMaxThreads)
     numerators_again(TokenLogprobNumeratorsParams p, int part, int parts) {
   FDPG_DYNAMIC_SHARED(T, shared);
@@ -241,14 +251,14 @@ __global__ void __launch_bounds__(Cut::kMaxThreads)
   const int64_t row = blockIdx.x;
   if (!std::isnan(static_cast<const T*>(p.lse)[row])) return;
   OnlineLogSumExp<T> state;
+  const Logits<T, kCapped> logits(p);
   if (has_target(p, row)) {
-    const T* logits = static_cast<const T*>(p.logits) + row * p.row_stride;
+    const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
     for (int k = 0; k < parts; ++k) {  // into thread 0's state; the others' mean nothing
-      state.merge(
-          fold_part<false>(logits, p.vocab, k, part, static_cast<T>(p.inv_temperature), shared));
+      state.merge(fold_part<false>(x, p.vocab, k, part, logits, shared));
     }
     if (threadIdx.x == 0) {
-      finish_row(p, row, state.max, state.sum, T{1});
+      finish_row(p, row, logits, state.max, state.sum, T{1});
       row_max = state.max;
       row_sum = state.sum;
     }
@@ -256,7 +266,7 @@ __global__ void __launch_bounds__(Cut::kMaxThreads)
     state = {row_max, row_sum};
   }
   for (int k = 0; k < parts; ++k) {
-    write_softmax(p, row, Part<T, U>(p, row, k, part, shared), state);
+    write_softmax(p, row, Part<T, U>(p, row, k, part, shared), logits, state);
     __syncthreads();  // shared memory may be written again
   }
 }

@@ -27,7 +27,7 @@ struct TokenLogprob {
   Tensor logp, lse, entropy;
 
   TokenLogprob(const Tensor& logits, const Tensor& target, double inv_temperature,
-               const OptionalTensor& mask, bool want_entropy)
+               const OptionalTensor& mask, bool want_entropy, double softcap)
       : args("token_logprob", "logits", logits) {
     const Matrix z = args.logits("logits", logits);
     const ScalarType type = result_type(z.type);
@@ -43,6 +43,7 @@ struct TokenLogprob {
     params.target = args.vector<int64_t>("target", target, z.rows);
     params.mask = args.optional_vector<bool>("mask", mask, z.rows);
     params.inv_temperature = args.positive("inv_temperature", inv_temperature);
+    params.softcap = args.softcap(softcap);
     params.logp = logp.data_ptr();
     params.lse = lse.data_ptr();
     params.entropy = want_entropy ? entropy.data_ptr() : nullptr;
@@ -58,7 +59,7 @@ struct TokenLogprobBackward {
   TokenLogprobBackward(bool in_place, const Tensor& logits, const Tensor& target, const Tensor& lse,
                        const OptionalTensor& entropy, const OptionalTensor& grad_logp,
                        const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
-                       double inv_temperature, const OptionalTensor& mask)
+                       double inv_temperature, const OptionalTensor& mask, double softcap)
       : args(in_place ? "token_logprob_backward_" : "token_logprob_backward", "logits", logits) {
     const Matrix z = args.logits("logits", logits);
     const ScalarType type = result_type(z.type);
@@ -74,6 +75,7 @@ struct TokenLogprobBackward {
     params.target = args.vector<int64_t>("target", target, z.rows);
     params.mask = args.optional_vector<bool>("mask", mask, z.rows);
     params.inv_temperature = args.positive("inv_temperature", inv_temperature);
+    params.softcap = args.softcap(softcap);
     params.lse = args.vector("lse", lse, z.rows, type);
     params.grad_logp = args.optional_vector("grad_logp", grad_logp, z.rows, type);
     params.grad_lse = args.optional_vector("grad_lse", grad_lse, z.rows, type);
@@ -95,7 +97,7 @@ struct TokenLogprobNumerators {
   TokenLogprobNumerators(const Tensor& logits, const OptionalTensor& numerators,
                          const Tensor& target, const Tensor& coefficient,
                          const OptionalTensor& lse_hint, double inv_temperature,
-                         const OptionalTensor& mask)
+                         const OptionalTensor& mask, double softcap)
       : args("token_logprob_numerators_", "logits", logits) {
     const Matrix z = args.logits("logits", logits);
     args.one_of("logits", z.type, {ScalarType::Float, ScalarType::Double});
@@ -131,6 +133,7 @@ struct TokenLogprobNumerators {
     params.coefficient = args.vector("coefficient", coefficient, z.rows, z.type);
     params.lse_hint = args.optional_vector("lse_hint", lse_hint, z.rows, z.type);
     params.inv_temperature = args.positive("inv_temperature", inv_temperature);
+    params.softcap = args.softcap(softcap);
     params.logp = logp.data_ptr();
     params.lse = lse.data_ptr();
     params.row_scale = row_scale.data_ptr();
@@ -143,7 +146,7 @@ struct SampleLogprob {
   Tensor token, logp, lse;
 
   SampleLogprob(const Tensor& logits, const Tensor& seed, const Tensor& sample_id,
-                const Tensor& position, double inv_temperature)
+                const Tensor& position, double inv_temperature, double softcap)
       : args("sample_logprob", "logits", logits) {
     const Matrix z = args.logits("logits", logits);
     const ScalarType type = result_type(z.type);
@@ -157,6 +160,7 @@ struct SampleLogprob {
     params.vocab = z.columns;
     params.row_stride = z.row_stride;
     params.inv_temperature = args.positive("inv_temperature", inv_temperature);
+    params.softcap = args.softcap(softcap);
     params.seed = args.vector<int64_t>("seed", seed, 1);
     params.sample_id = args.vector<int64_t>("sample_id", sample_id, z.rows);
     params.position = args.vector<int64_t>("position", position, z.rows);

@@ -185,6 +185,9 @@ class Arguments {
     return value;
   }
 
+  // 0: none.
+  double softcap(double value) const { return value == 0 ? 0 : positive("softcap", value); }
+
   void dimensions(const char* name, const Tensor& t, int64_t expected) const {
     if (t.dim() == expected) return;
     fail(op_, ": `", name, "` must have ", expected, expected == 1 ? " dimension" : " dimensions",

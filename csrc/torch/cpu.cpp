@@ -53,8 +53,8 @@ int64_t over_rows(int64_t rows, int64_t elements_per_row, const Kernel& kernel) 
 
 std::tuple<Tensor, Tensor, Tensor> token_logprob(const Tensor& logits, const Tensor& target,
                                                  double inv_temperature, const OptionalTensor& mask,
-                                                 bool entropy) {
-  const TokenLogprob call(logits, target, inv_temperature, mask, entropy);
+                                                 bool entropy, double softcap) {
+  const TokenLogprob call(logits, target, inv_temperature, mask, entropy, softcap);
   const TokenLogprobParams& p = call.params;
   const int64_t bad = over_rows(p.rows, p.vocab, [&](int64_t begin, int64_t end) {
     return cpu::token_logprob(p, begin, end);
@@ -74,9 +74,9 @@ void run(const TokenLogprobBackward& call) {
 Tensor token_logprob_backward(const Tensor& logits, const Tensor& target, const Tensor& lse,
                               const OptionalTensor& entropy, const OptionalTensor& grad_logp,
                               const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
-                              double inv_temperature, const OptionalTensor& mask) {
+                              double inv_temperature, const OptionalTensor& mask, double softcap) {
   const TokenLogprobBackward call(/*in_place=*/false, logits, target, lse, entropy, grad_logp,
-                                  grad_lse, grad_entropy, inv_temperature, mask);
+                                  grad_lse, grad_entropy, inv_temperature, mask, softcap);
   run(call);
   return call.grad_logits;
 }
@@ -84,17 +84,17 @@ Tensor token_logprob_backward(const Tensor& logits, const Tensor& target, const 
 void token_logprob_backward_(const Tensor& logits, const Tensor& target, const Tensor& lse,
                              const OptionalTensor& entropy, const OptionalTensor& grad_logp,
                              const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
-                             double inv_temperature, const OptionalTensor& mask) {
+                             double inv_temperature, const OptionalTensor& mask, double softcap) {
   run(TokenLogprobBackward(/*in_place=*/true, logits, target, lse, entropy, grad_logp, grad_lse,
-                           grad_entropy, inv_temperature, mask));
+                           grad_entropy, inv_temperature, mask, softcap));
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_logprob_numerators_(
     const Tensor& logits, const OptionalTensor& numerators, const Tensor& target,
     const Tensor& coefficient, const OptionalTensor& lse_hint, double inv_temperature,
-    const OptionalTensor& mask) {
+    const OptionalTensor& mask, double softcap) {
   const TokenLogprobNumerators call(logits, numerators, target, coefficient, lse_hint,
-                                    inv_temperature, mask);
+                                    inv_temperature, mask, softcap);
   const TokenLogprobNumeratorsParams& p = call.params;
   const int64_t bad = over_rows(p.rows, p.vocab, [&](int64_t begin, int64_t end) {
     return cpu::token_logprob_numerators(p, begin, end);
@@ -105,8 +105,8 @@ std::tuple<Tensor, Tensor, Tensor> token_logprob_numerators_(
 
 std::tuple<Tensor, Tensor, Tensor> sample_logprob(const Tensor& logits, const Tensor& seed,
                                                   const Tensor& sample_id, const Tensor& position,
-                                                  double inv_temperature) {
-  const SampleLogprob call(logits, seed, sample_id, position, inv_temperature);
+                                                  double inv_temperature, double softcap) {
+  const SampleLogprob call(logits, seed, sample_id, position, inv_temperature, softcap);
   const SampleLogprobParams& p = call.params;
   const int64_t bad = over_rows(p.rows, p.vocab, [&](int64_t begin, int64_t end) {
     return cpu::sample_logprob(p, begin, end);

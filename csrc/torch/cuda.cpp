@@ -55,8 +55,8 @@ void check(const char* op, cuda::Status status) {
 
 std::tuple<Tensor, Tensor, Tensor> token_logprob(const Tensor& logits, const Tensor& target,
                                                  double inv_temperature, const OptionalTensor& mask,
-                                                 bool entropy) {
-  const TokenLogprob call(logits, target, inv_temperature, mask, entropy);
+                                                 bool entropy, double softcap) {
+  const TokenLogprob call(logits, target, inv_temperature, mask, entropy, softcap);
   const Place place(logits);
   const Workspace workspace(logits, cuda::token_logprob_workspace(call.params));
   check("token_logprob", cuda::token_logprob(call.params, workspace.data(), place.stream()));
@@ -66,9 +66,9 @@ std::tuple<Tensor, Tensor, Tensor> token_logprob(const Tensor& logits, const Ten
 Tensor token_logprob_backward(const Tensor& logits, const Tensor& target, const Tensor& lse,
                               const OptionalTensor& entropy, const OptionalTensor& grad_logp,
                               const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
-                              double inv_temperature, const OptionalTensor& mask) {
+                              double inv_temperature, const OptionalTensor& mask, double softcap) {
   const TokenLogprobBackward call(/*in_place=*/false, logits, target, lse, entropy, grad_logp,
-                                  grad_lse, grad_entropy, inv_temperature, mask);
+                                  grad_lse, grad_entropy, inv_temperature, mask, softcap);
   const Place place(logits);
   check("token_logprob_backward", cuda::token_logprob_backward(call.params, place.stream()));
   return call.grad_logits;
@@ -77,9 +77,9 @@ Tensor token_logprob_backward(const Tensor& logits, const Tensor& target, const 
 void token_logprob_backward_(const Tensor& logits, const Tensor& target, const Tensor& lse,
                              const OptionalTensor& entropy, const OptionalTensor& grad_logp,
                              const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
-                             double inv_temperature, const OptionalTensor& mask) {
+                             double inv_temperature, const OptionalTensor& mask, double softcap) {
   const TokenLogprobBackward call(/*in_place=*/true, logits, target, lse, entropy, grad_logp,
-                                  grad_lse, grad_entropy, inv_temperature, mask);
+                                  grad_lse, grad_entropy, inv_temperature, mask, softcap);
   const Place place(logits);
   check("token_logprob_backward_", cuda::token_logprob_backward(call.params, place.stream()));
 }
@@ -87,9 +87,9 @@ void token_logprob_backward_(const Tensor& logits, const Tensor& target, const T
 std::tuple<Tensor, Tensor, Tensor> token_logprob_numerators_(
     const Tensor& logits, const OptionalTensor& numerators, const Tensor& target,
     const Tensor& coefficient, const OptionalTensor& lse_hint, double inv_temperature,
-    const OptionalTensor& mask) {
+    const OptionalTensor& mask, double softcap) {
   const TokenLogprobNumerators call(logits, numerators, target, coefficient, lse_hint,
-                                    inv_temperature, mask);
+                                    inv_temperature, mask, softcap);
   const Place place(logits);
   const Workspace workspace(logits, cuda::token_logprob_numerators_workspace(call.params));
   check("token_logprob_numerators_",
@@ -99,8 +99,8 @@ std::tuple<Tensor, Tensor, Tensor> token_logprob_numerators_(
 
 std::tuple<Tensor, Tensor, Tensor> sample_logprob(const Tensor& logits, const Tensor& seed,
                                                   const Tensor& sample_id, const Tensor& position,
-                                                  double inv_temperature) {
-  const SampleLogprob call(logits, seed, sample_id, position, inv_temperature);
+                                                  double inv_temperature, double softcap) {
+  const SampleLogprob call(logits, seed, sample_id, position, inv_temperature, softcap);
   const Place place(logits);
   const Workspace workspace(logits, cuda::sample_logprob_workspace(call.params));
   check("sample_logprob", cuda::sample_logprob(call.params, workspace.data(), place.stream()));

@@ -6,22 +6,23 @@
 STABLE_TORCH_LIBRARY(fdpg, m) {
   m.def(
       "token_logprob(Tensor logits, Tensor target, float inv_temperature=1., Tensor? mask=None, "
-      "bool entropy=False) -> (Tensor logp, Tensor lse, Tensor entropy)");
+      "bool entropy=False, float softcap=0.) -> (Tensor logp, Tensor lse, Tensor entropy)");
   m.def(
       "token_logprob_backward(Tensor logits, Tensor target, Tensor lse, Tensor? entropy, "
       "Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, float inv_temperature, "
-      "Tensor? mask) -> Tensor");
+      "Tensor? mask, float softcap=0.) -> Tensor");
   m.def(
       "token_logprob_backward_(Tensor(a!) logits, Tensor target, Tensor lse, Tensor? entropy, "
       "Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, float inv_temperature, "
-      "Tensor? mask) -> ()");
+      "Tensor? mask, float softcap=0.) -> ()");
   m.def(
       "token_logprob_numerators_(Tensor(a!) logits, Tensor(b!)? numerators, Tensor target, "
-      "Tensor coefficient, Tensor? lse_hint, float inv_temperature, Tensor? mask) "
+      "Tensor coefficient, Tensor? lse_hint, float inv_temperature, Tensor? mask, "
+      "float softcap=0.) "
       "-> (Tensor logp, Tensor lse, Tensor row_scale)");
   m.def(
       "sample_logprob(Tensor logits, Tensor seed, Tensor sample_id, Tensor position, "
-      "float inv_temperature=1.) -> (Tensor token, Tensor logp, Tensor lse)");
+      "float inv_temperature=1., float softcap=0.) -> (Tensor token, Tensor logp, Tensor lse)");
   m.def(
       "cache_append_(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, "
       "Tensor position) -> ()");

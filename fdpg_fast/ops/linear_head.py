@@ -2,14 +2,16 @@
 
     logits = softcap * tanh(scale * (hidden W^T + bias) / softcap)      (no softcap: scale * (...))
 
-A chunk's logits are the result of a matrix product, in a buffer that every chunk reuses; a kernel
-reads them, and puts in their place what their gradient is made of, while they are in the cache.
+What stands before the softcap is the result of a matrix product, of a chunk of rows, in a buffer
+that every chunk reuses; a kernel reads it, bounds it, and puts in its place what its gradient is
+made of, while it is in the cache.
 
 Shape legend: N rows (tokens), n rows of a chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,11 +23,13 @@ from fdpg_fast.ops.token_logprob import result_dtype
 __all__ = [
     "LinearHead",
     "check_head",
+    "has_wide_products",
     "kept_rows",
     "multiplies_as_they_are",
     "new_rows",
     "pick",
     "require_in_range",
+    "rounded_products",
     "spread",
 ]
 
@@ -39,6 +43,10 @@ _CHUNK_BYTES = {"cpu": 28 << 20, "cuda": 256 << 20}
 _LEAST_ROWS = 320
 # Rows of the logits buffer start at multiples of this many bytes: one cache line, one AVX-512 load.
 _ALIGNMENT = 64
+# Of a CPU: whether bf16 products are much faster than fp32's, and how many rows of a bf16 weight
+# are in fp32 at a time where a product must be.
+_CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
+_TILE = 4096
 
 
 def check_head(
@@ -84,11 +92,16 @@ def check_head(
     if chunk is not None:
         return chunk
     width = torch.finfo(result_dtype(hidden.dtype, weight.dtype)).bits // 8 * vocab
-    return max(_LEAST_ROWS, _CHUNK_BYTES.get(hidden.device.type, 256 << 20) // width)
+    wanted = max(_LEAST_ROWS, _CHUNK_BYTES.get(hidden.device.type, 256 << 20) // width)
+    # Of equal size: a short chunk takes nearly as long as a long one.
+    chunks = max(1, round(rows / wanted))
+    return max(1, -(-rows // chunks))
 
 
 class LinearHead:
     """Logits of consecutive chunks of rows, and the way back from their gradient.
+
+    Logits before the softcap, that is: it is the kernels' affair, and so is its derivative.
 
     The gradient of the logits is ``row_scale[:, None] * numerators``, as
     ``token_logprob_numerators_`` makes it: a number per row may wait until after the products.
@@ -100,7 +113,6 @@ class LinearHead:
         weight: Tensor,
         bias: Tensor | None,
         scale: float,
-        softcap: float | None,
         chunk: int,
     ) -> None:
         self.dtype = result_dtype(hidden.dtype, weight.dtype)
@@ -108,46 +120,33 @@ class LinearHead:
         self.hidden = hidden if self.low_precision else hidden.to(self.dtype)  # [N, D]
         self.weight = weight if self.low_precision else weight.to(self.dtype)  # [V, D]
         self.bias = None if bias is None else bias.to(self.dtype)
-        self.scale, self.softcap, self.chunk = scale, softcap, chunk
+        self.scale, self.chunk = scale, chunk
         self.buffer = new_rows(weight, min(chunk, max(1, len(hidden))), self.dtype)
-        self.slope = None if softcap is None else torch.empty_like(self.buffer)
 
     def chunks(self) -> Iterator[slice]:
         n = self.hidden.shape[0]
         return (slice(i, min(i + self.chunk, n)) for i in range(0, n, self.chunk))
 
-    def logits(self, rows: slice, keep_slope: bool = False, out: Tensor | None = None) -> Tensor:
+    def logits(self, rows: slice, out: Tensor | None = None) -> Tensor:
         """``[n, V]`` in ``out``, or in the buffer, which the next call overwrites."""
         hidden, weight = self.hidden[rows], self.weight
         out = self.buffer[: rows.stop - rows.start] if out is None else out
-        alpha = self.scale if self.softcap is None else self.scale / self.softcap
         if self.low_precision:
-            torch.mm(hidden, weight.t(), out_dtype=self.dtype, out=out)
+            self._wide_logits(hidden, out)
             if self.bias is not None:
                 out += self.bias
-            if alpha != 1.0:
-                out *= alpha
+            if self.scale != 1.0:
+                out *= self.scale
         elif self.bias is None:
-            torch.addmm(out, hidden, weight.t(), beta=0.0, alpha=alpha, out=out)
+            torch.addmm(out, hidden, weight.t(), beta=0.0, alpha=self.scale, out=out)
         else:
-            torch.addmm(self.bias, hidden, weight.t(), beta=alpha, alpha=alpha, out=out)
-        if self.softcap is not None:
-            out.tanh_()
-            if keep_slope:
-                self._keep_slope(out)
-            out *= self.softcap
+            scale = self.scale
+            torch.addmm(self.bias, hidden, weight.t(), beta=scale, alpha=scale, out=out)
         return out
 
     def recall(self, kept: Tensor) -> Tensor:
-        """What :meth:`logits` gave for a chunk, ``[n, V]`` in the buffer, slope and all."""
-        out = self.buffer[: len(kept)]
-        if self.softcap is not None:
-            self._keep_slope(torch.mul(kept, 1 / self.softcap, out=out))
-        return out.copy_(kept)
-
-    def _keep_slope(self, tanh: Tensor) -> None:
-        assert self.slope is not None
-        torch.mul(tanh, tanh, out=self.slope[: len(tanh)]).neg_().add_(1.0)
+        """What :meth:`logits` gave for a chunk, ``[n, V]`` in the buffer."""
+        return self.buffer[: len(kept)].copy_(kept)
 
     def backward(
         self, rows: slice, numerators: Tensor, row_scale: Tensor | None, *grads: Tensor
@@ -161,20 +160,21 @@ class LinearHead:
             grads: as :meth:`gradients` makes them; those of size 0 are skipped.
         """
         grad_hidden, grad_weight, grad_bias = grads
-        if self.slope is not None:
-            numerators *= self.slope[: len(numerators)]
         hidden, weight, scale = self.hidden[rows], self.weight, self.scale
         if self.low_precision:
             numerators = numerators.to(hidden.dtype)
         if grad_hidden.numel():
-            product = self._product(numerators, weight, out=grad_hidden[rows])
+            product = grad_hidden[rows]
+            self._product(numerators, weight, out=product)
             product *= scale if row_scale is None else (scale * row_scale)[:, None]
         if row_scale is not None and (grad_weight.numel() or grad_bias.numel()):
             hidden = (hidden * row_scale[:, None]).to(hidden.dtype)
         if grad_weight.numel():
             if self.low_precision:
-                product = torch.mm(numerators.t(), hidden, out_dtype=self.dtype)
-                grad_weight.add_(product, alpha=scale)
+                for tile in self._tiles():
+                    part = numerators[:, tile].t()
+                    product = grad_weight.new_empty(len(part), hidden.shape[1])
+                    grad_weight[tile].add_(self._product(part, hidden, out=product), alpha=scale)
             else:
                 grad_weight.addmm_(numerators.t(), hidden, alpha=scale)
         if grad_bias.numel():
@@ -184,9 +184,30 @@ class LinearHead:
                 grad_bias.addmv_(numerators.t().to(self.dtype), row_scale, alpha=scale)
 
     def _product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-        if self.low_precision:
+        if not self.low_precision:
+            return torch.mm(a, b, out=out)
+        if has_wide_products(a):
             return torch.mm(a, b, out_dtype=self.dtype, out=out)
-        return torch.mm(a, b, out=out)
+        return out.copy_(torch.mm(a, b))
+
+    def _wide_logits(self, hidden: Tensor, out: Tensor) -> None:
+        """``hidden`` times the weight in fp32, of 16-bit inputs."""
+        if has_wide_products(hidden):
+            torch.mm(hidden, self.weight.t(), out_dtype=self.dtype, out=out)
+            return
+        # torch's CPU has no product of bf16 with an fp32 result, but one of fp32 numbers that may
+        # be rounded to bf16 on the way in, which these have been already.
+        hidden = hidden.to(self.dtype)
+        with rounded_products(hidden.device):
+            for tile in self._tiles():
+                weight = self.weight[tile].to(self.dtype)
+                torch.mm(hidden, weight.t(), out=out[:, tile])
+
+    def _tiles(self) -> Iterator[slice]:
+        """Of the vocabulary, where a product is followed by a pass over its result."""
+        vocab = len(self.weight)
+        step = vocab if has_wide_products(self.weight) else _TILE
+        return (slice(i, min(i + step, vocab)) for i in range(0, vocab, step))
 
     def gradients(self, of_hidden: bool, of_weight: bool, of_bias: bool) -> list[Tensor]:
         """Accumulators of hidden, weight and bias; of size 0 where not wanted."""
@@ -207,11 +228,34 @@ def new_rows(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def multiplies_as_they_are(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether products take 16-bit inputs as they are, and add them up in fp32.
+    """Whether products take 16-bit inputs as they are, and add them up in fp32: on a GPU, and bf16
+    on a CPU with instructions for it."""
+    if hidden.dtype != weight.dtype or hidden.dtype.itemsize >= 4:
+        return False
+    return hidden.is_cuda or (hidden.dtype == torch.bfloat16 and _CPU_HAS_BF16)
 
-    A GPU multiplies bf16 into fp32 much faster than fp32, and torch's CPU not at all.
+
+def has_wide_products(matrix: Tensor) -> bool:
+    """Whether torch has the fp32 result of such a product there. On a CPU it is rounded to 16 bits:
+    logits take another way, and gradients are rounded once per chunk."""
+    return matrix.is_cuda
+
+
+@contextlib.contextmanager
+def rounded_products(device: torch.device) -> Iterator[None]:
+    """Matrix products of fp32 numbers that the hardware may round on the way in, to bf16 on a CPU
+    and to TF32 on a GPU; sums and results are fp32, so logits keep their last bits.
+
+    No 16-bit copies of the weight are made, which would have to be renewed at every step.
     """
-    return hidden.is_cuda and hidden.dtype == weight.dtype and hidden.dtype.itemsize < 4
+    on_gpu = device.type == "cuda"
+    backends: Any = torch.backends
+    backend = backends.cuda.matmul if on_gpu else backends.mkldnn.matmul
+    before, backend.fp32_precision = backend.fp32_precision, "tf32" if on_gpu else "bf16"
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
 
 
 def kept_rows(mask: Tensor | None) -> Tensor | None:

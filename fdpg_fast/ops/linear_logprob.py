@@ -58,8 +58,10 @@ def linear_logprob(
     """Log-probability of each target, from the last hidden states and the head's weight.
 
     Differentiable once in ``hidden``, ``weight`` and ``bias``, through all three results.
-    Arithmetic is fp32 whatever the dtypes (fp64 if an input is fp64), except that on CUDA the
-    matrix products of bf16 and fp16 take their inputs as they are and accumulate in fp32.
+    Arithmetic is fp32 whatever the dtypes (fp64 if an input is fp64), except that matrix products
+    of bf16 (on CUDA fp16 too) take their inputs as they are and accumulate in fp32, where the
+    hardware can. Log-probs are as exact then; gradients are of softmax numerators in 16 bits, and
+    on a CPU each chunk's are rounded to 16 bits themselves.
 
     Args:
         hidden: ``[N, D]`` floating point.
@@ -115,16 +117,14 @@ def _kept_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return result_dtype(hidden.dtype, weight.dtype)
 
 
-def _new_kept(
-    hidden: Tensor, weight: Tensor, keep: bool, softcap: float | None, entropy: bool
-) -> tuple[Tensor, Tensor]:
+def _new_kept(hidden: Tensor, weight: Tensor, keep: bool, entropy: bool) -> tuple[Tensor, Tensor]:
     """What backward makes use of, of size 0 where that is nothing.
 
     Logits [N, V] and nothing, or numerators [N, V] and their row scales [N]. Numerators are of no
-    use to a gradient of the entropy, nor with the slope of a softcap.
+    use to a gradient of the entropy.
     """
     as_numerators = multiplies_as_they_are(hidden, weight)
-    keep = keep and not (as_numerators and (entropy or softcap is not None))
+    keep = keep and not (as_numerators and entropy)
     rows, dtype = len(hidden) if keep else 0, result_dtype(hidden.dtype, weight.dtype)
     return (
         new_rows(weight, rows, _kept_dtype(hidden, weight)),
@@ -149,24 +149,25 @@ def _linear_logprob(
     """logp, lse, entropy, and what backward makes use of: kept and row_scale."""
     require_in_range("linear_logprob", target, mask, len(weight))
     n = hidden.shape[0]
-    kept, row_scale = _new_kept(hidden, weight, keep, softcap, entropy)
+    kept, row_scale = _new_kept(hidden, weight, keep, entropy)
     rows = kept_rows(mask)  # the first so many rows of what is kept
     if rows is not None:
         hidden, target, mask = hidden[rows], target[rows], None
         kept[len(hidden) :] = 0
         row_scale[len(hidden) :] = 0
-    head = LinearHead(hidden, weight, bias, scale, softcap, chunk)
+    head = LinearHead(hidden, weight, bias, scale, chunk)
+    cap = softcap or 0.0
     results = [hidden.new_empty(len(hidden), dtype=head.dtype) for _ in range(2 + entropy)]
     for c in head.chunks():
         y, m = target[c], None if mask is None else mask[c]
         if len(row_scale):
             z, ones = head.logits(c), torch.ones_like(row_scale[c])
             *values, row_scale[c] = torch.ops.fdpg.token_logprob_numerators_(
-                z, kept[c], y, ones, None, inv_temperature, m
+                z, kept[c], y, ones, None, inv_temperature, m, cap
             )
         else:
             z = head.logits(c, out=kept[c] if len(kept) else None)
-            values = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, entropy)
+            values = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, entropy, cap)
         for result, value in zip(results, values, strict=False):
             result[c] = value
     logp, lse, *ent = (spread(rows, r, n) for r in results)
@@ -192,7 +193,7 @@ def _fake(
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(n if entropy else 0, dtype=dtype),
-        *_new_kept(hidden, weight, keep, softcap, entropy),
+        *_new_kept(hidden, weight, keep, entropy),
     )
 
 
@@ -223,7 +224,8 @@ def _linear_logprob_backward(
     if rows is not None:
         mask = None
     per_row = pick(rows, hidden, target, lse, entropy, grad_logp, grad_lse, grad_entropy, mask)
-    head = LinearHead(per_row[0], weight, bias, scale, softcap, chunk)
+    head = LinearHead(per_row[0], weight, bias, scale, chunk)
+    cap = softcap or 0.0
     grads = head.gradients(of_hidden, of_weight, of_bias)
     has_logits = len(kept) > 0 and len(row_scale) == 0
     # The gradient of a log-sum-exp needs p at the target, which numerators have rounded away.
@@ -233,8 +235,8 @@ def _linear_logprob_backward(
         if from_numerators and g0 is not None:
             head.backward(c, kept[c], row_scale[c] * g0, *grads)
             continue
-        z = head.recall(kept[c]) if has_logits else head.logits(c, keep_slope=True)
-        torch.ops.fdpg.token_logprob_backward_(z, y, s, h, g0, g1, g2, inv_temperature, m)
+        z = head.recall(kept[c]) if has_logits else head.logits(c)
+        torch.ops.fdpg.token_logprob_backward_(z, y, s, h, g0, g1, g2, inv_temperature, m, cap)
         head.backward(c, z, None, *grads)
     if of_hidden:
         grads[0] = spread(rows, grads[0], n)

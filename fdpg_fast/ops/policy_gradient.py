@@ -78,8 +78,10 @@ def policy_gradient(
     ``coefficient = -w / B``. The gradients are results, not a graph: hand that of ``hidden`` to
     ``hidden.backward``.
 
-    Arithmetic is fp32 whatever the dtypes (fp64 if an input is fp64), except that on CUDA the
-    matrix products of bf16 and fp16 take their inputs as they are and accumulate in fp32.
+    Arithmetic is fp32 whatever the dtypes (fp64 if an input is fp64), except that matrix products
+    of bf16 (on CUDA fp16 too) take their inputs as they are and accumulate in fp32, where the
+    hardware can. Log-probs are as exact then; gradients are of softmax numerators in 16 bits, and
+    on a CPU each chunk's are rounded to 16 bits themselves.
 
     Args:
         hidden: ``[N, D]`` floating point.
@@ -170,7 +172,8 @@ def _policy_gradient(
     hidden, target, coefficient, mask, lse_hint = pick(
         rows, hidden, target, coefficient, mask, lse_hint
     )
-    head = LinearHead(hidden, weight, bias, scale, softcap, chunk)
+    head = LinearHead(hidden, weight, bias, scale, chunk)
+    cap = softcap or 0.0
     grads = [head.gradients(need_hidden, False, False)[0], grad_weight, grad_bias]
     learns = any(grad.numel() for grad in grads)
     numerators = None  # they overwrite the logits, unless the products take 16 bits
@@ -178,16 +181,16 @@ def _policy_gradient(
         numerators = new_rows(weight, len(head.buffer), hidden.dtype)
     logp, lse = (hidden.new_empty(len(hidden), dtype=head.dtype) for _ in range(2))
     for c in head.chunks():
-        z, y = head.logits(c, keep_slope=learns), target[c]
+        z, y = head.logits(c), target[c]
         m, hint = (None if t is None else t[c] for t in (mask, lse_hint))
         if learns:
             e = None if numerators is None else numerators[: len(z)]
             logp[c], lse[c], row_scale = torch.ops.fdpg.token_logprob_numerators_(
-                z, e, y, coefficient[c], hint, inv_temperature, m
+                z, e, y, coefficient[c], hint, inv_temperature, m, cap
             )
             head.backward(c, z if e is None else e, row_scale, *grads)
         else:
-            logp[c], lse[c], _ = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, False)
+            logp[c], lse[c], _ = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, False, cap)
     grad_hidden = spread(rows, grads[0], n) if need_hidden else grads[0]
     return spread(rows, logp, n), spread(rows, lse, n), grad_hidden
 

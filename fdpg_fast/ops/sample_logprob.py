@@ -36,6 +36,7 @@ def sample_logprob(
     position: Tensor,
     *,
     inv_temperature: float = 1.0,
+    softcap: float | None = None,
 ) -> Sampled:
     """Draws from softmax(logits * inv_temperature), row by row.
 
@@ -48,10 +49,13 @@ def sample_logprob(
         sample_id: ``[N]`` int64, which sample a row belongs to.
         position: ``[N]`` int64, how many tokens of that sample have been drawn.
         inv_temperature: 1 / temperature.
+        softcap: softcap tanh(logits / softcap) takes the place of the logits, as for
+            :func:`token_logprob`. None or 0 for no bound.
 
     Returns:
         token, logp and lse. A row that holds NaN or +inf, or is -inf throughout, gives token 0 and
-        logp = lse = NaN: nothing on a device can raise, so look at ``lse``.
+        logp = lse = NaN: nothing on a device can raise, so look at ``lse``. (With a softcap
+        infinity is a bounded logit like others.)
 
     Raises:
         RuntimeError: a shape, dtype, device or stride that the op cannot take.
@@ -59,7 +63,9 @@ def sample_logprob(
     if not isinstance(seed, Tensor):
         seed = torch.full((1,), seed, dtype=torch.int64, device=logits.device)
     return Sampled(
-        *torch.ops.fdpg.sample_logprob(logits.detach(), seed, sample_id, position, inv_temperature)
+        *torch.ops.fdpg.sample_logprob(
+            logits.detach(), seed, sample_id, position, inv_temperature, softcap or 0.0
+        )
     )
 
 
@@ -70,6 +76,7 @@ def _fake(
     sample_id: Tensor,
     position: Tensor,
     inv_temperature: float = 1.0,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     require_one_device(
         "sample_logprob", logits=logits, seed=seed, sample_id=sample_id, position=position

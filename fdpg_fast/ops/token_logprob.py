@@ -54,11 +54,13 @@ def token_logprob(
     inv_temperature: float = 1.0,
     mask: Tensor | None = None,
     entropy: bool = False,
+    softcap: float | None = None,
     inplace_backward: bool = False,
 ) -> TokenLogprob:
-    """Log-probability of each target under softmax(logits * inv_temperature), in one read.
+    """Log-probability of each target under softmax(z), in one read of the logits.
 
         logp = z[target] - lse,   lse = log sum_j exp z_j,   z = logits * inv_temperature
+        with a softcap:           z = softcap tanh(logits / softcap) * inv_temperature
 
     The same as ``log_softmax(z, -1).gather(-1, target)``, without the ``[..., V]`` result.
     Differentiable once in ``logits``, through all three results. The result does not depend on how
@@ -72,6 +74,8 @@ def token_logprob(
         mask: ``[...]`` bool; where False, nothing is read, all results are 0 and so is the
             gradient (the target there may be anything).
         entropy: whether to return the entropy too.
+        softcap: bounds the logits smoothly (Gemma 2), -inf too: such a token has probability then,
+            as in PyTorch. None or 0 for no bound.
         inplace_backward: the gradient overwrites ``logits``, which saves one ``[..., V]`` buffer.
             Only for contiguous logits that nobody else looks at: not a leaf, not saved by another
             function's backward, and gone after one backward pass.
@@ -104,11 +108,11 @@ def token_logprob(
                 f"inplace_backward, got {what}. Leave inplace_backward off"
             )
         logp, lse, ent = _InplaceBackward.apply(  # type: ignore[no-untyped-call]
-            flat, flat_target, inv_temperature, flat_mask, entropy
+            flat, flat_target, inv_temperature, flat_mask, entropy, softcap or 0.0
         )
     else:
         logp, lse, ent = torch.ops.fdpg.token_logprob(
-            flat, flat_target, inv_temperature, flat_mask, entropy
+            flat, flat_target, inv_temperature, flat_mask, entropy, softcap or 0.0
         )
     return TokenLogprob(
         logp.reshape(shape), lse.reshape(shape), ent.reshape(shape) if entropy else None
@@ -122,6 +126,7 @@ def _fake(
     inv_temperature: float = 1.0,
     mask: Tensor | None = None,
     entropy: bool = False,
+    softcap: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     require_one_device("token_logprob", logits=logits, target=target, mask=mask)
     rows, dtype = logits.shape[0], result_dtype(logits.dtype)
@@ -149,21 +154,30 @@ def _fake_numerators_(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Ten
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, ctx.inv_temperature, mask, entropy = inputs
+    logits, target, ctx.inv_temperature, mask, entropy, ctx.softcap = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(logits, target, output[1], output[2] if entropy else None, mask)
 
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     grad_logp, grad_lse, grad_entropy = grads
     if grad_logp is None and grad_lse is None and grad_entropy is None:
-        return None, None, None, None, None
+        return (None,) * 6
     logits, target, lse, entropy, mask = ctx.saved_tensors
     grad_entropy = None if entropy is None else grad_entropy
     grad = torch.ops.fdpg.token_logprob_backward(
-        logits, target, lse, entropy, grad_logp, grad_lse, grad_entropy, ctx.inv_temperature, mask
+        logits,
+        target,
+        lse,
+        entropy,
+        grad_logp,
+        grad_lse,
+        grad_entropy,
+        ctx.inv_temperature,
+        mask,
+        ctx.softcap,
     )
-    return grad, None, None, None, None
+    return grad, None, None, None, None, None
 
 
 torch.library.register_autograd("fdpg::token_logprob", _backward, setup_context=_setup_context)
@@ -190,7 +204,7 @@ class _InplaceBackward(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_logp, grad_lse, grad_entropy = grads
         # A second pass would find gradients where logits were: the version counter, which the
         # next line reads and increment_version moves, makes that an error.
@@ -206,6 +220,7 @@ class _InplaceBackward(torch.autograd.Function):
             grad_entropy,
             ctx.inv_temperature,
             mask,
+            ctx.softcap,
         )
         torch.autograd.graph.increment_version(logits)
-        return logits.detach(), None, None, None, None
+        return logits.detach(), None, None, None, None, None

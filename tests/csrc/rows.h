@@ -35,10 +35,12 @@ void for_each_dtype(Fn fn) {
 #undef FDPG_TEST_DTYPE
 }
 
-// (rows, vocab) logits with `padding` NaNs behind every row: reading one would show.
+// (rows, vocab) logits with `padding` NaNs behind every row: reading one would show. What is said
+// of them is true of softcap tanh(x / softcap) where a softcap is set.
 template <class T>
 struct Rows {
   int64_t rows, vocab, stride;
+  double softcap = 0;
   std::vector<T> data;
 
   Rows(int64_t rows, int64_t vocab, double deviation, int seed = 0, int64_t padding = 5)
@@ -56,7 +58,18 @@ struct Rows {
   void set(int64_t i, int64_t j, double x) {
     data[i * stride + j] = fdpg::store<T>(static_cast<fdpg::accumulate_t<T>>(x));
   }
-  long double at(int64_t i, int64_t j) const { return fdpg::load(data[i * stride + j]); }
+  long double at(int64_t i, int64_t j) const {
+    const long double x = fdpg::load(data[i * stride + j]);
+    return softcap > 0 ? softcap * std::tanh(x / softcap) : x;
+  }
+  // Of at() by the logit.
+  long double slope(int64_t i, int64_t j) const {
+    return softcap > 0 ? 1 - std::pow(at(i, j) / softcap, 2) : 1;
+  }
+  // What at() may be off in the arithmetic of T.
+  double cap_error() const {
+    return softcap * (sizeof(fdpg::accumulate_t<T>) == sizeof(double) ? 1e-15 : 4e-7);
+  }
 
   long double largest(int64_t i) const {
     long double most = -INFINITY;

@@ -24,9 +24,9 @@ struct Forward {
   Forward(const Rows<T>& x, Dtype dtype, std::vector<int64_t> targets, double scale = 1,
           const bool* mask = nullptr)
       : target(targets), logp(x.rows, 7), lse(x.rows, 7), entropy(x.rows, 7) {
-    const fdpg::TokenLogprobParams p = {x.data.data(), dtype,         x.rows,        x.vocab,
-                                        x.stride,      target.data(), mask,          scale,
-                                        logp.data(),   lse.data(),    entropy.data()};
+    const fdpg::TokenLogprobParams p = {x.data.data(), dtype,         x.rows,     x.vocab,
+                                        x.stride,      target.data(), mask,       scale,
+                                        x.softcap,     logp.data(),   lse.data(), entropy.data()};
     status = fdpg::cpu::token_logprob(p, 0, x.rows);
   }
 };
@@ -46,10 +46,11 @@ double tolerance(long double value) {
 }
 
 template <class T>
-void values(Dtype dtype) {
+void values(Dtype dtype, double softcap) {
   for (int64_t vocab : {1, 7, 16, 63, 64, 65, 1000, 1024, 1025, 14019, 50257}) {
     for (double scale : {1.0, 0.7}) {
-      const Rows<T> x(3, vocab, 4, static_cast<int>(vocab));
+      Rows<T> x(3, vocab, 4, static_cast<int>(vocab));
+      x.softcap = softcap;
       const double s = static_cast<accumulate_t<T>>(scale);
       const Forward<T> got(x, dtype, some_targets(x), scale);
       CHECK(got.status == kOk);
@@ -61,11 +62,12 @@ void values(Dtype dtype) {
           const long double l = s * x.at(i, j) - lse;
           entropy -= std::exp(l) * l;
         }
-        CHECK_NEAR(got.lse[i], lse, tolerance<T>(lse));
-        // Without fma, scale x is rounded before the offset is taken away.
-        const double rounded = scale == 1 ? 0 : tolerance<T>(s * x.largest(i));
+        CHECK_NEAR(got.lse[i], lse, tolerance<T>(lse) + x.cap_error());
+        // Without fma, scale u is rounded before the offset is taken away.
+        const bool exact = scale == 1 && softcap == 0;
+        const double rounded = exact ? 0 : tolerance<T>(s * x.largest(i)) + x.cap_error();
         CHECK_NEAR(got.logp[i], logp, tolerance<T>(logp) + rounded);
-        CHECK_NEAR(got.entropy[i], entropy, 4 * tolerance<T>(entropy));
+        CHECK_NEAR(got.entropy[i], entropy, 4 * tolerance<T>(entropy) + 4 * x.cap_error());
       }
     }
   }
@@ -165,6 +167,57 @@ void enormous_logits() {
   CHECK_NEAR(tempered.logp[1], x.logp(1, 7, 0.7f), 2e-6);
 }
 
+// A row of one logit and a softcap of 1 has lse = tanh x: every 1009th float, and the ends.
+void tanh_is_accurate(const std::string& isa) {
+  std::vector<float> x;
+  for (uint32_t bits = fdpg::bits_of(1e-30f); bits <= fdpg::bits_of(12.0f); bits += 1009) {
+    x.push_back(fdpg::float_of(bits));
+    x.push_back(-fdpg::float_of(bits));
+  }
+  const size_t inside = x.size();
+  const float ends[] = {0.0f, 1e-45f, 9.1f, 30.0f, 3e38f, static_cast<float>(kInf)};
+  for (float end : ends) x.insert(x.end(), {end, -end});
+  x.push_back(static_cast<float>(kNan));
+  Rows<float> rows(static_cast<int64_t>(x.size()), 1, 0, 0, 0);
+  rows.data = x;
+  rows.softcap = 1;
+  const Forward<float> got(rows, Dtype::kFloat32, std::vector<int64_t>(x.size(), 0));
+  double worst = 0;
+  for (size_t i = 0; i < inside; ++i) {
+    const double expected = std::tanh(double{x[i]});
+    const double ulp = std::ldexp(1.0, std::ilogb(expected) - 23);
+    worst = std::fmax(worst, std::fabs(got.lse[i] - expected) / ulp);
+    CHECK(std::fabs(got.lse[i]) <= 1);
+  }
+  std::printf("tanh on %s: at most %.2f ulp\n", isa.c_str(), worst);
+  CHECK(worst < 2.7);
+  for (size_t i = inside; i + 1 < x.size(); ++i) {
+    CHECK(got.lse[i] == (std::fabs(x[i]) < 1 ? x[i] : std::copysign(1.0f, x[i])));
+  }
+  CHECK(std::isnan(got.lse.back()));
+}
+
+// tanh has values at both infinities: a banned token is -softcap then, and can be the target.
+template <class T>
+void a_softcap_bounds_infinity(Dtype dtype) {
+  Rows<T> x(4, 2500, 2);
+  for (int64_t j = 0; j < x.vocab; ++j) {
+    if (j % 2) x.set(0, j, -kInf);
+    x.set(1, j, -kInf);
+  }
+  x.set(2, 2400, kInf);
+  x.set(3, 2400, kNan);
+  x.softcap = 3;
+  const Forward<T> got(x, dtype, {1, 7, 2400, 0});
+  for (int64_t i : {0, 1, 2}) {
+    CHECK_NEAR(got.lse[i], x.largest(i) + x.log_sum(i, 1), 3e-6);
+    CHECK_NEAR(got.logp[i], x.logp(i, got.target[i], 1), 3e-6);
+    CHECK(std::isfinite(got.entropy[i]));
+  }
+  CHECK_NEAR(got.lse[1], -3 + std::log(2500.0), 3e-6);
+  CHECK(std::isnan(got.logp[3]) && std::isnan(got.lse[3]) && std::isnan(got.entropy[3]));
+}
+
 template <class T>
 void masks_and_bad_targets(Dtype dtype) {
   Rows<T> x(4, 1000, 1);
@@ -215,6 +268,7 @@ int64_t backward(const Rows<T>& x, Dtype dtype, const Forward<T>& forward, const
                                               forward.target.data(),
                                               mask,
                                               scale,
+                                              x.softcap,
                                               forward.lse.data(),
                                               forward.entropy.data(),
                                               g.logp.data(),
@@ -224,7 +278,7 @@ int64_t backward(const Rows<T>& x, Dtype dtype, const Forward<T>& forward, const
 }
 
 template <class T>
-void gradients(Dtype dtype) {
+void gradients(Dtype dtype, double softcap) {
   // Rounding of the storage type, relative to the row's largest gradient.
   const double unit = dtype == Dtype::kFloat64   ? 1e-14
                       : dtype == Dtype::kFloat32 ? 2.5e-7
@@ -238,6 +292,7 @@ void gradients(Dtype dtype) {
       if (dtype != Dtype::kFloat16) {
         for (int64_t j = 0; j < vocab; ++j) x.set(2, j, static_cast<double>(x.at(2, j)) - 90);
       }
+      x.softcap = softcap;
       const Forward<T> forward(x, dtype, some_targets(x), scale);
       Gradients<T> g = {{1.5, -2, 0.25}, {}, {}};
       if (all) {
@@ -259,13 +314,13 @@ void gradients(Dtype dtype) {
           const long double l = scale * (x.at(i, j) - most) - log_sum, q = std::exp(l);
           long double expected = g.logp[i] * ((j == forward.target[i]) - q);
           if (all) expected += g.lse[i] * q - (q > 0 ? g.entropy[i] * q * (l + entropy) : 0);
-          expected *= scale;
+          expected *= scale * x.slope(i, j);
           const long double error = fdpg::load(out[i * stride + j]) - expected;
           CHECK(std::isfinite(error));
           worst = std::fmax(worst, std::fabs(error));
           size = std::fmax(size, std::fabs(expected));
         }
-        CHECK_NEAR(worst, 0, unit * std::fmax(size, 1));
+        CHECK_NEAR(worst, 0, (unit + 2 * x.cap_error()) * std::fmax(size, 1));
         for (int64_t j = vocab; j < stride; ++j) CHECK(fdpg::load(out[i * stride + j]) == 42);
       }
       // In place gives the same bits.
@@ -308,15 +363,17 @@ int main() {
     std::printf("%s\n", isa.c_str());
     a_low_first_block();
     enormous_logits();
+    tanh_is_accurate(isa);
     for_each_dtype([](Dtype dtype, auto tag) {
       using T = decltype(tag);
-      values<T>(dtype);
+      for (double softcap : {0.0, 5.0, 30.0}) values<T>(dtype, softcap);
       rising_rows<T>(dtype);
       nothing_but_nan<T>(dtype);
+      a_softcap_bounds_infinity<T>(dtype);
       if (dtype != Dtype::kFloat16) unusual_values<T>(dtype);
       masks_and_bad_targets<T>(dtype);
       any_split_gives_the_same<T>(dtype);
-      gradients<T>(dtype);
+      for (double softcap : {0.0, 3.0}) gradients<T>(dtype, softcap);
       rows_without_gradient<T>(dtype);
     });
   });

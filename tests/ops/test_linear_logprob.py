@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from head_cases import CASES, Case, Inputs, imitate_gpu_products, make, options, plain, worst
+from head_cases import CASES, Case, Inputs, keep_bf16, make, options, plain, worst
 from torch import Tensor
 
 from fdpg_fast import ops
@@ -170,10 +170,11 @@ def test_compiles_to_one_node() -> None:
 
 
 @KEPT
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_low_precision_products_of_a_gpu(
-    case: Case, entropy: bool, keep_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+def test_bf16_as_it_is(
+    case: Case, entropy: bool, where: str, keep_bytes: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Gradients of logp alone, from kept numerators, and with those of lse and entropy."""
     x = make(case, torch.bfloat16)
@@ -186,7 +187,7 @@ def test_low_precision_products_of_a_gpu(
         return sum(((row.to(r.dtype) * r).sum() for row, r in rows), torch.zeros(()))
 
     truth = torch.autograd.grad(loss(plain(case, wide)), wide.leaves())
-    imitate_gpu_products(monkeypatch)
+    keep_bf16(monkeypatch, where)
     result = ops.linear_logprob(
         x.hidden,
         x.weight,
@@ -203,10 +204,11 @@ def test_low_precision_products_of_a_gpu(
         torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
 
 
-def test_numerators_are_kept_in_16_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+def test_numerators_are_kept_in_16_bits(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     n, d, v = 64, 8, 4096
     x = make(Case(n, d, v), torch.bfloat16)
-    imitate_gpu_products(monkeypatch)
+    keep_bf16(monkeypatch, where)
     logp = ops.linear_logprob(x.hidden, x.weight, x.target, keep_bytes=2 * n * v, chunk=16).logp
     kept = logp.grad_fn.saved_tensors[7]  # type: ignore[union-attr]
     assert kept.dtype == torch.bfloat16

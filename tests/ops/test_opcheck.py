@@ -49,6 +49,7 @@ def token_logprob() -> Iterator[Sample]:
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
         yield normal(N, V, dtype=dtype, grad=True), y, 1.0, None, False
     yield normal(N, V, grad=True), y, 0.7, mask, True
+    yield normal(N, V, grad=True), y, 0.7, mask, True, 2.0
     yield padded(N, V).requires_grad_(), y, 1.0, None, True
     yield normal(0, V, grad=True), integers(V, 0), 1.0, None, True
 
@@ -61,6 +62,7 @@ def _backward_samples() -> Iterator[Sample]:
         g = torch.randn_like(lse)
         yield z, y, lse, None, g, None, None, 1.0, None
         yield z.clone(), y, lse, entropy, g, g, g, 1.0, mask
+        yield z.clone(), y, lse, None, g, None, None, 1.3, mask, 2.0
 
 
 @samples
@@ -78,7 +80,7 @@ def sample_logprob() -> Iterator[Sample]:
     ids, positions = torch.arange(N), integers(40, N)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         yield normal(N, V, dtype=dtype), torch.tensor([3]), ids, positions, 1.0
-    yield padded(N, V), torch.tensor([-3]), ids, positions, 0.5
+    yield padded(N, V), torch.tensor([-3]), ids, positions, 0.5, 2.0
 
 
 @samples
@@ -151,7 +153,7 @@ MASK = torch.tensor([True, False, True, True, False])
 def token_logprob_numerators_() -> Iterator[Sample]:
     for dtype in (torch.float32, torch.float64):
         z, y, c = normal(N, V, dtype=dtype), integers(V, N), normal(N, dtype=dtype)
-        yield z.clone(), None, y, c, None, 1.3, MASK
+        yield z.clone(), None, y, c, None, 1.3, MASK, 2.0
         yield z.clone(), torch.empty_like(z), y, c, z.logsumexp(-1), 1.0, None
     yield z.float(), z.bfloat16(), y, c.float(), None, 1.0, None
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from head_cases import CASES, Case, Inputs, imitate_gpu_products, make, options, plain, worst
+from head_cases import CASES, Case, Inputs, keep_bf16, make, options, plain, widen_bf16, worst
 from torch import Tensor
 
 from fdpg_fast import ops, reference
@@ -42,8 +42,11 @@ def by_autograd(case: Case, x: Inputs, coefficient: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_value_and_gradients(case: Case, dtype: torch.dtype) -> None:
+def test_value_and_gradients(
+    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Within twice plain PyTorch's distance from fp64; fp32 even for bf16 inputs."""
+    widen_bf16(monkeypatch)
     x = make(case, dtype)
     c = torch.randn(case.n)
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -165,16 +168,18 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_low_precision_products_of_a_gpu(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bf16_as_it_is(case: Case, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probs are those of fp32 logits all the same."""
     x, c = make(case, torch.bfloat16), torch.randn(case.n)
     truth = by_autograd(case, x.to(torch.float64), c)
-    imitate_gpu_products(monkeypatch)
+    keep_bf16(monkeypatch, where)
     result = policy_gradient(case, x, c)
     for a, b in zip([result.logp, result.lse], truth[:2], strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-5)
     for a, b in zip(gradients(result), truth[2:], strict=True):
-        # Numerators and scaled hidden states are rounded to bf16, sums are not.
+        # Numerators and scaled hidden states are rounded to bf16; on a CPU sums are too.
         torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
 
 

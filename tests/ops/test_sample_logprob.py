@@ -97,19 +97,20 @@ def test_uniforms_are_uniform() -> None:
 # Draws
 
 
-@pytest.mark.parametrize("inv_temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("inv_temperature", "softcap"), [(1.0, None), (0.7, None), (1.3, 6.0)])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", SIZES)
 def test_inverts_the_cumulative_distribution(
-    vocab: int, dtype: torch.dtype, inv_temperature: float, cpu_isa: str
+    vocab: int, dtype: torch.dtype, inv_temperature: float, softcap: float | None, cpu_isa: str
 ) -> None:
     logits, (ids, position) = rows(30, vocab, dtype), key(30)
-    got = ops.sample_logprob(logits, 9, ids, position, inv_temperature=inv_temperature)
-    z = logits.double() * inv_temperature
+    options = {"inv_temperature": inv_temperature, "softcap": softcap}
+    got = ops.sample_logprob(logits, 9, ids, position, **options)
+    z = reference.capped(logits.double(), softcap) * inv_temperature
     assert ((got.token >= 0) & (got.token < vocab)).all()
     log_p = torch.log_softmax(z, -1)
     expected = log_p.gather(1, got.token[:, None])[:, 0]
-    tight = {"rtol": 1e-7, "atol": 1e-6}
+    tight = {"rtol": 1e-7, "atol": 1e-6 if softcap is None else 3e-6}
     torch.testing.assert_close(got.logp.double(), expected, **tight)
     torch.testing.assert_close(got.lse.double(), torch.logsumexp(z, -1), **tight)
     # The uniform lies in the token's interval of the distribution, up to rounding of its ends.
@@ -118,7 +119,7 @@ def test_inverts_the_cumulative_distribution(
     assert (u <= above + 1e-6).all()
     assert (u >= above - expected.exp() - 1e-6).all()
     # So nearly all tokens are the reference's.
-    same = reference.sample_logprob(logits, 9, ids, position, inv_temperature=inv_temperature)
+    same = reference.sample_logprob(logits, 9, ids, position, **options)
     assert (same.token == got.token).sum() >= 29
 
 
@@ -224,13 +225,17 @@ def test_every_part_of_the_key_counts() -> None:
         assert float((other == base).double().mean()) < float(chance) + 0.12
 
 
+@pytest.mark.parametrize("softcap", [None, 6.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", SIZES)
-def test_records_what_scoring_says(vocab: int, dtype: torch.dtype, cpu_isa: str) -> None:
+def test_records_what_scoring_says(
+    vocab: int, dtype: torch.dtype, softcap: float | None, cpu_isa: str
+) -> None:
     """To the bit: a sampler's log q and a trainer's log pi of the same logits are equal."""
     logits, (ids, position) = rows(9, vocab, dtype), key(9)
-    drawn = ops.sample_logprob(logits, 1, ids, position, inv_temperature=0.9)
-    scored = ops.token_logprob(logits, drawn.token, inv_temperature=0.9)
+    options = {"inv_temperature": 0.9, "softcap": softcap}
+    drawn = ops.sample_logprob(logits, 1, ids, position, **options)
+    scored = ops.token_logprob(logits, drawn.token, **options)
     assert torch.equal(drawn.logp, scored.logp)
     assert torch.equal(drawn.lse, scored.lse)
 

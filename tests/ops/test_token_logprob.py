@@ -80,6 +80,45 @@ def test_no_less_accurate_than_eager(
             assert error(value, expected) <= unit * (float(expected.abs().max()) + 7), name
 
 
+@pytest.mark.parametrize("softcap", [30.0, 5.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocab", [7, 1000, 14019])
+def test_softcap_no_less_accurate_than_eager(
+    vocab: int, dtype: torch.dtype, softcap: float, cpu_isa: str
+) -> None:
+    logits, target = rows(9, vocab, dtype)
+    options = {"softcap": softcap, "inv_temperature": 0.7}
+    got = fused(logits, target, **options)
+    plain, exact = (of(logits, target, **options) for of in (eager, truth))
+    for name in RESULTS:
+        value, expected = getattr(got, name), getattr(exact, name)
+        # tanh's rounding, as eager's; the truth is fp64 itself.
+        own = 4e-14 if dtype == torch.float64 else softcap * 2e-7
+        assert error(value, expected) <= error(getattr(plain, name), expected) + own, name
+    # Nothing but what stands in place of the logits.
+    by_hand = fused(softcap * torch.tanh(logits.double() / softcap), target, inv_temperature=0.7)
+    assert error(got.logp, by_hand.logp) <= 3 * own + 1e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_softcap_bounds_infinity(dtype: torch.dtype, cpu_isa: str) -> None:
+    """As in PyTorch: a logit of -inf is -softcap, one of +inf is softcap; NaN is told."""
+    logits, target = rows(4, 3000, dtype)
+    logits[0, ::2] = -math.inf
+    logits[1] = -math.inf
+    logits[2, 1234] = math.inf
+    logits[3, 17] = math.nan
+    target[:3] = torch.tensor([0, 2999, 1234])
+    got = fused(logits, target, softcap=4.0)
+    exact = truth(logits, target, softcap=4.0)
+    for name in RESULTS:
+        assert getattr(exact, name)[:3].isfinite().all()
+        assert error(getattr(got, name), getattr(exact, name)) <= 5e-6, name
+    grad = gradient(logits[:3], target[:3], WEIGHTS["all"][:, :3], fused, softcap=4.0)
+    assert (grad[logits[:3].isinf()] == 0).all()
+    assert grad.isfinite().all()
+
+
 def test_accuracy_does_not_suffer_from_an_offset() -> None:
     """GPT-2's logits lie near -100; a log-prob is a small difference of large numbers there."""
     logits, target = rows(16, 50257)
@@ -261,19 +300,21 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.parametrize("softcap", [None, 10.0])
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("dtype", DTYPES[:3])  # fp64 has nothing wider; see test_gradcheck
 @pytest.mark.parametrize("vocab", [7, 1000, 14019])
 def test_gradient_within_twice_the_error_of_eager(
-    vocab: int, dtype: torch.dtype, weights: str, cpu_isa: str
+    vocab: int, dtype: torch.dtype, weights: str, softcap: float | None, cpu_isa: str
 ) -> None:
     n = 60 if vocab <= 1000 else 20  # enough for the largest error to be no accident
     logits, target = rows(n, vocab, dtype)
-    if dtype != torch.float16:
+    if dtype != torch.float16 and softcap is None:
         logits[n // 2 :] -= 100  # a log-sum-exp that fp32 rounds by 4e-6
     w = WEIGHTS[weights].repeat(1, n // 5)
-    exact = gradient(logits.double(), target, w, truth)
-    got, plain = gradient(logits, target, w, fused), gradient(logits, target, w, eager)
+    exact = gradient(logits.double(), target, w, truth, softcap=softcap)
+    got = gradient(logits, target, w, fused, softcap=softcap)
+    plain = gradient(logits, target, w, eager, softcap=softcap)
     assert got.dtype == dtype
     assert error(got, exact) <= 2 * error(plain, exact) + torch.finfo(dtype).eps / 8
 
@@ -291,38 +332,40 @@ def test_gradient_at_one_token_and_at_minus_infinity(cpu_isa: str) -> None:
     assert error(got[finite], exact[finite]) <= 1e-5
 
 
+@pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("inv_temperature", [1.0, 0.6])
-def test_gradcheck(inv_temperature: float) -> None:
+def test_gradcheck(inv_temperature: float, softcap: float | None) -> None:
     logits, target = rows(4, 9, torch.float64, deviation=1.0)
     logits.requires_grad_()
     mask = torch.tensor([True, True, False, True])
     for some in (None, mask):
         assert torch.autograd.gradcheck(
             lambda z, some=some: tuple(
-                fused(z, target, inv_temperature=inv_temperature, mask=some)
+                fused(z, target, inv_temperature=inv_temperature, mask=some, softcap=softcap)
             ),
             logits,
         )
 
 
+@pytest.mark.parametrize("softcap", [0.0, 4.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("vocab", SIZES)
 def test_in_place_gives_the_same_bits(
-    vocab: int, weights: str, dtype: torch.dtype, cpu_isa: str
+    vocab: int, weights: str, dtype: torch.dtype, softcap: float, cpu_isa: str
 ) -> None:
     logits, target = rows(5, vocab, dtype)
     mask = torch.tensor([True, True, False, True, True])
-    results = OP(logits, target, 0.9, mask, True)
+    results = OP(logits, target, 0.9, mask, True, softcap)
     g = WEIGHTS[weights].to(results[0].dtype)
     grads = [row if row.any() else None for row in g]
-    out = BACKWARD(logits, target, *results[1:], *grads, 0.9, mask)
+    out = BACKWARD(logits, target, *results[1:], *grads, 0.9, mask, softcap)
     buffer = torch.full((5, vocab + 9), 42.0, dtype=dtype)
     inside = buffer[:, :vocab]
     inside.copy_(logits)
-    BACKWARD_(inside, target, *results[1:], *grads, 0.9, mask)
+    BACKWARD_(inside, target, *results[1:], *grads, 0.9, mask, softcap)
     assert torch.equal(inside, out)
-    assert torch.equal(out, BACKWARD(logits, target, *results[1:], *grads, 0.9, mask))
+    assert torch.equal(out, BACKWARD(logits, target, *results[1:], *grads, 0.9, mask, softcap))
     assert (buffer[:, vocab:] == 42).all()
 
 
@@ -331,8 +374,8 @@ def test_inplace_backward_through_autograd() -> None:
     leaf.requires_grad_()
     plain = leaf * 2.0
     overwritten = leaf * 2.0
-    (expected,) = torch.autograd.grad(fused(plain, target).logp.sum(), leaf)
-    logp = fused(overwritten, target, inplace_backward=True).logp.sum()
+    (expected,) = torch.autograd.grad(fused(plain, target, softcap=5.0).logp.sum(), leaf)
+    logp = fused(overwritten, target, softcap=5.0, inplace_backward=True).logp.sum()
     (got,) = torch.autograd.grad(logp, leaf, retain_graph=True)
     assert torch.equal(got, expected)
     assert torch.equal(overwritten.detach(), expected / 2.0)  # where the logits were
@@ -395,6 +438,15 @@ def test_temperature_messages(inv_temperature: float) -> None:
         ops.token_logprob(LOGITS, TARGET, inv_temperature=inv_temperature)
     with pytest.raises(RuntimeError, match="sample_logprob: " + message):
         ops.sample_logprob(LOGITS, 0, TARGET, TARGET, inv_temperature=inv_temperature)
+
+
+@pytest.mark.parametrize("softcap", [-1.0, math.nan, math.inf])
+def test_softcap_messages(softcap: float) -> None:
+    message = r"`softcap` must be positive and finite, got"
+    with pytest.raises(RuntimeError, match="token_logprob: " + message):
+        ops.token_logprob(LOGITS, TARGET, softcap=softcap)
+    with pytest.raises(RuntimeError, match="sample_logprob: " + message):
+        ops.sample_logprob(LOGITS, 0, TARGET, TARGET, softcap=softcap)
 
 
 def test_shape_messages() -> None:

@@ -20,7 +20,8 @@ enum class Dtype : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat64
 inline constexpr int64_t kOk = -1;
 
 // log p(target) and log-sum-exp of each row of logits, in one read of the row.
-//   z = logits * inv_temperature;  lse = log sum_j exp z_j;  logp = z[target] - lse
+//   z = inv_temperature * logits, or inv_temperature * softcap tanh(logits / softcap)
+//   lse = log sum_j exp z_j;  logp = z[target] - lse
 //   entropy = lse - sum_j softmax(z)_j z_j   (a term with z_j = -inf counts as 0)
 struct TokenLogprobParams {
   const void* logits;  // (N, V), row stride `row_stride`, unit stride along V
@@ -31,14 +32,15 @@ struct TokenLogprobParams {
   const int64_t* target;  // (N,)
   const bool* mask;       // (N,) or null; a row with mask false is not read and yields zeros
   double inv_temperature;
-  void* logp;     // (N,) fp32, or fp64 when dtype is kFloat64
-  void* lse;      // (N,) same type
-  void* entropy;  // (N,) same type, or null
+  double softcap;  // 0: none, here as below
+  void* logp;      // (N,) fp32, or fp64 when dtype is kFloat64
+  void* lse;       // (N,) same type
+  void* entropy;   // (N,) same type, or null
 };
 
 // d logits, given upstream gradients of logp, lse and entropy:
 //   dz_j = g_logp (1[j == target] - p_j) + g_lse p_j - g_entropy p_j (z_j - lse + entropy)
-//   dlogits_j = inv_temperature * dz_j
+//   dlogits_j = inv_temperature * dz_j, with a softcap times 1 - tanh(logits_j / softcap)^2
 // `grad_logits` may be the same buffer as `logits` (in place). Masked rows, and rows whose three
 // gradients are all zero, are written as zeros without being read.
 struct TokenLogprobBackwardParams {
@@ -52,6 +54,7 @@ struct TokenLogprobBackwardParams {
   const int64_t* target;    // (N,)
   const bool* mask;         // (N,) or null
   double inv_temperature;
+  double softcap;
   const void* lse;           // (N,) as the forward returned it
   const void* entropy;       // (N,) or null; needed when grad_entropy is not null
   const void* grad_logp;     // (N,) or null
@@ -61,7 +64,8 @@ struct TokenLogprobBackwardParams {
 
 // Log-probs, and what the gradient of sum_i coefficient_i logp_i is made of, in one visit of a row:
 //   d/dlogits[i, j] = row_scale[i] * numerators[i, j]
-//   numerators_j = e_j - s [j == target],  e_j = exp(z_j - h),  s = sum_j e_j
+//   numerators_j = e_j - s [j == target],  e_j = exp(z_j - h),  s = sum_j e_j;
+//                  with a softcap times 1 - tanh(logits_j / softcap)^2
 //   row_scale    = -coefficient * inv_temperature / s
 // whatever the offset h: lse_hint where a kernel makes use of it, and something of its own where it
 // does not, or where exponentials relative to the hint leave the range of fp32. Only the product is
@@ -83,15 +87,16 @@ struct TokenLogprobNumeratorsParams {
   const void* coefficient;       // (N,) type of logits, as are the following
   const void* lse_hint;          // (N,) or null
   double inv_temperature;
+  double softcap;
   void* logp;       // (N,)
   void* lse;        // (N,)
   void* row_scale;  // (N,)
 };
 
-// One draw from softmax(logits * inv_temperature) per row, with its log-prob, in one read of the
-// row and a second look at one block of it. The uniform of row i is a function of
+// One draw from softmax(z) per row, z as for TokenLogprobParams, with its log-prob, in one read of
+// the row and a second look at one block of it. The uniform of row i is a function of
 // (seed, sample_id[i], position[i]) alone (random.h), so a draw does not depend on the batch.
-// A row that holds NaN or +inf, or is -inf throughout, yields token 0 and logp = lse = NaN:
+// A row whose z holds NaN or +inf, or is -inf throughout, yields token 0 and logp = lse = NaN:
 // nothing on the device can raise, so the caller looks at lse.
 struct SampleLogprobParams {
   const void* logits;  // (N, V)
@@ -100,6 +105,7 @@ struct SampleLogprobParams {
   int64_t vocab;
   int64_t row_stride;
   double inv_temperature;
+  double softcap;
   const int64_t* seed;       // (1,)
   const int64_t* sample_id;  // (N,)
   const int64_t* position;   // (N,)

@@ -19,17 +19,19 @@ template <class T>
 struct Case {
   using A = accumulate_t<T>;
   int64_t rows, vocab, stride;
-  double inv_temperature;
+  double inv_temperature, softcap;
   Buffer<T> logits;
   Buffer<int64_t> seed, sample_id, position;
   Buffer<int64_t> token;
   Buffer<A> logp, lse;
 
-  Case(int64_t rows, int64_t vocab, int64_t padding, int offset, double inv_temperature = 1)
+  Case(int64_t rows, int64_t vocab, int64_t padding, int offset, double inv_temperature = 1,
+       double softcap = 0)
       : rows(rows),
         vocab(vocab),
         stride(vocab + padding),
         inv_temperature(inv_temperature),
+        softcap(softcap),
         logits(rows ? (rows - 1) * stride + vocab : 0, offset),
         seed(std::vector<int64_t>{0x123456789abcdef}),
         sample_id(rows),
@@ -59,6 +61,7 @@ struct Case {
     p.vocab = vocab;
     p.row_stride = stride;
     p.inv_temperature = inv_temperature;
+    p.softcap = softcap;
     p.seed = seed.data();
     p.sample_id = sample_id.data();
     p.position = position.data();
@@ -82,7 +85,8 @@ struct Case {
   }
 
   double z(int64_t row, int64_t j) const {
-    return static_cast<double>(load(logits[row * stride + j])) * inv_temperature;
+    const double x = load(logits[row * stride + j]);
+    return inv_temperature * (softcap > 0 ? softcap * std::tanh(x / softcap) : x);
   }
 
   // Tokens, and their log-probs, by one running sum in fp64.
@@ -101,7 +105,7 @@ struct Case {
       CHECK(token[row] == expected);
       const double log_total = max + std::log(total);
       CHECK_NEAR(lse[row], log_total, 3e-7 * (5 + std::fabs(log_total)));
-      CHECK_NEAR(logp[row], z(row, expected) - log_total, 3e-6);
+      CHECK_NEAR(logp[row], z(row, expected) - log_total, 4e-6);
     }
   }
 };
@@ -115,7 +119,8 @@ void every_size() {
   for (const Shape& shape : {Shape{3, 1, 0, 0}, Shape{40, 7, 2, 1}, Shape{40, 31, 0, 1},
                              Shape{9, 1000, 24, 0}, Shape{9, 8003, 0, 3}, Shape{0, 5, 0, 0}}) {
     const double inv_temperature = shape.vocab == 8003 ? 0.7 : 1.0;
-    Case<T> c(shape.rows, shape.vocab, shape.padding, shape.offset, inv_temperature);
+    const double softcap = shape.padding ? 5 : 0;
+    Case<T> c(shape.rows, shape.vocab, shape.padding, shape.offset, inv_temperature, softcap);
     std::vector<int64_t> tokens;
     for_each_schedule([&](int schedule) {
       c.run();

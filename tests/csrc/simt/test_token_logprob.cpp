@@ -51,6 +51,7 @@ struct Shape {
   int64_t padding = 0;  // row stride - vocab
   int offset = 0;       // of the first logit, in elements past a 16-byte boundary
   double inv_temperature = 1;
+  double softcap = 0;
 };
 
 // Elements of a matrix whose last row ends with the allocation: it has no padding.
@@ -71,7 +72,7 @@ struct Case {
   Buffer<T> logits;
   Buffer<int64_t> target;
   Buffer<bool> mask;
-  std::vector<double> z;  // (N, V) logits * inv_temperature
+  std::vector<double> z;  // (N, V) of the softmax
   std::vector<Row> truth;
 
   explicit Case(const Shape& shape)
@@ -119,7 +120,7 @@ struct Case {
       double* x = &z[row * shape.vocab];
       double max = -kInf, sum = 0, mean = 0;
       for (int64_t j = 0; j < shape.vocab; ++j) {
-        x[j] = static_cast<double>(load(logits[row * stride + j])) * shape.inv_temperature;
+        x[j] = capped(row, j) * shape.inv_temperature;
         max = std::max(max, x[j]);
       }
       for (int64_t j = 0; j < shape.vocab; ++j) sum += std::exp(x[j] - max);
@@ -130,6 +131,13 @@ struct Case {
       truth.push_back({x[target[row]] - lse, lse, -mean});
     }
   }
+
+  double capped(int64_t row, int64_t j) const {
+    const double x = load(logits[row * stride + j]), cap = shape.softcap;
+    return cap > 0 ? cap * std::tanh(x / cap) : x;
+  }
+  // What z may be off for it.
+  double cap_error() const { return shape.softcap * 8 * std::max(kRounding<A>, 0x1p-50); }
 
   struct Results {
     Buffer<A> logp, lse, entropy;
@@ -146,6 +154,7 @@ struct Case {
     p.target = target.data();
     p.mask = mask.data();
     p.inv_temperature = shape.inv_temperature;
+    p.softcap = shape.softcap;
     p.logp = out.logp.data();
     p.lse = out.lse.data();
     p.entropy = entropy ? out.entropy.data() : nullptr;
@@ -184,12 +193,14 @@ void forward(const Shape& shape) {
     typename Case<T>::Results on_cpu(shape.rows);
     CHECK(cpu::token_logprob(c.params(on_cpu, entropy), 0, shape.rows) == kOk);
     for (int64_t row = 0; row < shape.rows; ++row) {
-      CHECK_NEAR(out.logp[row], on_cpu.logp[row], unit * (20 + 4 * std::fabs(on_cpu.logp[row])));
+      const double cap = c.cap_error();
+      CHECK_NEAR(out.logp[row], on_cpu.logp[row],
+                 unit * (20 + 4 * std::fabs(on_cpu.logp[row])) + cap);
       const Row& truth = c.truth[row];
       // logp carries no error of the level of the logits, lse half a unit of its own size.
-      CHECK_NEAR(out.logp[row], truth.logp, unit * (20 + 4 * std::fabs(truth.logp)));
-      CHECK_NEAR(out.lse[row], truth.lse, unit * (20 + 2 * std::fabs(truth.lse)));
-      if (entropy) CHECK_NEAR(out.entropy[row], truth.entropy, unit * 100);
+      CHECK_NEAR(out.logp[row], truth.logp, unit * (20 + 4 * std::fabs(truth.logp)) + cap);
+      CHECK_NEAR(out.lse[row], truth.lse, unit * (20 + 2 * std::fabs(truth.lse)) + cap);
+      if (entropy) CHECK_NEAR(out.entropy[row], truth.entropy, unit * 100 + 4 * cap);
     }
   }
 }
@@ -244,6 +255,7 @@ void backward(const Shape& shape, bool entropy, Place place) {
   p.target = c.target.data();
   p.mask = c.mask.data();
   p.inv_temperature = shape.inv_temperature;
+  p.softcap = shape.softcap;
   p.lse = rows.lse.data();
   p.entropy = entropy ? rows.entropy.data() : nullptr;
   p.grad_logp = grad_logp.data();
@@ -272,6 +284,7 @@ void backward(const Shape& shape, bool entropy, Place place) {
       return;
     }
     first = copy_of(grad);
+    const double cap = shape.softcap * shape.inv_temperature;
     for (int64_t row = 0; row < shape.rows; ++row) {
       const double lse = rows.lse[row], h = rows.entropy[row];
       for (int64_t j = 0; j < shape.vocab; ++j) {
@@ -282,10 +295,11 @@ void backward(const Shape& shape, bool entropy, Place place) {
           if (prob > 0) expected -= grad_entropy[row] * prob * (z - lse + h);
           expected = shape.inv_temperature *
                      (expected + (j == c.target[row] ? static_cast<double>(grad_logp[row]) : 0));
+          if (cap > 0) expected *= 1 - z / cap * (z / cap);
         }
         const double tolerance = kRounding<T> * std::fabs(expected) +
                                  16 * std::max(kRounding<A>, 0x1p-50) +
-                                 (sizeof(T) == 2 ? 0x1p-25 : 0);
+                                 (sizeof(T) == 2 ? 0x1p-25 : 0) + c.cap_error();
         CHECK_NEAR(load(grad[row * grad_stride + j]), expected, tolerance);
       }
       if (g_failures > 20) return;
@@ -392,7 +406,9 @@ void every_size() {
            {6, 31, 0, 1},         // every alignment
            {6, 1000, 24},         // padded, aligned
            {6, 8003, 0, 3, 0.7},  // misaligned, odd
-           {0, 1000},             // nobody
+           {6, 31, 0, 1, 1, 3},   // with a softcap, some logits far beyond it
+           {6, 8003, 0, 3, 0.7, 8},
+           {0, 1000},  // nobody
        }) {
     forward<T>(shape);
     for (const Place place : {Place::kInPlace, Place::kApart, Place::kApartUnlikeStride}) {
@@ -412,6 +428,7 @@ int main() {
     // Rows of several parts.
     forward<float>({3, 50257, 0, 1, 1.25});
     forward<BFloat16>({4, 50257, 7});
+    forward<BFloat16>({4, 50257, 7, 0, 1, 30});
     backward<BFloat16>({2, 50257, 0, 1}, true, Place::kInPlace);
     same_in_any_batch<float>(1000);
     same_in_any_batch<BFloat16>(33001);

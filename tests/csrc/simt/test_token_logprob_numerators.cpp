@@ -52,6 +52,7 @@ struct Shape {
   int64_t padding = 0, numerator_padding = 0;  // row stride - vocab
   int offset = 0, numerator_offset = 0;        // of the first element, past a 16-byte boundary
   double inv_temperature = 1;
+  double softcap = 0;
 };
 
 // What the kernel is told of the log-sum-exp: how far off, in nats; and whether there is a hint.
@@ -88,7 +89,7 @@ struct Case {
   Buffer<T> coefficient;
   std::vector<T> original;
   double inv_temperature;   // as the kernel computes with it
-  std::vector<double> z;    // (N, V) logits * inv_temperature
+  std::vector<double> z;    // (N, V) of the softmax
   std::vector<double> lse;  // (N,)
 
   explicit Case(const Shape& shape)
@@ -129,13 +130,23 @@ struct Case {
       double* x = &z[row * shape.vocab];
       double max = -kInf, sum = 0;
       for (int64_t j = 0; j < shape.vocab; ++j) {
-        x[j] = static_cast<double>(logits[row * stride + j]) * inv_temperature;
+        x[j] = inv_temperature * capped(logits[row * stride + j]);
         max = std::max(max, x[j]);
       }
       for (int64_t j = 0; j < shape.vocab; ++j) sum += std::exp(x[j] - max);
       lse[row] = max + std::log(sum);
     }
   }
+
+  double capped(double x) const {
+    return shape.softcap > 0 ? shape.softcap * std::tanh(x / shape.softcap) : x;
+  }
+  // Of it by x.
+  double slope(double x) const {
+    return shape.softcap > 0 ? 1 - std::pow(std::tanh(x / shape.softcap), 2) : 1;
+  }
+  // What z may be off for it.
+  double cap_error() const { return shape.softcap * 8 * std::max(kRounding<T>, 0x1p-50); }
 
   struct Results {
     std::vector<T> logp, lse, row_scale;
@@ -174,6 +185,7 @@ struct Case {
     p.coefficient = coefficient.data();
     p.lse_hint = hint.kind == Hint::kNone ? nullptr : hints.data();
     p.inv_temperature = shape.inv_temperature;
+    p.softcap = shape.softcap;
     p.logp = logp.data();
     p.lse = lse_out.data();
     p.row_scale = row_scale.data();
@@ -222,9 +234,10 @@ void check_row(const Case<T, U>& c, const typename Case<T, U>::Results& out, con
   }
   const double* z = &c.z[row * vocab];
   const double lse = c.lse[row], logp = z[target] - lse;
-  CHECK_NEAR(out.lse[row], lse, unit * (20 + 2 * std::fabs(lse)));
+  const double cap = c.cap_error();
+  CHECK_NEAR(out.lse[row], lse, unit * (20 + 2 * std::fabs(lse)) + cap);
   // No error of the level of the logits, in particular none of the hint's rounding.
-  CHECK_NEAR(out.logp[row], logp, unit * (20 + 4 * std::fabs(logp)));
+  CHECK_NEAR(out.logp[row], logp, unit * (20 + 4 * std::fabs(logp)) + cap);
   CHECK(out.logp[row] <= 0);
   if (c.coefficient[row] == 0) {
     CHECK(out.row_scale[row] == 0);
@@ -238,11 +251,12 @@ void check_row(const Case<T, U>& c, const typename Case<T, U>::Results& out, con
 
   for (int64_t j = 0; j < vocab; ++j) {
     const double p = std::exp(z[j] - lse);
-    const double expected = whole * (j == target ? -std::expm1(logp) : -p);
+    const double slope = c.slope(c.original[row * c.stride + j]);
+    const double expected = whole * (j == target ? -std::expm1(logp) : -p) * slope;
     const double got = static_cast<double>(out.row_scale[row]) * load(out.at(row, j));
     // One rounding to U, relative, or half of fp16's smallest number; and what fp32 makes of it.
     const double tolerance = (1.01 * kRounding<U> + 50 * unit) * std::fabs(expected) +
-                             16 * unit * std::fabs(whole) * (j == target ? 1 : p) +
+                             (16 * unit + cap) * std::fabs(whole) * (j == target ? 1 : p) +
                              (std::is_same_v<U, Float16> ? 0x1.1p-25 / size * std::fabs(whole) : 0);
     CHECK_NEAR(got, expected, tolerance + 1e-37);
     if (g_failures > 20) return;
@@ -402,11 +416,12 @@ int main() {
   return run_tests([] {
     const std::vector<Shape> small = {
         {8, 1},
-        {9, 7, 2, 1},                // shorter than a vector
-        {9, 31, 0, 0, 1, 3},         // every alignment, not alike
-        {8, 1000, 24, 8},            // padded, aligned
-        {8, 8003, 0, 2, 3, 1, 0.7},  // misaligned, odd
-        {0, 1000},                   // nobody
+        {9, 7, 2, 1},                  // shorter than a vector
+        {9, 31, 0, 0, 1, 3},           // every alignment, not alike
+        {8, 1000, 24, 8},              // padded, aligned
+        {8, 8003, 0, 2, 3, 1, 0.7},    // misaligned, odd
+        {9, 301, 0, 2, 1, 3, 1.3, 6},  // with a softcap, some logits far beyond it
+        {0, 1000},                     // nobody
     };
     every_way<float, float>(small);
     every_way<float, BFloat16>(small);
@@ -416,6 +431,7 @@ int main() {
     for (const Hint hint : {Hint{Hint::kNone}, Hint{Hint::kOffBy, 0}, Hint{Hint::kOffBy, 7}}) {
       values<float, BFloat16>({2, 128256, 0, 0, 0, 0, 1.25}, hint);
       values<float, Float16>({2, 50257, 0, 0, 1, 1}, hint);
+      values<float, BFloat16>({2, 50257, 0, 0, 1, 1, 1, 30}, hint);
     }
     values<float, float>({2, 50257}, {Hint::kInPlace});
     for (const bool with_hint : {false, true}) far_apart(with_hint);
