@@ -183,8 +183,7 @@ def draw_texts(
     longest = max_new_tokens or config.sampling.max_new_tokens
     source = config.prompts.source if prompt is None else prompt
     number = secrets.randbits(32) if seed is None else seed
-    prompts = Prompts.load(source, model, max_new_tokens=longest, seed=number)
-    picked = Prompts.load(source, model, per_step=min(count, len(prompts)), seed=number).batch(0)
+    picked = Prompts.load(source, model, max_new_tokens=longest).some(count, number)
     each = -(-count // len(picked))
     key = ops.random_key(number, 0, STREAM + 1)
     rollout = Sampler(longest, config.sampling.sampler_batch).draw(model, picked, each, key)

@@ -9,6 +9,7 @@ checkpoints/        step-N/, complete or invisible
 model/              the tuned model, as transformers loads it
 evaluation.json     fresh samples of the base and of the tuned model, measured
 report.html         plots and samples, one file
+qrs.html            what quasi-rejection sampling from the model costs and gives
 README.md           model card
 """
 
@@ -44,6 +45,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.report = self.path / "report.html"
+        self.curve = self.path / "qrs.html"
         self.card = self.path / "README.md"
         self.evaluation = self.path / "evaluation.json"
         self.facts = self.path / "run.json"
