@@ -21,11 +21,15 @@ from fdpg_fast._version import __version__
 from fdpg_fast.config import Config, ConfigError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from fdpg_fast.run_directory import RunDirectory
 
 __all__ = ["main"]
 
-USAGE_ERROR = 2
+BUDGET_SPENT, USAGE_ERROR = 1, 2
+
+BUDGET, LOOK = 10_000, 1024  # of rejection: most proposals for a prompt; those looked at first
 
 EPILOG = """examples:
   fdpg train demo --out runs/demo                       a first run, two minutes on a laptop
@@ -33,7 +37,9 @@ EPILOG = """examples:
   fdpg train my.yaml --optimiser.learning_rate 1e-5 --out runs/slow
   fdpg train --resume --out runs/slow                   go on where it stopped
   fdpg sample runs/dog -n 5
+  fdpg sample runs/dog --qrs accept=0.2                  nearer to the target, five times slower
   fdpg report runs/dog runs/slow
+  fdpg sweep dog --divergences kl,tv,js --seeds 3 --out sweeps/dog
 """
 
 
@@ -56,8 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not given:
             parser.print_help()
             return USAGE_ERROR
-        if given[0] == "train":  # its keys are the config's: another parser reads them
-            return train(given[1:])
+        if given[0] in WITH_KEYS:
+            return WITH_KEYS[given[0]](given[1:])
         known = parser.parse_args(given)
         command: Callable[[argparse.Namespace], int] = known.run
         return command(known)
@@ -109,13 +115,9 @@ def _raised_by_package(error: BaseException) -> bool:
 
 def train(words: Sequence[str]) -> int:
     """`fdpg train`: a whole run, from a recipe or file to a report."""
-    # The recipe first, as everything after it may be a key and its value.
-    recipe = words[0] if words and not words[0].startswith("-") else None
-    parser = _Parser(prog="fdpg train", add_help=False, allow_abbrev=False)
-    parser.add_argument("--out", type=Path)
+    parser = _KeysParser("train")
     parser.add_argument("--resume", action="store_true")
-    parser.add_argument("-h", "--help", action="store_true")
-    known, overrides = parser.parse_known_args(words[recipe is not None :])
+    recipe, known, overrides = parser.read(words)
     if known.help:
         print(_train_help())
         return 0
@@ -144,24 +146,117 @@ def train(words: Sequence[str]) -> int:
     return 0
 
 
+def sweep(words: Sequence[str]) -> int:
+    """`fdpg sweep`: several divergences and seeds, measured alike, in one report."""
+    parser = _KeysParser("sweep")
+    parser.add_argument("--divergences")
+    parser.add_argument("--seeds", type=_positive)
+    recipe, known, overrides = parser.read(words)
+    if known.help:
+        print(_sweep_help())
+        return 0
+    if known.out is None:
+        raise ConfigError("sweep: expected --out DIR, the folder that the sweep is written to")
+
+    from fdpg_fast.sweep import Sweep
+
+    if recipe is None:  # goes on with what is there
+        plan = Sweep.read_plan(known.out)
+        config = _resumed(Config.read(plan["config"]), overrides)
+        names, seeds = plan["divergences"], plan["seeds"]
+    else:
+        config, names, seeds = Config.read(recipe, overrides), [], 1
+    if known.divergences is not None:
+        names = [name.strip() for name in known.divergences.split(",")]
+    swept = Sweep(config, known.out, divergences=names, seeds=known.seeds or seeds)
+    measured = swept.run()
+    _show_cross_table(measured)
+    print(f"models  {swept.folder.path}/DIVERGENCE/SEED/model")
+    print(f"report  {swept.folder.report}")
+    return 0
+
+
 def sample(known: argparse.Namespace) -> int:
-    """`fdpg sample`: texts from a tuned model."""
-    from fdpg_fast.evaluation import draw_texts
-    from fdpg_fast.progress import joined
+    """`fdpg sample`: texts from a tuned model, or by rejection from its target."""
     from fdpg_fast.run_directory import RunDirectory
 
     run = RunDirectory.open(known.folder)
+    rejecting = known.qrs is not None or known.reject
+    if known.qrs is not None and known.reject:
+        raise ConfigError("sample: --qrs and --reject are two ways to sample. Way out: one of them")
+    if not rejecting and (known.proposal, known.budget, known.look) != (None, None, None):
+        raise ConfigError("sample: --proposal, --budget and --look belong to --qrs or --reject")
+    if rejecting:
+        return _sample_by_rejection(known, run)
+    from fdpg_fast.evaluation import draw_texts
+
     texts = draw_texts(
         run, prompt=known.prompt, count=known.n, max_new_tokens=known.tokens, seed=known.seed
     )
     for prompt, text in texts:
-        if known.jsonl:
-            import json
-
-            print(json.dumps({"prompt": prompt, "sample": text}, ensure_ascii=False))
-        else:
-            print(joined(prompt, text), end="\n\n")
+        _show_sample(known, prompt, text)
     return 0
+
+
+def _sample_by_rejection(known: argparse.Namespace, run: RunDirectory) -> int:
+    """Texts go to stdout as they come; all that is said of them, to stderr."""
+    import itertools
+    import secrets
+
+    from rich.console import Console
+
+    from fdpg_fast import rejection
+    from fdpg_fast.progress import acceptance_bar
+
+    wish = None if known.qrs is None else rejection.Wish.parse(known.qrs)  # before models load
+    drawn = rejection.Rejection.of_run(
+        run,
+        proposal=known.proposal or "tuned",
+        prompt=known.prompt,
+        count=known.n,
+        max_new_tokens=known.tokens,
+        seed=secrets.randbits(32) if known.seed is None else known.seed,
+    )
+    console = Console(stderr=True)
+    beta = 0.0
+    if wish is not None:
+        curve = drawn.look(known.look or LOOK)
+        beta, points = wish.beta(curve), curve.points()
+        points = sorted([*points, curve.at(beta)], key=lambda point: point.beta)
+        title = f"quasi-rejection sampling: {run.path.resolve().name}"
+        run.write_text(run.curve, rejection.curve_page(title, drawn.law(beta), curve, points, beta))
+        _show_table(console, f"from {curve.samples} proposals", *rejection.curve_table(points))
+        print(f"curve   {run.curve}", file=sys.stderr)
+    print(f"law     {drawn.law(beta)}", file=sys.stderr)
+
+    each, budget = -(-known.n // len(drawn.prompts)), known.budget or BUDGET
+    accepted = 0
+    with acceptance_bar(console, known.n, lambda: drawn.proposals) as bar:
+        for prompt, text in itertools.islice(drawn.take(beta, each, budget), known.n):
+            _show_sample(known, prompt, text)
+            accepted += 1
+            bar.advance(bar.task_ids[0])
+    print(f"took    {accepted} of {drawn.proposals} proposals", file=sys.stderr)
+    if accepted == known.n:
+        return 0
+    print(
+        f"fdpg: sample: {accepted} of {known.n} texts, then the budget of {budget} proposals for a "
+        "prompt was spent. Way out: a larger --budget, or one that accepts more: a smaller beta, "
+        "or a model tuned further",
+        file=sys.stderr,
+    )
+    return BUDGET_SPENT
+
+
+def _show_sample(known: argparse.Namespace, prompt: str, text: str) -> None:
+    from fdpg_fast.progress import joined
+
+    if known.jsonl:
+        import json
+
+        print(json.dumps({"prompt": prompt, "sample": text}, ensure_ascii=False), flush=True)
+    else:
+        print(joined(prompt, text), end="\n\n", flush=True)
 
 
 def evaluate(known: argparse.Namespace) -> int:
@@ -208,6 +303,21 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message}. Way out: `{self.prog} --help`")
 
 
+class _KeysParser(_Parser):
+    """Reads a recipe, what the command itself takes, and leaves the keys of the config."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(prog=f"fdpg {command}", add_help=False, allow_abbrev=False)
+        self.add_argument("--out", type=Path)
+        self.add_argument("-h", "--help", action="store_true")
+
+    def read(self, words: Sequence[str]) -> tuple[str | None, argparse.Namespace, list[str]]:
+        """The recipe, if one is named; what the command takes; the rest."""
+        # The recipe first, as everything after it may be a key and its value.
+        recipe = words[0] if words and not words[0].startswith("-") else None
+        return recipe, *self.parse_known_args(words[recipe is not None :])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="fdpg",
@@ -221,6 +331,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", parser_class=_Parser)
 
     commands.add_parser("train", help="tune a model, as a recipe or a YAML file says")
+    commands.add_parser("sweep", help="compare divergences: several runs, one report")
     part = _command(commands, "sample", sample, "draw texts from the tuned model of a run")
     part.add_argument("folder", metavar="DIR", type=Path)
     part.add_argument("-n", type=_positive, default=3, help="texts (default: 3)")
@@ -228,6 +339,23 @@ def _parser() -> argparse.ArgumentParser:
     part.add_argument("--tokens", type=_positive, help="longest text (default: the run's)")
     part.add_argument("--seed", type=int, help="for the same texts again (default: new ones)")
     part.add_argument("--jsonl", action="store_true", help="one JSON object per text")
+    by = part.add_argument_group(
+        "by rejection", "samples that are nearer to the target than the model, at the price of more"
+    )
+    by.add_argument(
+        "--qrs",
+        metavar="WISH",
+        help="accept with probability min(1, P / (beta q)); WISH is beta=2.5, or an acceptance "
+        "rate (accept=0.1), or a total variation to the target (tv=0.05)",
+    )
+    by.add_argument(
+        "--reject", action="store_true", help="accept all that the target does not forbid"
+    )
+    by.add_argument("--proposal", choices=("tuned", "base"), help="what q is (default: tuned)")
+    by.add_argument(
+        "--budget", type=_positive, help=f"most proposals for a prompt (default: {BUDGET})"
+    )
+    by.add_argument("--look", type=_positive, help=f"samples to choose beta by (default: {LOOK})")
 
     part = _command(commands, "evaluate", evaluate, "measure base and tuned model of a run")
     part.add_argument("folder", metavar="DIR", type=Path)
@@ -296,6 +424,32 @@ keys, with their defaults:
 {configuration.describe_keys()}"""
 
 
+def _sweep_help() -> str:
+    from fdpg_fast.divergences import describe_divergences
+
+    listed = "\n".join(f"  {n:<14} {configuration.describe(p)}" for n, p in _names().items())
+    return f"""usage: fdpg sweep [RECIPE|FILE.yaml] [--divergences kl,tv,js] [--seeds N]
+                  [--part.key value ...] --out DIR
+
+Trains every divergence with every seed, each as a run of its own in DIR/<divergence>/<seed>; then
+measures all of them and the base on the same fresh samples, and writes one report: which divergence
+gets how near to the target by each measure, at what price in diversity. The same command again, or
+without a recipe, goes on where it was stopped; more divergences or seeds add to what is there.
+
+  --divergences     what is minimised, with commas between (default: kl, reverse_kl, tv, js, but
+                    for those that are infinite on the target)
+  --seeds           runs of each (default: 1); the first is --run.seed
+  --out DIR         where everything is written
+  --part.key value  settings of all runs, as `fdpg train --help` lists them;
+                    --run.evaluation_samples are the fresh samples of each model
+
+recipes:
+{listed}
+
+divergences, between policy pi and target p:
+{_indent(describe_divergences())}"""
+
+
 def _indent(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())
 
@@ -330,6 +484,32 @@ def _show_evaluation(evaluation: dict[str, Any]) -> None:
         )[:3]:
             whole, start = joined(prompt, text), len(prompt)
             console.print(Text.assemble("  ", (whole[:start], "dim"), one_line(whole[start:])))
+
+
+def _show_cross_table(measured: dict[str, Any]) -> None:
+    """Trained on f, measured by g."""
+    from rich.console import Console
+
+    from fdpg_fast.sweep_report import cross_table
+
+    _show_table(Console(), "divergence to the target (* lowest)", *cross_table(measured))
+
+
+def _show_table(
+    console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for name in header:
+        table.add_column(name, justify="left" if name == header[0] else "right")
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+
+
+# Their keys are the config's: another parser reads them.
+WITH_KEYS = {"train": train, "sweep": sweep}
 
 
 if __name__ == "__main__":

@@ -25,7 +25,15 @@ from fdpg_fast.run_directory import RunDirectory
 from fdpg_fast.sampler import Sampler
 from fdpg_fast.targets import Target
 
-__all__ = ["draw_texts", "evaluate", "evaluate_run"]
+__all__ = [
+    "STREAM",
+    "TEXTS",
+    "draw_texts",
+    "evaluate",
+    "evaluate_run",
+    "first_prompts",
+    "with_errors",
+]
 
 STREAM = 1000  # of random numbers (ops.random_key), far from those of training
 TEXTS = 16  # samples kept for reading
@@ -57,7 +65,7 @@ def evaluate(
         ``target`` to what is known of the target itself; ``goals`` are the moments asked for;
         ``texts`` are some prompts and samples.
     """
-    batch = _first(prompts.all(), samples)
+    batch = first_prompts(prompts.all(), samples)
     each = -(-samples // len(batch))
     key = ops.random_key(seed, 0, STREAM)
     models = {"base": target.base.model, "tuned": policy}
@@ -75,7 +83,7 @@ def evaluate(
         of_model = metrics.measure(rollout, scores[name], rollout.log_q, log_z, log_z_se)
         of_texts = metrics.measure_texts(rollout.texts)
         measured[name] = {
-            **_with_errors(of_model),
+            **with_errors(of_model),
             **{key: [value, None] for key, value in of_texts.items()},
         }
     # The tuned model's samples are the nearest to the target's, and so tell most of it.
@@ -84,7 +92,7 @@ def evaluate(
         "samples": each * len(batch),
         "seed": seed,
         "goals": target.moments,
-        "target": _with_errors(of_target),
+        "target": with_errors(of_target),
         **measured,
         "texts": {
             "prompt": rollouts["tuned"].prompt_texts[:TEXTS],
@@ -93,12 +101,13 @@ def evaluate(
     }
 
 
-def _first(batch: PromptBatch, count: int) -> PromptBatch:
+def first_prompts(batch: PromptBatch, count: int) -> PromptBatch:
+    """``count`` prompts of a batch, or all it has."""
     return PromptBatch(batch.ids[:count], batch.tokens[:count], batch.texts[:count])
 
 
-def _with_errors(numbers: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
-    """Name -> [value, standard error or None]."""
+def with_errors(numbers: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
+    """Measures as JSON has them: name -> [value, standard error or None]."""
     plain = {name: value.item() for name, value in numbers.items()}
     errors = {name: name.replace("moment: ", "moment_se: ") for name in plain if ": " in name}
     errors |= {name: f"{name}_se" for name in plain if ": " not in name}
@@ -174,8 +183,7 @@ def draw_texts(
     longest = max_new_tokens or config.sampling.max_new_tokens
     source = config.prompts.source if prompt is None else prompt
     number = secrets.randbits(32) if seed is None else seed
-    prompts = Prompts.load(source, model, max_new_tokens=longest, seed=number)
-    picked = Prompts.load(source, model, per_step=min(count, len(prompts)), seed=number).batch(0)
+    picked = Prompts.load(source, model, max_new_tokens=longest).some(count, number)
     each = -(-count // len(picked))
     key = ops.random_key(number, 0, STREAM + 1)
     rollout = Sampler(longest, config.sampling.sampler_batch).draw(model, picked, each, key)

@@ -20,7 +20,7 @@ import math
 import random
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ __all__ = [
     "measure_texts",
     "runaway",
     "self_bleu",
+    "with_plug_ins",
 ]
 
 PAPER = tuple(Divergence.parse(name) for name in ("kl", "reverse_kl", "tv", "js"))
@@ -59,6 +60,8 @@ class Mean:
         log_weight: ``(B,)`` fp64: samples of q stand for another distribution p (or pi), by
             self-normalised weights p/q. By default each counts alike.
         use: ``(G,)`` bool, which prompts count; by default those with a sample of weight above 0.
+        replicas: the B samples are this many equally long runs, drawn with the same random numbers
+            from different models: the standard error takes what one draw gave as one.
 
     Attributes:
         use: ``(G,)`` bool.
@@ -71,11 +74,13 @@ class Mean:
         prompts: int,
         log_weight: Tensor | None = None,
         use: Tensor | None = None,
+        replicas: int = 1,
     ) -> None:
         # Sums over a (B, G) table in a fixed order, not atomic additions: two runs agree.
         self._member = prompt[:, None] == torch.arange(prompts, device=prompt.device)
         self._prompt = prompt
         self._count = self._member.sum(0)
+        self._replicas = replicas
         if log_weight is None:
             log_weight = torch.zeros_like(prompt, dtype=torch.float64)
         top = torch.where(self._member, log_weight[:, None], -math.inf).amax(0)
@@ -91,13 +96,15 @@ class Mean:
         means = self.of_prompts(values)
         # What a sample adds to the error of its prompt's mean (delta method for a ratio).
         residual = self._weighted(values - means[self._prompt])
-        variances = self._sum(residual.square()) / (self._count - 1) / self._count
+        of_draws = residual.view(self._replicas, -1).mean(0)
+        draws = self._count / self._replicas
+        variances = self._sum(of_draws.square()) / (draws - 1) / draws
         prompts = self.use.sum()
         mean = torch.where(self.use, means, 0.0).sum() / prompts
         within = torch.where(self.use, variances, 0.0).sum() / prompts**2
         spread = torch.where(self.use, (means - mean).square(), 0.0).sum()
         between = spread / (prompts - 1) / prompts
-        single = (self.use & (self._count < 2)).any()
+        single = (self.use & (draws < 2)).any()
         return mean, torch.where(single, between, within).sqrt()
 
     def of_prompts(self, values: Tensor) -> Tensor:
@@ -109,7 +116,7 @@ class Mean:
         return torch.where(self._weight > 0, self._weight * values, 0.0)
 
     def _sum(self, values: Tensor) -> Tensor:
-        return torch.where(self._member, values[:, None], 0.0).sum(0)
+        return torch.where(self._member[: len(values)], values[:, None], 0.0).sum(0)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -148,6 +155,30 @@ def divergence_estimates(
     return measures
 
 
+def with_plug_ins(
+    terms: Callable[..., Tensor], excesses: Sequence[Tensor], mean: Mean, prompt: Tensor
+) -> Tensor:
+    """Terms whose standard error also holds that of constants estimated from the same samples.
+
+    A constant is the log of a mean of weights over each prompt. To first order a sample moves it by
+    its excess, weight / mean - 1, and the estimate by that times the slope. Excesses sum to zero,
+    so the mean stays as it is.
+
+    Args:
+        terms: given an amount to add to each log, ``(B,)`` fp64.
+        excesses: one ``(B,)`` fp64 for each of them.
+        mean: over the samples.
+        prompt: ``(B,)`` int64.
+    """
+    nudge = 1e-4
+    total = terms(*[0.0] * len(excesses))
+    for at, excess in enumerate(excesses):
+        up, down = ([sign * nudge * (i == at) for i in range(len(excesses))] for sign in (1, -1))
+        slopes = ((terms(*up) - terms(*down)) / (2 * nudge)).nan_to_num(0.0)
+        total = total + mean.of_prompts(slopes)[prompt] * excess
+    return total
+
+
 def measure(
     rollout: Rollout,
     scores: Scores,
@@ -170,10 +201,11 @@ def measure(
     Returns:
         ``kl reverse_kl tv js`` to the target and ``kl_to_base`` = KL(pi || a), each with ``_se``;
         ``kl_target_base`` = KL(p || a), where the target itself is (exactly -log Z for conditions);
+        ``off_support``, the share of pi that the target forbids (with ``_se``);
         ``log_z`` (with ``_se``); ``moment: NAME`` and ``moment_se: NAME`` of every feature under
-        pi; ``entropy`` per sample (with ``_se``) and ``entropy_per_token``; ``length`` in tokens;
-        the share ``finished`` by itself (end-of-text token or stop function) and the share
-        ``cut_off`` by length;
+        pi; ``entropy`` per sample and ``entropy_per_token`` (with ``_se``); ``base_perplexity``,
+        exp of the base's surprise per token; ``length`` in tokens; the share ``finished`` by itself
+        (end-of-text token or stop function) and the share ``cut_off`` by length;
         ``prompts_skipped``.
     """
     prompt, prompts = rollout.prompt_index, len(rollout.prompts)
@@ -184,6 +216,8 @@ def measure(
     measures = divergence_estimates(log_pi, rollout.log_q, scores.log_score, log_z, prompt)
     measures |= _named("kl_to_base", plain(log_ratio.exp() * (log_pi - scores.log_base)))
     measures["kl_target_base"] = _kl_target_base(rollout, scores, log_z)
+    outside = (scores.log_score == -math.inf).double()
+    measures |= _named("off_support", under_pi(outside))
     has_target = log_z > -math.inf
     measures["log_z"] = torch.where(has_target, log_z, 0.0).sum() / has_target.sum()
     variance = torch.where(has_target, log_z_se.square(), 0.0).sum()
@@ -192,16 +226,19 @@ def measure(
     return measures | _under(under_pi, rollout, scores, surprise)
 
 
-def measure_target(rollout: Rollout, scores: Scores, log_z: Tensor) -> Measures:
+def measure_target(
+    rollout: Rollout, scores: Scores, log_z: Tensor, *, replicas: int = 1
+) -> Measures:
     """The same of the target p itself, from the same samples by self-normalised weights p/q.
 
-    Only as good as ``ess``, the effective number of samples (summed over prompts).
+    Only as good as ``ess``, the effective number of samples (summed over prompts). ``replicas`` as
+    for :class:`Mean`.
 
     Returns:
         ``kl_to_base``, ``moment: NAME``, ``moment_se: NAME``, ``entropy``, ``entropy_per_token``,
-        ``length``, ``finished``, ``cut_off`` as :func:`measure`, and ``ess``.
+        ``base_perplexity``, ``length``, ``finished``, ``cut_off`` as :func:`measure`, and ``ess``.
     """
-    under_p = _under_target(rollout, scores)
+    under_p = _under_target(rollout, scores, replicas)
     surprise = log_z[rollout.prompt_index] - scores.log_score
     return {
         "kl_to_base": _kl_target_base(rollout, scores, log_z),
@@ -254,16 +291,25 @@ def _under(mean: Mean, rollout: Rollout, scores: Scores, surprise: Tensor) -> Me
     measures: Measures = {}
     for name, values in scores.features.items():
         measures[f"moment: {name}"], measures[f"moment_se: {name}"] = mean(values)
-    length, _ = mean(rollout.lengths.double())
     finished, _ = mean(rollout.finished.double())
     measures |= _named("entropy", mean(surprise))
-    measures["entropy_per_token"] = measures["entropy"] / length
-    return measures | {"length": length, "finished": finished, "cut_off": 1 - finished}
+    measures |= _named("entropy_per_token", _per_token(mean, rollout, surprise))
+    base_surprise, error = _per_token(mean, rollout, -scores.log_base)
+    measures |= _named("base_perplexity", (base_surprise.exp(), base_surprise.exp() * error))
+    measures |= _named("length", mean(rollout.lengths.double()))
+    return measures | {"finished": finished, "cut_off": 1 - finished}
 
 
-def _under_target(rollout: Rollout, scores: Scores) -> Mean:
+def _per_token(mean: Mean, rollout: Rollout, values: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean of what samples sum to over the mean of their lengths, and its standard error."""
+    length, _ = mean(rollout.lengths.double())
+    ratio = mean(values)[0] / length
+    return ratio, mean(values - ratio * rollout.lengths)[1] / length
+
+
+def _under_target(rollout: Rollout, scores: Scores, replicas: int = 1) -> Mean:
     log_weight = scores.log_score - rollout.log_q
-    return Mean(rollout.prompt_index, len(rollout.prompts), log_weight)
+    return Mean(rollout.prompt_index, len(rollout.prompts), log_weight, replicas=replicas)
 
 
 def _kl_target_base(rollout: Rollout, scores: Scores, log_z: Tensor) -> Tensor:

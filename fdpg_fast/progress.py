@@ -11,12 +11,19 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -25,6 +32,7 @@ __all__ = [
     "PlainDisplay",
     "SilentDisplay",
     "TerminalDisplay",
+    "acceptance_bar",
     "for_this_terminal",
     "joined",
     "one_line",
@@ -213,6 +221,30 @@ def for_this_terminal() -> Display:
     """The live panel where there is a terminal, plain lines where there is none."""
     console = Console()
     return TerminalDisplay(console) if console.is_terminal else PlainDisplay()
+
+
+def acceptance_bar(console: Console, wanted: int, proposals: Callable[[], int]) -> Progress:
+    """A bar that advances with what is accepted, and counts proposals in between.
+
+    Nothing is shown where there is no terminal. Text printed meanwhile scrolls by above.
+    """
+
+    class Proposals(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(f"of {proposals()} proposals")
+
+    bar = Progress(
+        TextColumn("accepted"),
+        MofNCompleteColumn(),
+        BarColumn(),
+        Proposals(),
+        console=console,
+        redirect_stdout=sys.stdout.isatty(),
+        disable=not console.is_terminal,
+        transient=True,
+    )
+    bar.add_task("", total=wanted)
+    return bar
 
 
 def speed_of(timing: Record) -> str:

@@ -134,6 +134,11 @@ class Prompts:
         """Every prompt, in the given order."""
         return self._pick(torch.arange(len(self)))
 
+    def some(self, count: int, seed: int) -> PromptBatch:
+        """``count`` of them at random, or all of them if there are no more."""
+        generator = torch.Generator().manual_seed(seed % (1 << 63))
+        return self._pick(torch.randperm(len(self), generator=generator)[:count])
+
     def _pick(self, ids: torch.Tensor) -> PromptBatch:
         rows = ids.tolist()
         return PromptBatch(

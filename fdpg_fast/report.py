@@ -6,33 +6,35 @@ report can compare several runs. The HTML holds its pictures and needs nothing f
 
 from __future__ import annotations
 
-import base64
 import html
-import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fdpg_fast import page
 from fdpg_fast.config import Config
-from fdpg_fast.progress import joined
+from fdpg_fast.page import show
 from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["evaluation_table", "model_card", "write_report"]
+__all__ = ["FOUR", "ROWS", "evaluation_table", "model_card", "write_report"]
 
+# The divergences of the paper, between policy π and target p.
 FOUR = {"kl": "KL(p‖π)", "reverse_kl": "KL(π‖p)", "tv": "TV", "js": "JS"}
 
 # Rows of the comparison of base and tuned model that are there whatever the target is.
 ROWS = {
     **{name: f"{label}, to the target" for name, label in FOUR.items()},
+    "off_support": "share outside the target's support",
     "kl_to_base": "KL(π‖a), to the base",
     "entropy": "entropy, nats per sample",
     "entropy_per_token": "entropy, nats per token",
+    "base_perplexity": "perplexity under the base",
     "distinct_1": "distinct-1",
     "distinct_2": "distinct-2",
     "distinct_3": "distinct-3",
@@ -50,12 +52,12 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str,
     for key in after:
         if key.startswith("moment: "):
             name = key.removeprefix("moment: ")
-            goal = f"{goals[name]:.3g}" if name in goals else _show(evaluation["target"].get(key))
-            table.append((name, _show(before.get(key)), _show(after[key]), goal))
+            goal = f"{goals[name]:.3g}" if name in goals else show(evaluation["target"].get(key))
+            table.append((name, show(before.get(key)), show(after[key]), goal))
     for key, label in ROWS.items():
         if key in after:
-            goal = "0" if key in FOUR else _show(evaluation["target"].get(key))
-            table.append((label, _show(before.get(key)), _show(after[key]), goal))
+            goal = "0" if key in FOUR else show(evaluation["target"].get(key))
+            table.append((label, show(before.get(key)), show(after[key]), goal))
     return table
 
 
@@ -74,13 +76,12 @@ def write_report(runs: Sequence[RunDirectory], path: Path) -> Path:
     sections = [
         _summary(told),
         _comparison(told),
-        _section("How it went", "".join(_plots(told))),
+        page.section("How it went", "".join(_plots(told))),
         _side_by_side(told),
         _settings(told),
     ]
     title = " vs ".join(run.name for run in told)
-    page = _PAGE.format(title=html.escape(title), body="\n".join(sections))
-    runs[0].write_text(path, page)
+    runs[0].write_text(path, page.whole(title, sections))
     return path
 
 
@@ -116,12 +117,7 @@ def model_card(run: RunDirectory) -> str:
             "",
             f"## Measured on {told.evaluation['samples']} fresh samples",
             "",
-            "| | base | tuned | goal |",
-            "|---|---:|---:|---:|",
-        ]
-        lines += [
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |"
-            for row in evaluation_table(told.evaluation)
+            *page.markdown_table(["", "base", "tuned", "goal"], evaluation_table(told.evaluation)),
         ]
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     lines += [
@@ -173,7 +169,7 @@ class _Run:
 
     def column(self, key: str) -> list[float]:
         """One number per step, NaN where a step has none."""
-        return [_number(record.get(key)) for record in self.metrics]
+        return [page.number(record.get(key)) for record in self.metrics]
 
     @property
     def steps(self) -> list[int]:
@@ -198,22 +194,24 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
 def _plots(runs: Sequence[_Run]) -> list[str]:
     features = list(dict.fromkeys(name for run in runs for name in _moments(run)))
     lines = partial(partial, _draw_lines, runs=runs)
-    figures = [_plot(name, partial(_draw_moment, runs=runs, name=name)) for name in features]
+    figures = [page.plot(name, partial(_draw_moment, runs=runs, name=name)) for name in features]
     figures += [
-        _plot(f"{label}: divergence to the target", lines(key=key, error=f"{key}_se", floor=0.0))
+        page.plot(
+            f"{label}: divergence to the target", lines(key=key, error=f"{key}_se", floor=0.0)
+        )
         for key, label in FOUR.items()
     ]
     figures += [
-        _plot("KL to the base (dashed: what the target has)", partial(_draw_base, runs=runs)),
-        _plot("entropy, nats per token", lines(key="entropy_per_token")),
-        _plot("log Z", lines(key="log_z", error="log_z_se")),
-        _plot("effective samples of the target per step", lines(key="target_ess", floor=0.0)),
-        _plot("length, tokens", lines(key="length", floor=0.0)),
-        _plot("gradient norm", lines(key="grad_norm", floor=0.0)),
-        _plot("sampler vs trainer, nats per token", partial(_draw_gap, runs=runs)),
+        page.plot("KL to the base (dashed: what the target has)", partial(_draw_base, runs=runs)),
+        page.plot("entropy, nats per token", lines(key="entropy_per_token")),
+        page.plot("log Z", lines(key="log_z", error="log_z_se")),
+        page.plot("effective samples of the target per step", lines(key="target_ess", floor=0.0)),
+        page.plot("length, tokens", lines(key="length", floor=0.0)),
+        page.plot("gradient norm", lines(key="grad_norm", floor=0.0)),
+        page.plot("sampler vs trainer, nats per token", partial(_draw_gap, runs=runs)),
     ]
     figures += [
-        _plot(
+        page.plot(
             "seconds per step" + (f", {run.name}" if len(runs) > 1 else ""),
             partial(_draw_seconds, run=run),
         )
@@ -221,27 +219,6 @@ def _plots(runs: Sequence[_Run]) -> list[str]:
         if run.timing
     ]
     return figures
-
-
-def _plot(title: str, draw: Callable[[Axes], None]) -> str:
-    """One picture, as an <img> that carries its own SVG."""
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
-
-    with rc_context({"svg.hashsalt": "fdpg", "font.size": 9}):
-        figure = Figure(figsize=(4.6, 2.7), layout="constrained")
-        axes = figure.add_subplot()
-        axes.set_title(title, fontsize=10, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.grid(alpha=0.25)
-        axes.set_xlabel("step")
-        draw(axes)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend(fontsize=7.5, frameon=False)
-        picture = io.BytesIO()
-        figure.savefig(picture, format="svg", metadata={"Date": None})
-    encoded = base64.b64encode(picture.getvalue()).decode()
-    return f'<img alt="{html.escape(title)}" src="data:image/svg+xml;base64,{encoded}">'
 
 
 def _draw_lines(
@@ -323,7 +300,9 @@ def _summary(runs: Sequence[_Run]) -> str:
         ("samples/s", [_throughput(run) for run in runs]),
         ("device", [str(run.facts.get("device", "?")) for run in runs]),
     ]
-    return _section("", _table(["", *[run.name for run in runs]], [[k, *v] for k, v in rows]))
+    return page.section(
+        "", page.table(["", *[run.name for run in runs]], [[k, *v] for k, v in rows])
+    )
 
 
 def _throughput(run: _Run) -> str:
@@ -347,8 +326,8 @@ def _comparison(runs: Sequence[_Run]) -> str:
         for label in labels:
             base = next(table[label][1] for table in tables if label in table)
             rows.append([label, base, *[t[label][2] if label in t else "" for t in tables]])
-    note = "<p class=note>± one standard error. p: the target, π: the tuned model, a: the base.</p>"
-    return _section(f"Measured on {count} fresh samples", _table(header, rows) + note)
+    note = page.note("± one standard error. p: the target, π: the tuned model, a: the base.")
+    return page.section(f"Measured on {count} fresh samples", page.table(header, rows) + note)
 
 
 def _side_by_side(runs: Sequence[_Run]) -> str:
@@ -360,16 +339,10 @@ def _side_by_side(runs: Sequence[_Run]) -> str:
     for at in range(min(len(t["tuned"]) for t in texts)):
         prompt = texts[0]["prompt"][at]
         cells = [texts[0]["base"][at], *[t["tuned"][at] for t in texts]]
-        rows.append([_prompted(prompt, cell) for cell in cells])
+        rows.append([page.prompted(prompt, cell) for cell in cells])
     header = ["base", *[run.name if len(measured) > 1 else "tuned" for run in measured]]
-    note = "<p class=note>Each row was drawn with the same random numbers.</p>"
-    return _section("Samples side by side", note + _table(header, rows, escape=False))
-
-
-def _prompted(prompt: str, text: str) -> str:
-    whole = joined(prompt, text)
-    start, rest = whole[: len(prompt)], whole[len(prompt) :]
-    return f"<em>{html.escape(start)}</em>{html.escape(rest)}"
+    note = page.note("Each row was drawn with the same random numbers.")
+    return page.section("Samples side by side", note + page.table(header, rows, escape=False))
 
 
 def _settings(runs: Sequence[_Run]) -> str:
@@ -380,63 +353,6 @@ def _settings(runs: Sequence[_Run]) -> str:
     )
 
 
-def _section(title: str, body: str) -> str:
-    heading = f"<h2>{html.escape(title)}</h2>" if title else ""
-    return f"<section>{heading}{body}</section>"
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], *, escape: bool = True) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join(
-        "<tr>"
-        + "".join(f"<td>{html.escape(cell) if escape else cell}</td>" for cell in row)
-        + "</tr>"
-        for row in rows
-    )
-    kind = "numbers" if escape else "texts"
-    return f"<table class={kind}><tr>{head}</tr>{body}</table>"
-
-
 def _moments(run: _Run) -> list[str]:
     prefix = "moment: "
     return [key.removeprefix(prefix) for key in run.metrics[0] if key.startswith(prefix)]
-
-
-def _number(value: Any) -> float:
-    """A float from what JSON has for it: a number, "inf", "-inf" or null."""
-    number = math.nan if value is None else float(value)
-    return number if math.isfinite(number) else math.nan  # a plot has no place for infinity
-
-
-def _show(pair: Sequence[Any] | None) -> str:
-    """``0.312 ± 0.021`` from ``[value, standard error or null]``."""
-    if pair is None or pair[0] is None:
-        return ""
-    value, error = (float(pair[0]), pair[1])
-    if not math.isfinite(value):
-        return "∞" if value > 0 else "-∞"
-    value = round(value, 3) + 0.0  # no minus before a zero
-    if error is None:
-        return f"{value:.3f}"
-    return f"{value:.3f} ± {float(error):.3f}"
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px;
-        padding: 0 1rem; color: #1a1a1a; background: #fff; }}
-h1 {{ font-size: 1.5rem; }} h2 {{ font-size: 1.1rem; margin-top: 2rem; }}
-table {{ border-collapse: collapse; }}
-th, td {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd; vertical-align: top; }}
-th {{ text-align: left; }}
-.numbers td + td, .numbers th + th {{ text-align: right; font-variant-numeric: tabular-nums; }}
-.texts {{ table-layout: fixed; width: 100%; }} .texts em {{ color: #888; font-style: normal; }}
-img {{ width: 380px; max-width: 100%; margin: .3rem; vertical-align: top; }}
-.note {{ color: #666; font-size: .9rem; }}
-pre {{ background: #f6f6f6; padding: 1rem; overflow-x: auto; }}
-</style></head><body><h1>{title}</h1>
-{body}
-</body></html>
-"""

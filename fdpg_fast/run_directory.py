@@ -9,6 +9,7 @@ checkpoints/        step-N/, complete or invisible
 model/              the tuned model, as transformers loads it
 evaluation.json     fresh samples of the base and of the tuned model, measured
 report.html         plots and samples, one file
+qrs.html            what quasi-rejection sampling from the model costs and gives
 README.md           model card
 """
 
@@ -44,6 +45,7 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.report = self.path / "report.html"
+        self.curve = self.path / "qrs.html"
         self.card = self.path / "README.md"
         self.evaluation = self.path / "evaluation.json"
         self.facts = self.path / "run.json"
@@ -67,7 +69,7 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"run: {run.path} holds files of something else. Way out: another --out"
             )
-        run._require_writable()
+        run.require_writable()
         run._write_text(run.path / "config.yaml", config.dump())
         return run
 
@@ -98,7 +100,7 @@ class RunDirectory:
             RunDirectoryError: no run there, it cannot be written, or ``config`` is another run's.
         """
         run = cls.open(path)
-        run._require_writable()
+        run.require_writable()
         if config is not None:
             saved = run.config()
             other = [key for key in config.difference(saved) if not key.startswith("run.")]
@@ -202,7 +204,7 @@ class RunDirectory:
             return False
         return isinstance(content, dict) and "objective" in content
 
-    def _require_writable(self) -> None:
+    def require_writable(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.path):

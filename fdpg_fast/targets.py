@@ -296,6 +296,15 @@ class Target:
         return custom or any(f.can_be_zero for f in self.factors)
 
     @property
+    def is_condition(self) -> bool:
+        """Whether P(x) is a(x) or zero: there is nothing in it but conditions."""
+        return (
+            self._log_score is None
+            and not self.goals
+            and all(f.can_be_zero and set(f.scorers) <= set(self._conditions) for f in self.factors)
+        )
+
+    @property
     def moments(self) -> dict[str, float]:
         """Feature name -> its mean under the target, where the target fixes one."""
         return {s.name: goal for s, goal in {**self._conditions, **self.goals}.items()}

@@ -84,7 +84,7 @@ def test_help_is_quick_to_come() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    for command in ("train", "sample", "evaluate", "report", "env"):
+    for command in ("train", "sweep", "sample", "evaluate", "report", "env"):
         assert re.search(rf"^    {command} ", done.stdout, flags=re.MULTILINE)
 
 

@@ -240,6 +240,28 @@ def test_lengths_and_ends():
     assert measured["cut_off"] == 0.25
 
 
+def test_per_token_means_are_ratios_of_sums():
+    """Of lengths that go with the text: the mean of ratios would be another number."""
+    setting = Setting(lambda b: b * DOG)
+    lengths = 1 + WORDS(TEXTS).long()
+    runs = []
+    for seed in range(150):
+        rollout = setting.policy.draw(100, seed, 2)
+        rollout = dataclasses.replace(rollout, lengths=lengths[rollout.tokens[:, 1]])
+        scores = setting.target.score(rollout)
+        se = torch.zeros(2).double()
+        runs.append(metrics.measure(rollout, scores, rollout.log_q, setting.log_z, se))
+    tokens = (setting.pi * lengths).sum()
+    exact = {
+        "entropy_per_token": -(setting.pi * setting.pi.log()).sum() / tokens,
+        "base_perplexity": (-(setting.pi * setting.a.log()).sum() / tokens).exp(),
+        "length": tokens / 2,
+    }
+    for name, value in exact.items():
+        values, errors = ([run[key].item() for run in runs] for key in (name, f"{name}_se"))
+        assert_consistent(values, errors, value.item())
+
+
 def test_logprob_gap_sees_sampled_tokens_only():
     rollout = toy_model().draw(3, 0)
     sampler = torch.zeros(3, 200)

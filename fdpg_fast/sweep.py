@@ -1,0 +1,344 @@
+"""The paper's experiment as one command: several divergences, several seeds, one table.
+
+Every (divergence, seed) is a run of its own in ``OUT/<divergence>/<seed>``, which all commands for
+runs read. Seeds come in the outer loop, so that a sweep that is stopped early has whole rows. All
+runs share one base and one target: moments are fitted once, by the first run.
+
+Then base and tuned models are measured alike: as many fresh samples of each, drawn with the same
+random numbers, and divergences and log Z on the samples of all of them together
+(:mod:`fdpg_fast.pool`). What is measured is in ``measured.json``, and shown by ``report.html``,
+``report.md`` and ``measured.csv``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from fdpg_fast import metrics, ops
+from fdpg_fast.baselines import Baseline
+from fdpg_fast.building import model_of, prompts_of, target_of
+from fdpg_fast.config import Config, ConfigError, RunConfig
+from fdpg_fast.divergences import Divergence
+from fdpg_fast.evaluation import STREAM, TEXTS, first_prompts, with_errors
+from fdpg_fast.models import LanguageModel
+from fdpg_fast.pool import Pool
+from fdpg_fast.progress import for_this_terminal
+from fdpg_fast.report import model_card, write_report
+from fdpg_fast.rollout import Rollout
+from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
+from fdpg_fast.sampler import Sampler
+from fdpg_fast.sweep_report import write_sweep_report
+from fdpg_fast.targets import Scores, Target
+from fdpg_fast.trainer import Trainer
+
+__all__ = ["Sweep"]
+
+
+class Sweep:
+    """Runs of one config that differ in divergence and seed.
+
+    Args:
+        config: of all runs. Its divergence does not count; its seed is the first one, and its
+            ``evaluation_samples`` are the fresh samples of each model.
+        out: folder; what is there of the same sweep is kept, and gone on with.
+        divergences: names such as ``"js"`` or ``"alpha(0.5)"``; by default the paper's four,
+            without those that are infinite on the target.
+        seeds: how many.
+
+    Raises:
+        ConfigError: a divergence that cannot be.
+        RunDirectoryError: the folder holds something else, or runs with other settings.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        out: str | Path,
+        *,
+        divergences: Sequence[str] = (),
+        seeds: int = 1,
+    ) -> None:
+        self.config = config
+        self.seeds = range(config.run.seed, config.run.seed + seeds)
+        self.folder = RunDirectory(out)  # for its way of writing files; it is not a run
+        asked = _parsed(divergences)  # before a model is loaded
+        self.target = target_of(config)
+        self.divergences = _finite(asked, self.target)
+        self.runs = {
+            (str(f), seed): RunDirectory(self.folder.path / _folder_name(f) / str(seed))
+            for seed in self.seeds
+            for f in self.divergences
+        }
+        self._require_same_settings()
+
+    @property
+    def plan(self) -> Path:
+        """What is swept: sweep.yaml."""
+        return self.folder.path / "sweep.yaml"
+
+    @property
+    def measured(self) -> Path:
+        """What came out: measured.json."""
+        return self.folder.path / "measured.json"
+
+    @staticmethod
+    def read_plan(out: str | Path) -> dict[str, Any]:
+        """``config``, ``divergences`` and ``seeds`` of the sweep in a folder, plain types.
+
+        Raises:
+            RunDirectoryError: there is none.
+        """
+        path = Path(out) / "sweep.yaml"
+        try:
+            plan: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError) as error:
+            raise RunDirectoryError(
+                f"sweep: {out} expected the folder of a sweep, found no sweep.yaml to go on with. "
+                "Way out: name a recipe or a YAML file"
+            ) from error
+        return plan
+
+    def run(self) -> dict[str, Any]:
+        """Trains what is not trained yet, measures all, and writes the reports.
+
+        Ctrl-C saves the run that is in training; the same call goes on with it.
+
+        Returns:
+            What measured.json holds.
+        """
+        self._write_plan()
+        trained = self.train()
+        measured = self.folder.read_json(self.measured)
+        if trained or measured is None or measured["plan"] != self._plan():
+            measured = self.measure()
+        write_sweep_report(self.folder, measured, self.runs)
+        return measured
+
+    def train(self) -> int:
+        """Trains the runs that are not finished; says how many those were."""
+        for run in self.runs.values():  # the moments that an earlier call has fitted
+            if self.target.needs_fit:
+                self.target.load_state_dict(run.read_facts().get("lambdas", {}))
+        waiting = {key: run for key, run in self.runs.items() if not _is_finished(run)}
+        for number, (key, run) in enumerate(waiting.items(), start=1):
+            display = for_this_terminal()
+            display.note(f"run {number} of {len(waiting)}: {key[0]}, seed {key[1]}")
+            trainer = Trainer(
+                self.target, config=self._config(*key), out=run.path, resume=True, display=display
+            )
+            try:
+                trainer.train()
+            except (KeyboardInterrupt, SystemExit):
+                display.note(f"or with the whole sweep: fdpg sweep --out {self.folder.path}")
+                raise
+        return len(waiting)
+
+    @torch.no_grad()
+    def measure(self) -> dict[str, Any]:
+        """Measures base and tuned models on fresh samples, and writes measured.json.
+
+        Every run also gets its evaluation.json, card and report, of the same numbers.
+        """
+        display = for_this_terminal()
+        samples = self._samples()
+        base = self.target.base.model
+        prompts = first_prompts(prompts_of(self.config, base).all(), samples)
+        each = -(-samples // len(prompts))
+        key = ops.random_key(self.config.run.seed, 0, STREAM)
+        sampling = self.config.sampling
+        sampler = Sampler(sampling.max_new_tokens, sampling.sampler_batch)
+
+        rollouts: list[Rollout] = []
+        scores: list[Scores] = []
+        for number, model in enumerate(self._models()):
+            display.note(f"sampling model {number + 1} of {1 + len(self.runs)}")
+            rollouts.append(sampler.draw(model, prompts, each, key))
+            scores.append(self.target.score(rollouts[-1]))
+        said = []
+        for number, model in enumerate(self._models()):
+            display.note(f"scoring by model {number + 1} of {1 + len(self.runs)}")
+            said.append(_log_prob(model, rollouts, own=number))
+        pool = Pool(rollouts, scores, torch.stack(said))
+
+        columns = _columns(self.divergences)
+        names = [None, *self.runs]
+        of_models = [
+            _measures(pool, number, rollouts[number], scores[number], columns, name and name[0])
+            for number, name in enumerate(names)
+        ]
+        runs: dict[str, dict[str, Any]] = {}
+        for (divergence, seed), numbers in zip(self.runs, of_models[1:], strict=True):
+            timing = self.runs[divergence, seed].read("timing.jsonl")
+            seconds = sum(step["sample"] + step["score"] + step["train"] for step in timing)
+            runs.setdefault(divergence, {})[str(seed)] = {**numbers, "seconds": [seconds, None]}
+        measured = {
+            "plan": self._plan(),
+            "samples": each * len(prompts),
+            "models": 1 + len(self.runs),
+            "columns": [str(f) for f in columns],
+            "goals": self.target.moments,
+            "target": with_errors(pool.target()),
+            "base": of_models[0],
+            "runs": runs,
+            "texts": {
+                "prompt": rollouts[0].prompt_texts[:TEXTS],
+                "base": rollouts[0].texts[:TEXTS],
+                **{str(f): rollouts[1 + at].texts[:TEXTS] for at, f in enumerate(self.divergences)},
+            },
+        }
+        self._tell_runs(measured, rollouts)
+        self.folder.write_json(self.measured, measured)
+        return measured
+
+    # --------------------------------------------------------------------------------------------
+
+    def _config(self, divergence: str, seed: int) -> Config:
+        # Comparing it with the base is not the run's own job here: that is done for all at once.
+        return self.config.replace(divergence=divergence, seed=seed, evaluation_samples=0)
+
+    def _samples(self) -> int:
+        return self.config.run.evaluation_samples or RunConfig().evaluation_samples
+
+    def _plan(self) -> str:
+        plan = {
+            "divergences": [str(f) for f in self.divergences],
+            "seeds": len(self.seeds),
+            "config": yaml.safe_load(self.config.dump()),
+        }
+        return yaml.safe_dump(plan, sort_keys=False, allow_unicode=True, width=100)
+
+    def _write_plan(self) -> None:
+        path = self.folder.path
+        if path.is_dir() and any(path.iterdir()) and not self.plan.is_file():
+            raise RunDirectoryError(
+                f"sweep: {path} holds files of something else. Way out: another --out"
+            )
+        self.folder.require_writable()
+        self.folder.write_text(self.plan, self._plan())
+
+    def _require_same_settings(self) -> None:
+        """What is there already must be of this sweep, all of it, before any of it goes on."""
+        for key, run in self.runs.items():
+            if not run.path.is_dir() or not any(run.path.iterdir()):
+                continue
+            other = self._config(*key).difference(RunDirectory.open(run.path).config())
+            if other:
+                raise RunDirectoryError(
+                    f"sweep: {run.path} was started with another {', '.join(other)}. Way out: the "
+                    "same settings (without a recipe, `fdpg sweep --out` takes them from the "
+                    "folder), or another --out"
+                )
+
+    def _models(self) -> Any:
+        """Base and tuned models, one after the other: they need not fit into memory together."""
+        yield self.target.base.model
+        for run in self.runs.values():
+            yield model_of(self.config, run.model)
+
+    def _tell_runs(self, measured: Mapping[str, Any], rollouts: Sequence[Rollout]) -> None:
+        for rollout, (key, run) in zip(rollouts[1:], self.runs.items(), strict=True):
+            evaluation = {
+                "samples": measured["samples"],
+                "seed": self.config.run.seed,
+                "goals": measured["goals"],
+                "target": measured["target"],
+                "base": measured["base"],
+                "tuned": measured["runs"][key[0]][str(key[1])],
+                "texts": {
+                    "prompt": measured["texts"]["prompt"],
+                    "base": measured["texts"]["base"],
+                    "tuned": rollout.texts[:TEXTS],
+                },
+            }
+            run.write_json(run.evaluation, evaluation)
+            run.write_text(run.card, model_card(run))
+            write_report([run], run.report)
+
+
+# ------------------------------------------------------------------------------------------------
+
+
+def _parsed(names: Sequence[str]) -> tuple[Divergence, ...]:
+    """Each once."""
+    try:
+        return tuple(dict.fromkeys(Divergence.parse(name) for name in names))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _finite(asked: Sequence[Divergence], target: Target) -> tuple[Divergence, ...]:
+    """Those asked for, if all are finite on the target; or those of the paper's four that are."""
+    finite = tuple(
+        f for f in asked or metrics.PAPER if f.allows_zero_targets or not target.can_be_zero
+    )
+    if not asked or len(finite) == len(asked):
+        return finite
+    infinite = ", ".join(str(f) for f in asked if f not in finite)
+    without = (
+        f"leave it out (--divergences {','.join(map(str, finite))}): all models are measured by "
+        "reverse_kl all the same; or "
+        if finite
+        else ""
+    )
+    raise ConfigError(
+        f"sweep: {infinite} cannot be minimised: it is infinite wherever the target is zero, and "
+        f"{target} is zero for samples that break a constraint. Ways out: {without}smooth the "
+        "target (--target.smooth 1e-6)"
+    )
+
+
+def _folder_name(divergence: Divergence) -> str:
+    """``js``, ``alpha-0.5``: no brackets, which shells want quoted."""
+    return str(divergence).replace("(", "-").replace(")", "")
+
+
+def _is_finished(run: RunDirectory) -> bool:
+    return (run.model / "config.json").is_file()  # the last thing that training writes
+
+
+def _columns(trained: Sequence[Divergence]) -> tuple[Divergence, ...]:
+    """The paper's four, and what else was trained."""
+    return tuple(dict.fromkeys((*metrics.PAPER, *trained)))
+
+
+def _log_prob(model: LanguageModel, rollouts: Sequence[Rollout], own: int) -> Tensor:
+    """``(M B,)`` what a model says of all samples; of its own it has said it when it drew them."""
+    return torch.cat(
+        [r.log_q if at == own else model.sequence_logprob(r) for at, r in enumerate(rollouts)]
+    )
+
+
+def _measures(
+    pool: Pool,
+    number: int,
+    rollout: Rollout,
+    scores: Scores,
+    columns: Sequence[Divergence],
+    trained_on: str | None,
+) -> dict[str, list[float | None]]:
+    """One model: its divergences on the pool, all else on its own samples."""
+    unknown = torch.zeros_like(pool.log_z)
+    measures = metrics.measure(rollout, scores, rollout.log_q, pool.log_z, unknown)
+    for name in ("log_z", "log_z_se", "kl_target_base"):  # of the pool, not of this model
+        del measures[name]
+    measures |= pool.divergences(number, columns)
+    measures["ess"] = metrics.measure_target(rollout, scores, pool.log_z)["ess"]
+    if trained_on is not None:
+        statistics = ops.fdiv_weights(
+            rollout.log_q,
+            rollout.log_q,
+            scores.log_score,
+            pool.log_z,
+            rollout.prompt_index,
+            divergence=Divergence.parse(trained_on),
+            baseline=Baseline.parse("none"),
+        ).statistics
+        measures["reward_std"] = statistics[ops.STATISTICS.index("reward_std")]
+    texts = metrics.measure_texts(rollout.texts)
+    return {**with_errors(measures), **{name: [value, None] for name, value in texts.items()}}

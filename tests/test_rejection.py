@@ -1,0 +1,312 @@
+"""Rejection sampling on a language of eight texts, where every law can be written out."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from test_report import Page
+from tiny import write_tiny_model
+from torch import Tensor
+from toy_language import TEXTS, ToyModel, toy_model
+
+from fdpg_fast import cli, ops, reference
+from fdpg_fast.divergences import Divergence
+from fdpg_fast.metrics import PAPER
+from fdpg_fast.rejection import Curve, Rejection, RejectionError, Wish
+from fdpg_fast.rollout import PromptBatch, Rollout
+from fdpg_fast.scorers import contains, length
+from fdpg_fast.targets import Base, Target
+
+DOG = contains("dog", name="dog")
+PROMPTS = 2
+BETAS = (0.0, 1.0, 2.0, 8.0, 50.0)
+
+
+class ToySampler:
+    """Draws from a table by keyed random numbers, as the real one does from a model."""
+
+    def __init__(self, batch_size: int = 4096) -> None:
+        self.batch_size = batch_size
+
+    def draw(
+        self,
+        model: ToyModel,
+        prompts: PromptBatch,
+        each: int,
+        key: int,
+        *,
+        first_sample_id: int = 0,
+    ) -> Rollout:
+        index = torch.arange(len(prompts)).repeat_interleave(each)
+        ids = torch.arange(first_sample_id, first_sample_id + len(index))
+        logits = model.log_prob[prompts.ids[index]]
+        texts = ops.sample_logprob(logits, key, ids, torch.zeros_like(ids)).token
+        drawn = model.rollout(texts, prompts.ids[index], PROMPTS)
+        return dataclasses.replace(drawn, prompt_index=index, sample_ids=ids, prompts=prompts)
+
+
+class Setting:
+    """A base, a proposal that is not it, and a target; all laws are ``(G, X)`` tables."""
+
+    def __init__(self, pointwise: bool) -> None:
+        self.a, self.q = toy_model(PROMPTS, seed=0), toy_model(PROMPTS, seed=5)
+        self.base = Base(self.a)
+        self.target: Target = (
+            self.base * DOG if pointwise else self.base.reward(length("words"), beta=2.0)
+        )
+        log_score = self.target.log_score(self.a.everything(PROMPTS)).view(PROMPTS, -1)
+        self.score = log_score.exp()
+        self.p = log_score.softmax(-1)
+        self.top = (self.score / self.q.log_prob.exp()).max().item()
+        texts = tuple(f"prompt {g}" for g in range(PROMPTS))
+        self.prompts = PromptBatch(torch.arange(PROMPTS), ((0,),) * PROMPTS, texts)
+
+    def rejection(self, *, seed: int = 0, batch: int = 4096, base: bool = False) -> Rejection:
+        model = self.a if base else self.q
+        return Rejection(model, self.target, ToySampler(batch), self.prompts, seed=seed)  # type: ignore[arg-type]
+
+    def law(self, beta: float) -> tuple[Tensor, float]:
+        """p_beta, and the acceptance rate."""
+        q = self.q.log_prob.exp()
+        accepted = torch.minimum(self.score, beta * q) / beta if beta else q * (self.score > 0)
+        return accepted / accepted.sum(-1, keepdim=True), accepted.sum(-1).mean().item()
+
+    def exact(self, beta: float, f: Divergence) -> float:
+        """D_f(p_beta || p) by the definition, mean over prompts."""
+        on = self.p > 0
+        t = torch.where(on, self.law(beta)[0] / self.p, 1.0)
+        values = self.p * reference.FORMULAS[f.name].f(torch, t, f.param)
+        return torch.where(on, values, 0.0).sum().item() / PROMPTS
+
+
+@pytest.fixture(scope="module", params=["reward", "pointwise"])
+def setting(request: pytest.FixtureRequest) -> Setting:
+    return Setting(request.param == "pointwise")
+
+
+@pytest.fixture(scope="module")
+def curves(setting: Setting) -> list[Curve]:
+    return [setting.rejection(seed=seed).look(4_000) for seed in range(150)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def chi_squared(accepted: list[tuple[str, str]], law: Tensor) -> float:
+    """Over its degrees of freedom; about 1 if the texts have that law, prompt by prompt."""
+    total, freedom = 0.0, 0
+    for g in range(PROMPTS):
+        seen = Counter(text for prompt, text in accepted if prompt == f"prompt {g}")
+        expected = law[g] * seen.total()
+        for text, count in zip(TEXTS, expected.tolist(), strict=True):
+            assert (seen[text] == 0) or count > 0, f"{text!r} is impossible"
+            total += (seen[text] - count) ** 2 / count if count else 0.0
+        freedom += int((law[g] > 0).sum()) - 1
+    return total / freedom
+
+
+@pytest.mark.parametrize("beta", BETAS)
+def test_what_is_accepted_has_the_law(setting: Setting, beta: float) -> None:
+    law, rate = setting.law(beta)
+    rejection = setting.rejection()
+    accepted = list(rejection.take(beta, 2_000, 1_000_000))
+    assert len(accepted) == 2_000 * PROMPTS
+    assert chi_squared(accepted, law) < 2.6  # 1 in 1000 with 14 degrees of freedom
+    if setting.exact(beta, Divergence.parse("tv")) > 0.05:
+        assert chi_squared(accepted, setting.p) > 10  # it is not p yet
+    harmonic = PROMPTS / sum(1 / a for a in acceptance_by_prompt(setting, beta))
+    assert len(accepted) / rejection.proposals == pytest.approx(harmonic, rel=0.05)
+    assert 0 < rate <= 1
+
+
+def acceptance_by_prompt(setting: Setting, beta: float) -> list[float]:
+    q = setting.q.log_prob.exp()
+    share = (setting.score / (beta * q)).clamp(max=1) if beta else (setting.score > 0).double()
+    return (q * share).sum(-1).tolist()
+
+
+def test_from_the_largest_weight_on_it_is_the_target(setting: Setting) -> None:
+    accepted = list(setting.rejection(seed=1).take(setting.top, 2_000, 1_000_000))
+    assert chi_squared(accepted, setting.p) < 2.6
+
+
+def test_conditions_on_the_base_need_no_beta() -> None:
+    setting = Setting(pointwise=True)
+    rejection = setting.rejection(base=True)
+    assert chi_squared(list(rejection.take(0.0, 5_000, 1_000_000)), setting.p) < 2.6
+    assert rejection.law(0.0) == "p itself: the base without what breaks a condition"
+    # Of the tuned model it is another law, and a target with more in it than conditions too.
+    assert "not p" in setting.rejection().law(0.0)
+    setting.target = setting.target.reward(length("words"), beta=1.0)
+    assert "not p" in setting.rejection(base=True).law(0.0)
+
+
+@pytest.mark.parametrize("beta", [b for b in BETAS if b < 50])
+def test_the_curve_is_right_within_its_errors(
+    setting: Setting, curves: list[Curve], beta: float
+) -> None:
+    points = [curve.at(beta) for curve in curves]
+    pairs = {"accept": ([p.accept for p in points], setting.law(beta)[1])}
+    pairs |= {
+        str(f): ([p.divergences[str(f)] for p in points], setting.exact(beta, f)) for f in PAPER
+    }
+    for name, (estimates, exact) in pairs.items():
+        value, error = torch.tensor(estimates, dtype=torch.float64).unbind(1)
+        assert value.mean().item() == pytest.approx(exact, rel=0.03, abs=1e-3), name
+        assert error.square().mean().sqrt().item() == pytest.approx(
+            value.std().item(), rel=0.25, abs=1e-4
+        ), name
+        if exact > 0.01:
+            assert ((value - exact).abs() <= 2 * error).double().mean() > 0.85, name
+
+
+def test_distance_falls_with_beta_and_ends_at_nothing(
+    setting: Setting, curves: list[Curve]
+) -> None:
+    points = curves[0].points()
+    assert [point.beta for point in points] == sorted({point.beta for point in points})
+    assert points[0].beta == 0
+    for name in ("kl", "reverse_kl", "tv", "js"):
+        distance = [point.divergences[name][0] for point in points]
+        assert distance == sorted(distance, reverse=True)
+        assert distance[0] > 0.05
+        assert distance[-1] == pytest.approx(0, abs=1e-9)
+    rates = [point.accept[0] for point in points]
+    for before, after in itertools.pairwise(rates[:-1]):
+        assert after == pytest.approx(before / 2, rel=1e-3)
+    assert rates[-1] < rates[-2]
+
+
+@pytest.mark.parametrize("wish", ["accept=0.2", "accept=0.001", "tv=0.1", "beta=3"])
+def test_beta_by_what_it_gives(setting: Setting, curves: list[Curve], wish: str) -> None:
+    kind, _, number = wish.partition("=")
+    curve = curves[0]
+    point = curve.at(Wish.parse(wish).beta(curve))
+    found = {"accept": point.accept[0], "tv": point.divergences["tv"][0], "beta": point.beta}
+    assert found[kind] == pytest.approx(float(number), rel=1e-3)
+
+
+def test_what_is_met_anyway_needs_no_beta(curves: list[Curve]) -> None:
+    assert Wish.parse("accept=1").beta(curves[0]) == 0 or curves[0].at(0.0).accept[0] == 1
+    assert Wish.parse("tv=1").beta(curves[0]) == 0
+
+
+@pytest.mark.parametrize("text", ["beta", "beta=0", "beta=x", "accept=1.5", "tv=0", "rate=1", "3"])
+def test_a_wish_that_cannot_be(text: str) -> None:
+    with pytest.raises(RejectionError, match=r"expected beta=NUMBER .*, got '"):
+        Wish.parse(text)
+
+
+def test_batches_do_not_matter_and_seeds_do(setting: Setting) -> None:
+    small, large = (setting.rejection(batch=b) for b in (7, 4096))
+    drawn = [list(r.take(2.0, 50, 10_000)) for r in (small, large)]
+    assert drawn[0] == drawn[1]
+    assert small.proposals == large.proposals
+    assert drawn[0] != list(setting.rejection(seed=1).take(2.0, 50, 10_000))
+
+
+def test_it_streams_and_keeps_to_the_budget(setting: Setting) -> None:
+    rejection = setting.rejection(batch=16)
+    taken = rejection.take(8.0, 100, 20)
+    next(taken)
+    assert rejection.proposals <= 16
+    assert len(list(taken)) < 200
+    assert rejection.proposals == 20 * PROMPTS
+
+
+def test_a_target_that_was_not_seen_is_said_so() -> None:
+    setting = Setting(pointwise=True)
+    setting.target = setting.base * contains("unicorn")
+    with pytest.raises(RejectionError, match="none of prompt 'prompt 0' is possible") as error:
+        setting.rejection().look(100)
+    assert "--look" in str(error.value)
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("rejection")
+    model = write_tiny_model(folder / "model")
+    words = [
+        *("train", "dog", "--model.name", str(model), "--out", str(folder / "run")),
+        *("--run.steps", "2", "--run.evaluation_samples", "0", "--prompts.source", "once there"),
+        *("--sampling.max_new_tokens", "6", "--sampling.samples_per_prompt", "32"),
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fdpg_fast.trainer.write_report", lambda runs, path: path)
+        assert cli.main(words) == 0
+    return folder / "run"
+
+
+def said(
+    capsys: pytest.CaptureFixture[str], run: Path, *words: str, code: int = 0
+) -> tuple[list[str], str]:
+    """The samples on stdout, and stderr."""
+    assert cli.main(["sample", str(run), "--jsonl", *words]) == code
+    seen = capsys.readouterr()
+    return [json.loads(line)["sample"] for line in seen.out.splitlines()], seen.err
+
+
+def test_command_gives_samples_of_the_target_and_the_curve(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--qrs", "accept=0.1", "-n", "8", "--seed", "0", "--look", "256")
+    samples, err = said(capsys, run, *words)
+    assert len(samples) == 8
+    assert all("dog" in sample.split() for sample in samples)
+    for word in ("from 256 proposals", "accepted", "min(P(x)", "took    8 of"):
+        assert word in err
+    page = Page((run / "qrs.html").read_text(encoding="utf-8"))
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
+    assert len(page.links) == 5
+    assert page.open == []
+    assert "KL(p‖p_β)" in page.words
+    again, _ = said(capsys, run, *words)
+    assert again == samples
+
+
+def test_command_rejects_plainly(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tuned, err = said(capsys, run, "--reject", "-n", "4", "--seed", "0")
+    assert "law     q without what the target forbids: not p" in err
+    base, err = said(capsys, run, "--reject", "--proposal", "base", "-n", "4", "--seed", "0")
+    assert "law     p itself" in err
+    assert all("dog" in sample.split() for sample in (*tuned, *base))
+
+
+def test_command_ends_with_the_budget(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    samples, err = said(
+        capsys, run, "--reject", "-n", "40", "--budget", "20", "--seed", "0", code=1
+    )
+    assert len(samples) < 20
+    assert f"{len(samples)} of 40 texts, then the budget of 20 proposals" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--qrs", "accept=2"], "expected beta=NUMBER"),
+        (["--qrs", "beta=1", "--reject"], "one of them"),
+        (["--budget", "5"], "belong to --qrs or --reject"),
+        (["--proposal", "mine", "--reject"], "choose from"),
+    ],
+)
+def test_command_refuses_with_one_message(
+    run: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    _, err = said(capsys, run, *words, code=2)
+    assert message in err
+    assert len(err.strip().splitlines()) == 1

@@ -1,0 +1,264 @@
+"""A sweep: what it trains and what it leaves alone, and that its table is what it says it is."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_report import Page
+from tiny import write_tiny_model
+
+from fdpg_fast import cli, ops, reference
+from fdpg_fast.building import model_of, prompts_of, target_of
+from fdpg_fast.divergences import Divergence
+from fdpg_fast.evaluation import STREAM
+from fdpg_fast.run_directory import RunDirectory
+from fdpg_fast.sampler import Sampler
+from fdpg_fast.trainer import Trainer
+
+STEPS, SAMPLES = 3, 64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_plots_of_runs() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fdpg_fast.trainer.write_report", lambda runs, path: path)
+        patch.setattr("fdpg_fast.sweep.write_report", lambda runs, path: path)
+        yield
+
+
+def sweep(model: Path, out: Path, *more: str, recipe: str = "dog") -> int:
+    return cli.main(
+        [
+            *("sweep", recipe, "--model.name", str(model), "--prompts.source", "once there"),
+            *("--sampling.max_new_tokens", "6", "--sampling.samples_per_prompt", "32"),
+            *("--run.steps", str(STEPS), "--run.evaluation_samples", str(SAMPLES)),
+            *("--optimiser.learning_rate", "3e-2", "--run.checkpoint_every", "1"),
+            *("--out", str(out), *more),
+        ]
+    )
+
+
+@pytest.fixture(scope="module")
+def swept(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("sweeps") / "dogs"
+    assert sweep(model, out, "--divergences", "kl,alpha(0.5)", "--seeds", "2") == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def measured(swept: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((swept / "measured.json").read_text())
+    return content
+
+
+def weights(out: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(out)): path.read_bytes()
+        for path in sorted(out.glob("*/*/model/model.safetensors"))
+    }
+
+
+def test_every_cell_is_a_run_of_its_own(swept: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(set(weights(swept).values())) == 4
+    for folder in ("kl/0", "kl/1", "alpha-0.5/0", "alpha-0.5/1"):
+        run = RunDirectory.open(swept / folder)
+        assert [record["step"] for record in run.read("metrics.jsonl")] == [1, 2, 3]
+        assert run.config().objective.divergence == folder.split("/")[0].replace("-0.5", "(0.5)")
+        assert cli.main(["sample", str(run.path), "-n", "1", "--seed", "0"]) == 0
+        evaluation = run.read_json(run.evaluation)
+        assert evaluation is not None
+        assert evaluation["tuned"]["length"][0] > 0
+
+
+def test_every_entry_is_an_estimate_on_the_samples_of_all(
+    swept: Path, measured: dict[str, Any]
+) -> None:
+    """Written out again, from the models in the folders and the definition."""
+    config = RunDirectory.open(swept / "kl" / "0").config()
+    target = target_of(config)
+    folders = [swept / f / s / "model" for f in ("kl", "alpha-0.5") for s in ("0", "1")]
+    models = [target.base.model, *[model_of(config, folder) for folder in sorted(folders)]]
+    prompts = prompts_of(config, target.base.model).all()
+    key = ops.random_key(0, 0, STREAM)
+    rollouts = [Sampler(6).draw(m, prompts, SAMPLES, key) for m in models]
+    log_pi = torch.stack([torch.cat([m.sequence_logprob(r) for r in rollouts]) for m in models])
+    log_mixture = log_pi.logsumexp(0) - math.log(len(models))
+    log_score = torch.cat([target.log_score(r) for r in rollouts])
+    log_z = (log_score - log_mixture).exp().mean().log()
+    assert measured["target"]["log_z"][0] == pytest.approx(log_z.item(), abs=1e-5)
+    names = [("alpha(0.5)", "0"), ("alpha(0.5)", "1"), ("kl", "0"), ("kl", "1")]  # as sorted
+    for row, (name, seed) in enumerate(names, start=1):
+        for column in ("kl", "tv", "js", "alpha(0.5)"):
+            g = Divergence.parse(column)
+            formula = reference.FORMULAS[g.name]
+            on = log_score > -math.inf
+            t = (log_pi[row] - log_score + log_z)[on].exp()
+            slope = formula.f_prime(torch, torch.ones(1).double(), g.param)
+            terms = torch.zeros_like(log_score)
+            terms[on] = (log_score - log_z - log_mixture)[on].exp() * (
+                formula.f(torch, t, g.param) - slope * (t - 1)
+            )
+            off = (log_pi[row] - log_mixture)[~on].exp() * (formula.f_prime_inf(g.param) - slope)
+            terms[~on] = off
+            value, error = measured["runs"][name][seed][column]
+            assert value == pytest.approx(terms.mean().item(), abs=1e-5)
+            assert 0 < error < 0.5
+        assert measured["runs"][name][seed]["reverse_kl"][0] == "inf"
+        assert 0 < measured["runs"][name][seed]["off_support"][0] < 1
+
+
+def test_the_same_again_does_nothing_and_more_adds(
+    model: Path, swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "dogs"
+    shutil.copytree(swept, out)
+    (out / "measured.json").write_text(
+        (out / "measured.json").read_text().replace('"samples": 64', '"samples": 63')
+    )
+    assert cli.main(["sweep", "--out", str(out)]) == 0  # as it was planned
+    assert "run 1 of" not in capsys.readouterr().out
+    assert json.loads((out / "measured.json").read_text())["samples"] == 63  # not measured again
+    assert weights(out) == weights(swept)
+    assert cli.main(["sweep", "--out", str(out), "--divergences", "kl,js", "--seeds", "1"]) == 0
+    said = capsys.readouterr().out
+    assert "run 1 of 1: js, seed 0" in said
+    assert set(json.loads((out / "measured.json").read_text())["runs"]) == {"kl", "js"}
+    assert weights(out).items() > weights(swept).items()
+
+
+def test_stopped_and_gone_on_with_it_is_the_same_sweep(
+    model: Path, swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "dogs"
+    words = ("--divergences", "kl,alpha(0.5)", "--seeds", "2")
+    step = Trainer.step
+
+    def stop_in_the_second_run(trainer: Trainer) -> None:
+        step(trainer)
+        if trainer.run is not None and trainer.run.path.parent.name == "alpha-0.5":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Trainer, "step", stop_in_the_second_run)
+        assert sweep(model, out, *words) == 130
+    assert f"fdpg sweep --out {out}" in capsys.readouterr().out
+    assert list(weights(out)) == ["kl/0/model/model.safetensors"]
+    assert sweep(model, out, *words) == 0
+    assert "run 1 of 3: alpha(0.5), seed 0" in capsys.readouterr().out
+    assert weights(out) == weights(swept)
+    ours, theirs = (json.loads((o / "measured.json").read_text()) for o in (out, swept))
+    for name, runs in theirs["runs"].items():
+        for seed, measures in runs.items():
+            del measures["seconds"], ours["runs"][name][seed]["seconds"]
+    assert ours == theirs
+
+
+def test_other_settings_are_refused_by_name(
+    model: Path, swept: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = weights(swept)
+    assert sweep(model, swept, "--optimiser.learning_rate", "1e-3", "--seeds", "3") == 2
+    said = capsys.readouterr().err
+    assert "kl/0 was started with another optimiser.learning_rate." in said
+    assert weights(swept) == before
+    assert not (swept / "kl" / "2").exists()
+
+
+def test_what_is_infinite_on_the_target_is_refused_before_anything(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert sweep(model, out, "--divergences", "kl,reverse_kl,jeffreys") == 2
+    said = capsys.readouterr().err
+    assert "reverse_kl, jeffreys cannot be minimised" in said
+    assert "--divergences kl)" in said
+    assert "--target.smooth" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sweep"], "expected --out DIR"),
+        (["sweep", "--out", "nowhere"], "no sweep.yaml"),
+        (["sweep", "dgo", "--out", "x"], "Did you mean `dog`"),
+        (["sweep", "dog", "--divergences", "jsd", "--out", "x"], "Did you mean 'js'"),
+        (["sweep", "dog", "--seeds", "0", "--out", "x"], "--seeds"),
+        (["sweep", "dog", "--run.stesp", "3", "--out", "x"], "Did you mean `--run.steps`"),
+    ],
+)
+def test_a_mistake_gives_one_message(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert len(said.strip().splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_moments_are_fitted_once_for_all(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "females"
+    more = ("--divergences", "js", "--seeds", "2", "--target.fit_samples", "512")
+    assert sweep(model, out, *more, recipe="half_female") == 0
+    first, second = (RunDirectory.open(out / "js" / s).read_facts()["lambdas"] for s in "01")
+    assert first == second != {}
+    # And by a later call, from what is there.
+    assert cli.main(["sweep", "--out", str(out), "--seeds", "3"]) == 0
+    assert RunDirectory.open(out / "js" / "2").read_facts()["lambdas"] == first
+
+
+def test_the_report_is_one_file_with_all_of_it(swept: Path, measured: dict[str, Any]) -> None:
+    page = Page((swept / "report.html").read_text(encoding="utf-8"))
+    assert all(link.startswith("data:image/svg+xml;base64,") for link in page.links)
+    assert page.open == []
+    # The feature and js against entropy; the feature, three finite divergences, five other curves.
+    assert len(page.links) == 2 + 1 + 3 + 5
+    text = (swept / "report.md").read_text(encoding="utf-8")
+    values = [measured["runs"]["kl"][seed]["js"][0] for seed in "01"]
+    mean, error = sum(values) / 2, abs(values[0] - values[1]) / 2  # s / sqrt(2), of two
+    for words in (f"{mean:.3f} ± {error:.3f}", "∞", "self-BLEU", "log Z is one number", "2 seeds"):
+        assert words in page.words
+        assert words in text
+    for prompt, sample in zip(measured["texts"]["prompt"], measured["texts"]["kl"], strict=True):
+        assert prompt in page.words
+        assert sample.strip() in page.words
+
+
+def test_the_csv_has_every_number(swept: Path, measured: dict[str, Any]) -> None:
+    with (swept / "measured.csv").open(encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    found = {(r["trained_on"], r["seed"], r["measure"]): r["value"] for r in rows}
+    assert len(found) == len(rows)
+    for name, runs in measured["runs"].items():
+        for seed, measures in runs.items():
+            for key, (value, _) in measures.items():
+                assert found[name, seed, key] == ("" if value is None else str(value))
