@@ -54,7 +54,7 @@ class Sampler:
         self,
         max_new_tokens: int,
         batch_size: int = 256,
-        check_every: int = 8,
+        check_every: int = 4,
         stop: Callable[[list[int]], bool] | None = None,
     ) -> None:
         for name, value in (
