@@ -58,13 +58,16 @@ class DecodeAttention {
   }
 
   void block(const T* keys, const T* values, int64_t n) {
-    for (int64_t j = 0; j < n; ++j) {
-      const T* const key = keys + j * p_.key_stride[2];
-      for (int64_t g = 0; g < group_; ++g) weight_[g][j] = dot(query_[g], key);
+    for (int64_t j = 0; j < n; j += S::kLanes) {
+      const T* const first = keys + j * p_.key_stride[2];
+      const int64_t count = n - j < S::kLanes ? n - j : S::kLanes;
+      for (int64_t g = 0; g < group_; ++g) S::store(weight_[g] + j, dots(query_[g], first, count));
     }
     for (int64_t g = 0; g < group_; ++g) {
       to_weights(g, n);
-      for (int64_t e = 0; e < p_.value_size; e += S::kLanes) add_values(g, values, n, e);
+      int64_t e = 0;
+      for (; e + S::kLanes <= p_.value_size; e += S::kLanes) add_values<true>(g, values, n, e);
+      if (e < p_.value_size) add_values<false>(g, values, n, e);
     }
   }
 
@@ -89,12 +92,24 @@ class DecodeAttention {
     return i + S::kLanes <= size ? S::load(row + i) : S::load_zeros(row + i, size - i);
   }
 
-  FDPG_ALWAYS_INLINE Real dot(const Real* query, const T* key) const {
+  // Query times key, to be summed across lanes.
+  static FDPG_ALWAYS_INLINE Vec products(const Real* query, const T* key, int64_t size) {
     Vec sum = S::broadcast(0);
-    for (int64_t d = 0; d < p_.size; d += S::kLanes) {
-      sum = S::fma(S::load(query + d), load_at(key, d, p_.size), sum);
+    int64_t d = 0;
+    for (; d + S::kLanes <= size; d += S::kLanes) {
+      sum = S::fma(S::load(query + d), S::load(key + d), sum);
     }
-    return S::total(sum);
+    if (d == size) return sum;
+    return S::fma(S::load(query + d), S::load_zeros(key + d, size - d), sum);
+  }
+
+  // Of the query with `count` keys, one to a lane: kLanes sums across lanes are cheaper together.
+  FDPG_ALWAYS_INLINE Vec dots(const Real* query, const T* keys, int64_t count) const {
+    const int64_t size = p_.size, stride = p_.key_stride[2];
+    Vec sums[S::kLanes];
+    for (int64_t j = 0; j < count; ++j) sums[j] = products(query, keys + j * stride, size);
+    for (int64_t j = count; j < S::kLanes; ++j) sums[j] = S::broadcast(0);
+    return S::totals(sums);
   }
 
   static FDPG_ALWAYS_INLINE Vec largest_of(const Real* x, int64_t n) {
@@ -143,23 +158,25 @@ class DecodeAttention {
     sum_[g] += S::sum(sum);
   }
 
-  // out[e .. e + kLanes) += sum_j weight_j values[j][e ..]
+  // out[e .. e + kLanes) += sum_j weight_j values[j][e ..]; without kWhole, the row ends inside.
+  template <bool kWhole>
   FDPG_ALWAYS_INLINE void add_values(int64_t g, const T* values, int64_t n, int64_t e) {
     const Real* const w = weight_[g];
+    const int64_t stride = p_.value_stride[2], left = p_.value_size - e;
+    const auto row = [&](int64_t j) {
+      const T* const v = values + j * stride + e;
+      return kWhole ? S::load(v) : S::load_zeros(v, left);
+    };
     Vec chain[kChains];
     for (Vec& sum : chain) sum = S::broadcast(0);
     chain[0] = S::load(out_[g] + e);
     int64_t j = 0;
     for (; j + kChains <= n; j += kChains) {
       for (int64_t k = 0; k < kChains; ++k) {
-        const Vec v = load_at(values + (j + k) * p_.value_stride[2], e, p_.value_size);
-        chain[k] = S::fma(S::broadcast(w[j + k]), v, chain[k]);
+        chain[k] = S::fma(S::broadcast(w[j + k]), row(j + k), chain[k]);
       }
     }
-    for (; j < n; ++j) {
-      const Vec v = load_at(values + j * p_.value_stride[2], e, p_.value_size);
-      chain[0] = S::fma(S::broadcast(w[j]), v, chain[0]);
-    }
+    for (; j < n; ++j) chain[0] = S::fma(S::broadcast(w[j]), row(j), chain[0]);
     S::store(out_[g] + e, S::add(S::add(chain[0], chain[1]), S::add(chain[2], chain[3])));
   }
 

@@ -121,10 +121,15 @@ struct Avx2 {
     const __m128d pair = _mm_add_pd(_mm256_castpd256_pd128(wide), _mm256_extractf128_pd(wide, 1));
     return _mm_cvtsd_f64(_mm_add_sd(pair, _mm_unpackhi_pd(pair, pair)));
   }
-  static FDPG_ALWAYS_INLINE float total(Vec x) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+  static FDPG_ALWAYS_INLINE Vec totals(const Vec (&x)[kLanes]) {
+    Vec halves[2];  // four sums each, of 128 bits of four vectors
+    for (int64_t i = 0; i < 2; ++i) {
+      const Vec* const four = x + 4 * i;
+      halves[i] =
+          _mm256_hadd_ps(_mm256_hadd_ps(four[0], four[1]), _mm256_hadd_ps(four[2], four[3]));
+    }
+    return add(_mm256_permute2f128_ps(halves[0], halves[1], 0x20),
+               _mm256_permute2f128_ps(halves[0], halves[1], 0x31));
   }
   static FDPG_ALWAYS_INLINE float largest(Vec x) {
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));

@@ -117,10 +117,30 @@ struct Avx512 {
     const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
     return _mm512_reduce_add_pd(_mm512_add_pd(low, high));
   }
-  static FDPG_ALWAYS_INLINE float total(Vec x) { return _mm512_reduce_add_ps(x); }
+  static FDPG_ALWAYS_INLINE Vec totals(const Vec (&x)[kLanes]) {
+    Vec quarters[4];  // four sums each, of 128 bits of four vectors
+    for (int64_t i = 0; i < 4; ++i) {
+      const Vec* const four = x + 4 * i;
+      const Vec ab =
+          add(_mm512_unpacklo_ps(four[0], four[1]), _mm512_unpackhi_ps(four[0], four[1]));
+      const Vec cd =
+          add(_mm512_unpacklo_ps(four[2], four[3]), _mm512_unpackhi_ps(four[2], four[3]));
+      quarters[i] = add(unpack_pairs<0x00>(ab, cd), unpack_pairs<0xff>(ab, cd));
+    }
+    const Vec low = add(_mm512_shuffle_f32x4(quarters[0], quarters[1], 0x88),
+                        _mm512_shuffle_f32x4(quarters[0], quarters[1], 0xdd));
+    const Vec high = add(_mm512_shuffle_f32x4(quarters[2], quarters[3], 0x88),
+                         _mm512_shuffle_f32x4(quarters[2], quarters[3], 0xdd));
+    return add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
+  }
   static FDPG_ALWAYS_INLINE float largest(Vec x) { return _mm512_reduce_max_ps(x); }
 
  private:
+  // The low (0x00) or the high (0xff) pair of each 128 bits of a, then of b.
+  template <int kWhich>
+  static FDPG_ALWAYS_INLINE Vec unpack_pairs(Vec a, Vec b) {
+    return _mm512_castpd_ps(_mm512_shuffle_pd(_mm512_castps_pd(a), _mm512_castps_pd(b), kWhich));
+  }
   static FDPG_ALWAYS_INLINE __mmask16 first(int64_t n) {
     return static_cast<__mmask16>((1u << n) - 1u);
   }

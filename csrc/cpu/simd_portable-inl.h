@@ -14,7 +14,7 @@
 //   power_of_two(x)        2^n where x = n + kShifter, n a small whole number; fp32 only
 //   clamp_low(x)           a finite number in place of -inf, whose exp is 0; NaN stays NaN
 //   sum(x) largest(x)      across lanes, in a fixed order; the sum in double
-//   total(x)               the sum in Real
+//   totals(x)              lane i: the sum of vector i of kLanes vectors, in Real
 #pragma once
 
 #include <cstdint>
@@ -124,10 +124,12 @@ struct Portable {
     for (int64_t i = 1; i < kLanes; ++i) total += x[i];
     return total;
   }
-  static FDPG_ALWAYS_INLINE Real total(Vec x) {
-    Real total = x[0];
-    for (int64_t i = 1; i < kLanes; ++i) total += x[i];
-    return total;
+  static FDPG_ALWAYS_INLINE Vec totals(const Vec (&x)[kLanes]) {
+    Vec totals = broadcast(0);
+    for (int64_t i = 0; i < kLanes; ++i) {
+      for (int64_t j = 0; j < kLanes; ++j) totals[j] += x[j][i];
+    }
+    return totals;
   }
   static FDPG_ALWAYS_INLINE Real largest(Vec x) {
     Real most = x[0];
