@@ -61,7 +61,7 @@ class ModelConfig:
 
     name: str = ""
     device: str = "auto"
-    compute: Literal["auto", "fp32", "bf16"] = "auto"
+    compute: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     attention: str = "auto"
     trust_remote_code: bool = False
     activation_checkpointing: bool = False
@@ -221,7 +221,7 @@ class RunConfig:
         keep_checkpoints: newest checkpoints to keep
         evaluation_samples: fresh samples for the comparison of before and after; 0: no comparison
         max_gap: largest mean difference in nats per token between the log-prob of sampler and
-            trainer; null: 1e-3 in fp32, 5e-2 in bf16
+            trainer; null: 1e-3 in fp32, 5e-2 in bf16, 1e-2 in fp16
     """
 
     steps: int = 40

@@ -21,7 +21,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, get_args, overload
 
 import torch
 import transformers
@@ -42,6 +42,8 @@ from fdpg_fast.ops.linear_head import rounded_products
 from fdpg_fast.rollout import Rollout
 
 __all__ = ["Head", "LanguageModel", "ModelError", "attention_report"]
+
+Compute = Literal["auto", "fp32", "bf16", "fp16"]
 
 # Padded tokens in one forward pass, without and with a gradient to keep activations for.
 SCORE_TOKENS = 8192
@@ -103,8 +105,8 @@ class LanguageModel:
         model: the transformers model, fp32, in eval mode.
         tokenizer: its tokenizer, or None for a model that only ever sees token ids.
         device: where it computes.
-        compute: ``"fp32"`` or ``"bf16"`` (autocast; weights, logits and log-probs stay fp32, and
-            products of the head take what :func:`rounded_products` says).
+        compute: ``"fp32"``, ``"bf16"`` or ``"fp16"`` (autocast; weights, logits and log-probs stay
+            fp32, and products of the head take what :func:`rounded_products` says).
         attention: the attention function in use.
         name: what it was loaded from.
         eos_ids: the ids that end a sample (may be set; empty: only the length ends it).
@@ -120,7 +122,7 @@ class LanguageModel:
         *,
         name: str = "",
         device: str | torch.device = "auto",
-        compute: Literal["auto", "fp32", "bf16"] = "auto",
+        compute: Compute = "auto",
         attention: str = "auto",
         activation_checkpointing: bool = False,
         eos_ids: Sequence[int] | None = None,
@@ -163,7 +165,7 @@ class LanguageModel:
         name_or_path: str | os.PathLike[str] = "",
         *,
         device: str | torch.device = "auto",
-        compute: Literal["auto", "fp32", "bf16"] = "auto",
+        compute: Compute = "auto",
         attention: str = "auto",
         trust_remote_code: bool = False,
         activation_checkpointing: bool = False,
@@ -428,8 +430,7 @@ class LanguageModel:
             options[self._cache_name] = cache
         if self._takes_positions:
             options["position_ids"] = positions
-        bf16 = self.compute == "bf16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bf16):
+        with self._autocast():
             out = module(input_ids=tokens, **options)
         states: Tensor = out.logits if self._fused is None else out.last_hidden_state
         return states.float()
@@ -448,16 +449,21 @@ class LanguageModel:
         with self._head_products(), torch.autocast(self.device.type, enabled=False):
             return head.logits(hidden, out=self._logits)
 
+    def _autocast(self) -> torch.autocast:
+        dtype = torch.float16 if self.compute == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype=dtype, enabled=self.compute != "fp32")
+
     def _head_products(self) -> contextlib.AbstractContextManager[None]:
-        if self.compute == "bf16":
+        # A CPU would round to bf16, which is less than fp16 promises.
+        if self.compute == "bf16" or (self.compute == "fp16" and self.device.type == "cuda"):
             return rounded_products(self.device)
         return contextlib.nullcontext()
 
     @contextlib.contextmanager
     def unchanging(self) -> Iterator[None]:
-        """While in here the weights do not change, and nothing records a gradient: in bf16 compute
+        """While in here the weights do not change, and nothing records a gradient: in 16-bit compute
         each weight is rounded once, and not again at every step of a draw."""
-        if self.compute != "bf16":
+        if self.compute == "fp32":
             yield
             return
         # Autocast keeps the rounded copy of a weight only if that could learn.
@@ -466,7 +472,7 @@ class LanguageModel:
         try:
             for weight in frozen:
                 weight.requires_grad_(True)
-            with torch.no_grad(), torch.autocast(self.device.type, dtype=torch.bfloat16):
+            with torch.no_grad(), self._autocast():
                 yield
         finally:
             for weight in frozen:
@@ -575,13 +581,41 @@ class LanguageModel:
         # Checkpointing of activations only works in train mode; dropout is zero in either.
         self.model.train(self.activation_checkpointing)
         try:
-            for batch in self._micro_batches(rollout, used, micro_batch, GRADIENT_TOKENS):
-                result[batch.row, batch.column] = self._backward(
-                    batch, coefficient[batch.row], rollout.lse[batch.row, batch.column]
-                )
+            with self._scaled(coefficient) as scaled:
+                for batch in self._micro_batches(rollout, used, micro_batch, GRADIENT_TOKENS):
+                    result[batch.row, batch.column] = self._backward(
+                        batch, scaled[batch.row], rollout.lse[batch.row, batch.column]
+                    )
         finally:
             self.model.eval()
         return result
+
+    @contextlib.contextmanager
+    def _scaled(self, coefficient: Tensor) -> Iterator[Tensor]:
+        """``coefficient`` times a factor that ``.grad`` is divided by at the end, for fp16, which
+        has no number below 6e-8, where gradients of a mean over samples are, nor above 65504.
+
+        With it no element of the gradient that enters the model is above 1/8. The coefficients are
+        known, so the factor is too, and no search by trial and error is needed as for a loss scale;
+        it is a power of two, so it rounds nothing; and the device is not asked. A gradient that
+        overflows all the same, far down in the model, is infinite, and the step is refused.
+        """
+        if self.compute != "fp16":
+            yield coefficient
+            return
+        bound = coefficient.abs().amax()  # of the gradient of the logits
+        if (head := self.head) is not None:
+            bound = 2 * abs(head.scale) * bound * head.weight.detach().abs().amax()
+        exponent = torch.frexp(bound).exponent.clamp(min=-60)  # fp32 ends as well
+        scale = torch.ldexp(torch.ones_like(bound), -3 - exponent)
+        self._multiply_gradient(scale)
+        yield coefficient * scale
+        self._multiply_gradient(1 / scale)
+
+    def _multiply_gradient(self, factor: Tensor) -> None:
+        for parameter in self.parameters():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
     def _score(self, batch: _MicroBatch, entropy: bool) -> ops.TokenLogprob:
         """Log-probs ``(n,)`` of the sampled tokens of a micro-batch."""
@@ -919,8 +953,8 @@ def _device(name: str | torch.device) -> torch.device:
 
 
 def _compute(wanted: str, device: torch.device) -> str:
-    if wanted not in ("auto", "fp32", "bf16"):
-        raise ModelError(f"compute: expected auto, fp32 or bf16, got {wanted!r}")
+    if wanted not in get_args(Compute):
+        raise ModelError(f"compute: expected {', '.join(get_args(Compute))}, got {wanted!r}")
     if wanted != "auto":
         return wanted
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"

@@ -56,7 +56,7 @@ __all__ = ["Trainer", "TrainingError"]
 TRAINING, FIT, HOLDOUT, NORMALISER = range(4)
 
 # Largest mean disagreement of sampler and trainer, in nats per token.
-MAX_GAP = {"fp32": 1e-3, "bf16": 5e-2}
+MAX_GAP = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 GAP_SAMPLES = 32  # samples of a lagging proposal that are scored again to measure it
 
 _KL = Divergence.parse("kl")

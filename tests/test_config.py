@@ -92,7 +92,7 @@ def test_replace_finds_the_part() -> None:
         ({}, ["--optimiser.learning_rat", "1"], "Did you mean `--optimiser.learning_rate`?"),
         ({}, ["--lerning_rate", "1"], "Did you mean `--optimiser.learning_rate`?"),
         ({}, ["--model", "gpt2"], "--model.name"),
-        ({}, ["--model.compute", "fp16"], "expected one of 'auto', 'fp32', 'bf16', got fp16"),
+        ({}, ["--model.compute", "fp8"], "one of 'auto', 'fp32', 'bf16', 'fp16', got fp8"),
         ({}, ["--run.steps"], "--run.steps"),
         ({}, ["--optimiser.learning_rate=-1"], "expected a number above 0, got -1"),
         ({}, ["--optimiser.learning_rate", "nan"], "`optimiser.learning_rate` expected a number"),

@@ -70,18 +70,44 @@ def test_masters_are_fp32_whatever_the_checkpoint(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-def test_bf16_compute_keeps_log_probs_in_fp32() -> None:
-    model = language_model("llama", eos_ids=EOS, compute="bf16")
-    assert model.compute == "bf16"
+@pytest.mark.parametrize(("compute", "least", "most"), [("bf16", 1e-4, 0.5), ("fp16", 1e-5, 0.1)])
+def test_half_compute_keeps_log_probs_in_fp32(compute: str, least: float, most: float) -> None:
+    model = language_model("llama", eos_ids=EOS, compute=compute)
+    assert model.compute == compute
     rollout = draw(model)
     assert rollout.token_logprob.dtype == torch.float32
     exact = reference_logprob(double(model), rollout).detach().float()
     for found in (model.token_logprob(rollout), rollout.token_logprob):
         error = (found - exact).abs()
-        assert 1e-4 < error.max() < 0.5, "bf16 was not used, or is far off"
+        assert least < error.max() < most, f"{compute} was not used, or is far off"
     weights = torch.ones(len(rollout), dtype=torch.float64)
     model.accumulate_gradient(rollout, weights, denominator=1)
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("denominator", [1, 10**8])
+@pytest.mark.parametrize("family", ["gpt2", "cohere", "strange"])
+@pytest.mark.filterwarnings("ignore:.*its output layer is not a known formula")
+def test_gradients_in_fp16_are_not_lost(family: str, denominator: int) -> None:
+    """Those of a mean over 1e8 samples are below the smallest number of fp16; and what `.grad`
+    holds already must come through as it is."""
+    if family == "strange":
+        model = LanguageModel.from_model(_strange(), eos_ids=EOS, compute="fp16")
+    else:
+        model = language_model(family, eos_ids=EOS, compute="fp16")
+    rollout = draw(model)
+    weights = torch.randn(len(rollout), dtype=torch.float64)
+    plain = double(model)
+    plain.zero_grad()
+    (-(weights * reference_logprob(plain, rollout).sum(1)).sum() / denominator).backward()
+    for before in (None, 1.0):
+        for own in model.parameters():
+            own.grad = None if before is None else torch.full_like(own, before / denominator)
+        model.accumulate_gradient(rollout, weights, denominator=denominator)
+        for own, true in zip(model.parameters(), plain.parameters(), strict=True):
+            expected = true.grad + (before or 0.0) / denominator
+            error = (own.grad.double() - expected).abs().max()
+            assert error < 0.02 * expected.abs().max() + 1e-9 / denominator
 
 
 def test_only_the_head_of_bf16_compute_rounds_its_products(
@@ -264,12 +290,16 @@ class _Strange(GPT2LMHeadModel):
         return out
 
 
-def test_an_unknown_head_is_right_and_loud() -> None:
+def _strange() -> Any:
     plain = tiny("gpt2")
     strange = _Strange(plain.config)
     strange.load_state_dict(plain.state_dict())
+    return strange
+
+
+def test_an_unknown_head_is_right_and_loud() -> None:
     with pytest.warns(RuntimeWarning, match="its output layer is not a known formula"):
-        model = LanguageModel.from_model(strange, name="strange", eos_ids=EOS)
+        model = LanguageModel.from_model(_strange(), name="strange", eos_ids=EOS)
     assert model.head is None
     assert model.attention == SLOT
     rollout = draw(model)
@@ -449,7 +479,7 @@ def test_a_prompt_may_begin_a_text_but_not_end_it() -> None:
 def test_devices_and_compute_are_checked() -> None:
     with pytest.raises(ModelError, match="expected auto, cpu, cuda or cuda:N, got 'gpu'"):
         language_model("gpt2", device="gpu")
-    with pytest.raises(ModelError, match="expected auto, fp32 or bf16, got 'int8'"):
+    with pytest.raises(ModelError, match="expected auto, fp32, bf16, fp16, got 'int8'"):
         language_model("gpt2", compute="int8")
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="this torch sees no GPU"):
