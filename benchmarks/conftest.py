@@ -67,6 +67,7 @@ class Contest:
         *,
         bytes_moved: float = 0,
         flops: float = 0,
+        tokens: int = 0,
         bars: Mapping[str, float] | None = None,
         prepare: Callable[[], object] = lambda: None,
         least_rounds: int = 7,
@@ -81,6 +82,7 @@ class Contest:
             others: name -> entry; what is to be beaten, and ``read``: reading the input alone.
             bytes_moved, flops: the least that ours must move and compute, counted by hand in the
                 benchmark; 0 where the other is what it waits for.
+            tokens: how many a call samples, where that is what it does.
             bars: name -> the speed-up over it that is asked for.
             prepare: runs, untimed, before every entry, so that all find the caches alike.
             calls: how many calls of a round are timed as one, for ops of microseconds; all that is
@@ -125,6 +127,7 @@ class Contest:
             flops=flops,
             gigabytes_per_second=bytes_moved / median / 1e9,
             gigaflops_per_second=flops / median / 1e9,
+            tokens_per_second=tokens / median,
             milliseconds={name: 1e3 * seconds for name, seconds in others_medians.items()},
             speedup={name: seconds / median for name, seconds in others_medians.items()},
             calls=calls,
@@ -211,6 +214,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
             for what, unit in (("bytes", "GB/s"), ("flops", "GFLOP/s"))
             if info[what]
         ]
+        if info["tokens_per_second"]:
+            ours.append(f"{info['tokens_per_second']:.0f} tokens/s")
         if extra:
             ours.append(f"{extra['ours'] / 1e6:.1f} MB extra")
         terminalreporter.write_line(", ".join(ours))

@@ -298,7 +298,8 @@ class Decoder(Protocol):
         """Put prompt ``prompts[i]`` in slot ``slots[i]``, ready for its last token."""
 
     def step(self, tokens: Tensor, reach: int) -> Tensor:
-        """Logits ``(B, V)`` after ``tokens`` ``(B,)``; every live position is below ``reach``.
+        """Logits ``(B, V)`` after ``tokens`` ``(B,)``, as the model's ``logits`` gives them; every
+        live position is below ``reach``.
 
         The result may be a buffer that the next call writes to.
         """

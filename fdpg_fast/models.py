@@ -71,17 +71,14 @@ class Head:
     softcap: float | None
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
-        """``(N, D)`` to ``(N, V)``, without gradient, in ``out`` if given."""
+        """``(N, D)`` to ``(N, V)`` before the soft cap, which is the kernels', without gradient, in
+        ``out`` if given."""
         columns = self.weight.t()
-        if self.bias is None:
-            logits = torch.mm(hidden, columns, out=out)
-        else:
-            logits = torch.addmm(self.bias, hidden, columns, out=out)
         if self.scale != 1.0:
-            logits.mul_(self.scale)
-        if self.softcap is not None:
-            logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
+            hidden = hidden * self.scale
+        if self.bias is None:
+            return torch.mm(hidden, columns, out=out)
+        return torch.addmm(self.bias, hidden, columns, beta=self.scale, out=out)
 
 
 @dataclass(frozen=True)
@@ -418,6 +415,11 @@ class LanguageModel:
         layer = self.model.get_output_embeddings()
         return Head(layer.weight, getattr(layer, "bias", None), *self._fused)
 
+    @property
+    def softcap(self) -> float | None:
+        """Bounds what :meth:`logits` returns, if not None: the kernels do it as they read."""
+        return None if self._fused is None else self._fused[1]
+
     def hidden(self, tokens: Tensor, positions: Tensor, cache: Any = None) -> Tensor:
         """The last hidden states ``(b, W, D)`` fp32 of ``tokens`` ``(b, W)`` at ``positions``.
 
@@ -437,7 +439,8 @@ class LanguageModel:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``(N, V)`` of ``hidden`` ``(N, D)``, in a buffer that the next call writes to."""
+        """Logits ``(N, V)`` of ``hidden`` ``(N, D)``, in a buffer that the next call writes to;
+        :attr:`softcap` is yet to be applied to them."""
         head = self.head
         if head is None:
             return hidden
@@ -877,7 +880,7 @@ class LanguageModel:
             for row, logits in zip(rows, reference, strict=True):
                 tokens, positions = self._padded([row])
                 got = self.logits(self.hidden(tokens, positions)[0])
-                worst = max(worst, _difference(got, logits))
+                worst = max(worst, _difference(got, logits, self.softcap))
         finally:
             self._fused = before
         return worst
@@ -885,7 +888,7 @@ class LanguageModel:
     def _scoring_error(self, rows: list[list[int]], reference: list[Tensor]) -> float:
         states = self.hidden(*self._padded(rows))
         return max(
-            _difference(self.logits(states[i, : len(row)]), reference[i])
+            _difference(self.logits(states[i, : len(row)]), reference[i], self.softcap)
             for i, row in enumerate(rows)
         )
 
@@ -906,7 +909,8 @@ class LanguageModel:
             logits = slots.step(torch.tensor(tokens, device=self.device), reach)
             for i, alive in enumerate(live):
                 if alive:
-                    worst = max(worst, _difference(logits[i], reference[i][place[i]]))
+                    error = _difference(logits[i], reference[i][place[i]], self.softcap)
+                    worst = max(worst, error)
                     place[i] += 1
             slots.positions.add_(torch.tensor(live, device=self.device))
             slots.positions.clamp_(max=longest - 1)
@@ -928,8 +932,11 @@ class LanguageModel:
         )
 
 
-def _difference(logits: Tensor, reference: Tensor) -> float:
-    """Largest difference of two sets of log-probs in nats; NaN counts as infinite."""
+def _difference(logits: Tensor, reference: Tensor, softcap: float | None) -> float:
+    """Largest difference in nats of log-probs from ``logits``, yet to be capped, and from
+    ``reference``; NaN counts as infinite."""
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
     distance = (torch.log_softmax(logits, -1) - torch.log_softmax(reference, -1)).abs().max()
     return float(distance.nan_to_num(nan=torch.inf))
 

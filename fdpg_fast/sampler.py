@@ -203,6 +203,7 @@ class _Work:
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.finish = torch.zeros(rows, dtype=torch.int8, device=device)
         self.judged = [0] * self.count  # tokens of each sample that the stop function has seen
+        self.softcap = model.softcap
         self.eos = torch.tensor(model.eos_ids, dtype=torch.int64, device=device)
 
     def step(self, decoder: Decoder, row: Tensor, reach: int) -> None:
@@ -211,7 +212,9 @@ class _Work:
         logits = decoder.step(self.tokens[row, position], reach)
         # Place in the sample; the clamp is for idle slots, whose prompt had another length.
         place = (position + 1 - self.start[row]).clamp_(0, self.logp.shape[1] - 1)
-        drawn = ops.sample_logprob(logits, self.key, self.sample_id[row], place)
+        drawn = ops.sample_logprob(
+            logits, self.key, self.sample_id[row], place, softcap=self.softcap
+        )
         self.tokens[row, position + 1] = drawn.token
         self.logp[row, place] = drawn.logp.float()
         self.lse[row, place] = drawn.lse.float()

@@ -274,11 +274,18 @@ def test_heads_are_found_by_their_numbers() -> None:
     assert language_model("gpt2").head.scale == 1.0
     assert language_model("cohere").head.scale == 0.25
     assert language_model("granite").head.scale == pytest.approx(1 / 3)
-    assert language_model("gemma2").head.softcap == 3.0
-    head = language_model("gemma2").head
-    hidden = torch.randn(5, 32)
-    expected = 3.0 * torch.tanh(hidden @ head.weight.T / 3.0)
-    torch.testing.assert_close(head.logits(hidden), expected)
+    assert language_model("gemma2").softcap == language_model("gemma2").head.softcap == 3.0
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_logits_are_scaled_and_not_capped(biased: bool) -> None:
+    """The cap is left to the kernels that read them."""
+    hidden, weight = torch.randn(5, 8), torch.randn(7, 8)
+    bias = torch.randn(7) if biased else None
+    expected = 0.3 * torch.nn.functional.linear(hidden, weight, bias)
+    out = torch.full((5, 7), torch.nan)
+    torch.testing.assert_close(Head(weight, bias, 0.3, 2.0).logits(hidden, out=out), expected)
+    torch.testing.assert_close(out, expected)
 
 
 class _Strange(GPT2LMHeadModel):

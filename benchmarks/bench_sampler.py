@@ -1,0 +1,193 @@
+"""Drawing samples: ours against the ways others take with transformers, and against the hardware.
+
+Nobody stops early, so all draw the same number of tokens. `generate` gives tokens alone; f-DPG also
+needs their log-probs. Ours has them; TRL reads every sample once more; disco keeps the logits of
+all steps and takes their log_softmax. Both are written here as the calls of transformers that they
+come down to, so neither needs to be installed.
+
+`roofline` is what cannot be avoided, each part at the speed this machine has for it: the products
+of every step in their shapes with the model's own weights, reading the live keys and values, and
+reading the logits. The GPT-2-shaped model has random weights, which speed does not depend on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from conftest import Contest
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
+
+from fdpg_fast.models import LanguageModel
+from fdpg_fast.ops.linear_head import rounded_products
+from fdpg_fast.rollout import PromptBatch, Rollout
+from fdpg_fast.sampler import Sampler
+
+SHARED = Path(os.environ.get("FDPG_SHARED", Path(__file__).parents[2] / "shared")) / "models"
+STORIES = {  # and the speed-up over `generate` that is asked for
+    "tinystories-instruct-3M-chat-gpt2": 4.0,
+    "stories260K": 2.0,
+}
+
+
+class Drawn:
+    """A model and the work to be done with it: `samples` of `tokens` after one prompt."""
+
+    def __init__(self, plain: Any, prompt: tuple[int, ...], samples: int, tokens: int) -> None:
+        self.plain = plain.eval()
+        self.prompt, self.samples, self.tokens = prompt, samples, tokens
+        self.prompts = PromptBatch(torch.tensor([0]), (prompt,), ("",))
+        self.key = 0
+
+    def ours(self, compute: Literal["fp32", "bf16"] = "fp32") -> Callable[[], Rollout]:
+        model = LanguageModel.from_model(copy.deepcopy(self.plain), compute=compute, eos_ids=())
+        sampler = Sampler(self.tokens, self.samples)
+
+        def draw() -> Rollout:
+            self.key += 1
+            return sampler.draw(model, self.prompts, self.samples, self.key)
+
+        return draw
+
+    def generate(self, **options: Any) -> Any:
+        rows = torch.tensor([self.prompt]).expand(self.samples, -1)
+        return self.plain.generate(
+            rows,
+            attention_mask=torch.ones_like(rows),
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            max_new_tokens=self.tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+            **options,
+        )
+
+    @torch.no_grad()
+    def second_pass(self) -> Tensor:
+        """What TRL does: log-probs of micro-batches of 64, as logit - logsumexp."""
+        parts = []
+        for rows in self.generate().split(64):
+            kept = self.plain(rows, use_cache=False, logits_to_keep=self.tokens + 1).logits[:, :-1]
+            sampled = rows[:, -self.tokens :, None]
+            parts.append(kept.gather(-1, sampled)[..., 0] - kept.logsumexp(-1))
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def kept_scores(self) -> Tensor:
+        """What disco does: log_softmax of the logits of every step, stacked."""
+        out = self.generate(output_scores=True, return_dict_in_generate=True)
+        scores = torch.stack(out.scores, dim=1).log_softmax(-1)
+        return scores.gather(-1, out.sequences[:, -self.tokens :, None])[..., 0]
+
+    def hardware(self, dtype: torch.dtype, *, reads: bool) -> Callable[[], None]:
+        """The products of every step, layers in `dtype` and the head with fp32 logits; with
+        ``reads``, the live cache and the logits are read too."""
+        layers = [weight.to(dtype) for weight in _weights_of_layers(self.plain.base_model)]
+        head = self.plain.get_output_embeddings().weight.detach().t()
+        rows = self.samples
+        inputs = {w.shape[0]: torch.ones(rows, w.shape[0], dtype=dtype) for w in layers}
+        outputs = {w.shape[1]: torch.empty(rows, w.shape[1], dtype=dtype) for w in layers}
+        states, logits = torch.ones(rows, head.shape[0]), torch.empty(rows, head.shape[1])
+        config = self.plain.config
+        heads = config.num_attention_heads
+        key_heads = getattr(config, "num_key_value_heads", heads)
+        per_token = 2 * config.num_hidden_layers * rows * key_heads * config.hidden_size // heads
+        cache = torch.zeros((len(self.prompt) + self.tokens) * per_token, dtype=dtype)
+        rounded = dtype == torch.bfloat16
+
+        def run() -> None:
+            for step in range(self.tokens):
+                for weight in layers:
+                    torch.mm(inputs[weight.shape[0]], weight, out=outputs[weight.shape[1]])
+                with rounded_products(head.device) if rounded else contextlib.nullcontext():
+                    torch.mm(states, head, out=logits)
+                if reads:
+                    live = (len(self.prompt) + step) * per_token
+                    cache[:live].view(torch.int32).sum(dtype=torch.int32)
+                    logits.view(torch.int32).sum(dtype=torch.int32)
+
+        return run
+
+    def check(self, rollout: Rollout) -> None:
+        """Every sample is whole, and its log-probs are the model's own."""
+        assert (rollout.lengths == self.tokens).all()
+        rows = rollout.tokens[:4]
+        with torch.no_grad():
+            logp = self.plain(rows, use_cache=False).logits.log_softmax(-1)[:, :-1]
+        expected = logp.gather(-1, rows[:, 1:, None])[:, -self.tokens :, 0]
+        torch.testing.assert_close(rollout.token_logprob[:4], expected, rtol=0, atol=1e-3)
+
+
+def _weights_of_layers(model: nn.Module) -> list[Tensor]:
+    """``(in, out)`` of every linear layer."""
+    weights = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            weights.append(module.weight.detach().t())
+        elif isinstance(module, Conv1D):
+            weights.append(module.weight.detach())
+    return weights
+
+
+@pytest.mark.parametrize("name", STORIES)
+def test_stories(contest: Contest, name: str) -> None:
+    folder = SHARED / name
+    if not folder.is_dir():
+        pytest.skip("needs the story models beside the checkout")
+    prompt = tuple(AutoTokenizer.from_pretrained(folder).encode("Once upon a time"))
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    drawn = Drawn(plain, prompt, samples=256, tokens=64)
+    ours = drawn.ours()
+    drawn.check(ours())
+    contest.run(
+        ours,
+        {
+            "roofline": drawn.hardware(torch.float32, reads=True),
+            "generate": drawn.generate,
+            "generate, static cache": lambda: drawn.generate(cache_implementation="static"),
+            "TRL's way": drawn.second_pass,
+            "disco's way": drawn.kept_scores,
+        },
+        bars={"generate": STORIES[name]},
+        shape=f"{drawn.samples} samples x {drawn.tokens} tokens",
+        dtype="fp32",
+        least_rounds=3,
+        tokens=drawn.samples * drawn.tokens,
+        took_no_part={"vLLM": "no contender is written"},
+    )
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_gpt2(contest: Contest, compute: Literal["fp32", "bf16"]) -> None:
+    torch.manual_seed(0)
+    drawn = Drawn(GPT2LMHeadModel(GPT2Config()), (464,), samples=64, tokens=16)
+    ours, fp32 = drawn.ours(compute), drawn.ours("fp32")
+    drawn.check(fp32())
+    dtype = torch.float32 if compute == "fp32" else torch.bfloat16
+    others: dict[str, Callable[[], object]] = {
+        "matrix products": drawn.hardware(dtype, reads=False),
+        "roofline": drawn.hardware(dtype, reads=True),
+    }
+    if compute == "fp32":
+        others["generate"] = drawn.generate
+    else:
+        others["ours in fp32"] = fp32
+    contest.run(
+        ours,
+        others,
+        bars={"matrix products": 1 / 1.5} if compute == "fp32" else {"ours in fp32": 2.0},
+        shape=f"{drawn.samples} samples x {drawn.tokens} tokens",
+        dtype=compute,
+        least_rounds=3,
+        tokens=drawn.samples * drawn.tokens,
+    )
