@@ -36,6 +36,8 @@ if TYPE_CHECKING:
         contains,
         function,
         length,
+        lexicon,
+        mentions,
         regex,
         words,
     )
@@ -74,7 +76,9 @@ __all__ = [
     "contains",
     "function",
     "length",
+    "lexicon",
     "load",
+    "mentions",
     "ops",
     "regex",
     "words",
@@ -98,7 +102,7 @@ _MODULES = {
     "sampler": ["Sampler", "SamplingError"],
     "scorers": [
         *("Scorer", "ScorerError"),
-        *("classifier", "contains", "function", "length", "regex", "words"),
+        *("classifier", "contains", "function", "length", "lexicon", "mentions", "regex", "words"),
     ],
     "targets": ["Base", "Target", "TargetError"],
     "trainer": ["Trainer", "TrainingError"],

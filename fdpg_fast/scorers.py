@@ -1,7 +1,7 @@
 """Scorers: what is measured of a text, b(x), phi(x) or r(x) of the papers, one number each.
 
 A scorer sees the *sample*: the text the model wrote, without its prompt and without special
-tokens. (A Python function that takes two arguments is also given the prompts.)
+tokens. (``mentions``, and a Python function of two arguments, are also given the prompts.)
 
 Three kinds of value, because a target uses each in another way:
 
@@ -41,7 +41,9 @@ __all__ = [
     "from_spec",
     "function",
     "length",
+    "lexicon",
     "load_function",
+    "mentions",
     "nearest",
     "regex",
     "words",
@@ -233,14 +235,7 @@ def regex(pattern: str, *, case: bool = True, name: str | None = None) -> Scorer
         case: whether upper and lower case differ (they do, unlike in ``contains``).
         name: by default ``regex 'pattern'``.
     """
-    if not isinstance(pattern, str) or not pattern:
-        raise ScorerError(f"regex: `pattern` expected a regular expression, got {pattern!r}")
-    try:
-        found = re.compile(pattern, 0 if case else re.IGNORECASE)
-    except re.error as error:
-        raise ScorerError(
-            f"regex: `pattern` {pattern!r} is not a regular expression: {error}"
-        ) from error
+    found = _expression("regex", pattern, case)
     return Scorer(
         lambda texts, _: [found.search(x) is not None for x in texts],
         name=name or f"regex {pattern!r}" + ("" if case else ", any case"),
@@ -307,6 +302,74 @@ def words(
         name=name or f"words {label}" + ("" if mode == "presence" else f" ({mode})"),
         kind="boolean" if mode == "presence" else "real",
         key=("words", frozenset(plain), tuple(others), mode, case),
+    )
+
+
+def lexicon(
+    positive: Sequence[str] | str | Path,
+    negative: Sequence[str] | str | Path,
+    *,
+    log: bool = False,
+    name: str | None = None,
+) -> Scorer:
+    """How positive the sample's words of opinion are: a sentiment without a model (positive).
+
+    The share (1 + positive words) / (2 + words of opinion): 1/2 for a text without any, and nearer
+    to 0 or 1 the more of them agree. It does not know what "not" does.
+
+    Args:
+        positive, negative: words or files of them, as for :func:`words`.
+        log: its logarithm instead (real): r = log phi of f-DPG's scalar preferences.
+        name: by default ``sentiment``.
+    """
+    good, bad = (words(source, mode="count") for source in (positive, negative))
+
+    def measure(texts: Sequence[str], _: Sequence[str]) -> Tensor:
+        likes, dislikes = good(texts), bad(texts)
+        share = (1 + likes) / (2 + likes + dislikes)
+        return share.log() if log else share
+
+    return Scorer(
+        measure,
+        name=name or ("log sentiment" if log else "sentiment"),
+        kind="real" if log else "positive",
+        key=("lexicon", good._key, bad._key, log),
+    )
+
+
+def mentions(pattern: str, *, case: bool = True, name: str | None = None) -> Scorer:
+    """1 where the sample contains what a regular expression finds in its prompt (boolean).
+
+    Whether a text keeps to what it was given: to the character of a story, say, by
+    ``named (\\w+)``.
+
+    Args:
+        pattern: what it finds first, or its group if it has one, is looked for as a whole word or
+            phrase.
+        case: whether upper and lower case differ, in both.
+        name: by default ``mentions 'pattern'``.
+    """
+    given = _expression("mentions", pattern, case)
+
+    def wanted(prompt: str) -> re.Pattern[str]:
+        found = given.search(prompt)
+        phrase = found and found[min(1, given.groups)]
+        if not phrase or not phrase.strip():
+            raise ScorerError(
+                f"mentions: {pattern!r} finds nothing in the prompt {shorten(prompt)}. Way out: a "
+                "pattern that fits every prompt"
+            )
+        return re.compile(_phrase(phrase), given.flags)
+
+    def measure(texts: Sequence[str], prompts: Sequence[str]) -> list[bool]:
+        wants = {prompt: wanted(prompt) for prompt in set(prompts)}
+        return [wants[p].search(x) is not None for x, p in zip(texts, prompts, strict=True)]
+
+    return Scorer(
+        measure,
+        name=name or f"mentions {pattern!r}" + ("" if case else ", any case"),
+        kind="boolean",
+        key=("mentions", pattern, case),
     )
 
 
@@ -436,8 +499,9 @@ def from_spec(spec: Any, folder: Path | None = None) -> Scorer:
     else:
         options = {parameters[0]: value, **options}
     _check_options(kind, options, parameters)
-    if kind in ("words", "classifier") and isinstance(options.get(parameters[0]), str):
-        options[parameters[0]] = str(_find(options[parameters[0]], folder))
+    for key in FILES.get(kind, ()):
+        if isinstance(options.get(key), str):
+            options[key] = str(_find(options[key], folder))
     try:
         return build(**options)
     except TypeError as error:  # a required argument is missing
@@ -504,6 +568,17 @@ def shorten(text: object, limit: int = 100) -> str:
 def _phrase(text: str) -> str:
     """A pattern for a whole word or phrase, whatever characters it begins and ends with."""
     return r"(?<!\w)" + r"\s+".join(map(re.escape, text.split())) + r"(?!\w)"
+
+
+def _expression(scorer: str, pattern: str, case: bool) -> re.Pattern[str]:
+    if not isinstance(pattern, str) or not pattern:
+        raise ScorerError(f"{scorer}: `pattern` expected a regular expression, got {pattern!r}")
+    try:
+        return re.compile(pattern, 0 if case else re.IGNORECASE)
+    except re.error as error:
+        raise ScorerError(
+            f"{scorer}: `pattern` {pattern!r} is not a regular expression: {error}"
+        ) from error
 
 
 def _count_words(text: str) -> int:
@@ -685,6 +760,15 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "contains": contains,
     "regex": regex,
     "words": words,
+    "lexicon": lexicon,
+    "mentions": mentions,
     "length": length,
     "classifier": classifier,
+}
+
+# Arguments that may be names of files.
+FILES = {
+    "words": ("source",),
+    "lexicon": ("positive", "negative"),
+    "classifier": ("name_or_path",),
 }

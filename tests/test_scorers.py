@@ -17,6 +17,7 @@ from fdpg_fast.scorers import (
     from_spec,
     function,
     length,
+    mentions,
     regex,
     words,
 )
@@ -335,6 +336,34 @@ def test_files_are_found_beside_the_configuration(tmp_path):
     (tmp_path / "female.txt").write_text("she\n")
     scorer = from_spec({"words": "female.txt", "name": "female"}, tmp_path)
     assert values(scorer, "she ran") == [1]
+
+
+def test_lexicon_is_a_share_between_nothing_and_all(tmp_path):
+    (tmp_path / "bad.txt").write_text("sad\nvery bad\n")
+    spec = {"lexicon": {"positive": ["happy", "glad"], "negative": "bad.txt"}}
+    texts = ("a dog", "Happy, happy, glad.", "sad", "very bad but happy")
+    share = from_spec(spec, tmp_path)
+    assert share.kind == "positive"
+    assert values(share, *texts) == pytest.approx([1 / 2, 4 / 5, 1 / 3, 1 / 2])
+    log = from_spec({**spec, "log": True}, tmp_path)
+    assert (log.kind, log.name) == ("real", "log sentiment")
+    assert log != share
+    assert values(log, *texts) == pytest.approx([math.log(x) for x in (1 / 2, 4 / 5, 1 / 3, 1 / 2)])
+
+
+def test_mentions_looks_for_what_the_prompt_gives():
+    prompts = ["a boy named Tim.", "a girl named Ann.", "a cat named Ann."]
+    scorer = mentions(r"named (\w+)")
+    assert scorer.kind == "boolean"
+    assert scorer(["Tim ran", "Tim ran", "Anna ran; tim sat"], prompts).tolist() == [1, 0, 0]
+    anyhow = mentions(r"NAMED (\w+)", case=False)
+    assert anyhow(["TIM ran", "Tim ran", "ann's hat"], prompts).tolist() == [1, 0, 1]
+    whole = mentions("(?<=a )boy|girl|cat")  # no group: all of it
+    assert whole(["a boy", "a boy", "cats and a cat"], prompts).tolist() == [1, 0, 1]
+    with pytest.raises(ScorerError, match="finds nothing in the prompt 'a dog'"):
+        scorer(["Tim"], ["a dog"])
+    with pytest.raises(ScorerError, match=r"mentions: `pattern` .* is not a regular expression"):
+        mentions("(")
 
 
 def test_every_scorer_can_be_specified():
