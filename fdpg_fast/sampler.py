@@ -240,11 +240,11 @@ class _Work:
         if not ends:
             return
         at = torch.tensor(list(ends), device=row.device)
-        end = torch.tensor(list(ends.values()), device=row.device)
-        self.lengths[at], self.finish[at] = end, int(Finish.STOP)
+        kept = torch.tensor(list(ends.values()), device=row.device)
+        self.lengths[at], self.finish[at] = kept, int(Finish.STOP)
         column = torch.arange(self.tokens.shape[1], device=row.device)
-        self.tokens[at] = self.tokens[at].where(column < (self.start[at] + end)[:, None], 0)
-        inside = column[: self.logp.shape[1]] < end[:, None]
+        self.tokens[at] = self.tokens[at].where(column < (self.start[at] + kept)[:, None], 0)
+        inside = column[: self.logp.shape[1]] < kept[:, None]
         for values in (self.logp, self.lse):
             values[at] = values[at].where(inside, 0.0)
         row.masked_fill_(torch.isin(row, at), self.count)
