@@ -20,12 +20,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 from transformers import AttentionInterface
 from transformers.cache_utils import Cache, CacheLayerMixin
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from fdpg_fast import ops
+from fdpg_fast.packing import Packing, current
 
 __all__ = [
     "REACH_STEP",
@@ -37,6 +39,7 @@ __all__ = [
     "SlotCache",
     "SlotDecoder",
     "attention_report",
+    "packed_kernel",
     "slot_attention",
     "slot_mask",
     "span_mask",
@@ -47,6 +50,8 @@ SLOT = "fdpg_slot"
 # The same with masks of numbers, for families that add to their masks (ALiBi).
 SLOT_MASKED = "fdpg_slot_masked"
 SLOTS = (SLOT, SLOT_MASKED)
+
+FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 # Attended and stored lengths are rounded up to this: few shapes, and above 50 keys of 8 numbers
 # torch's batched product goes to MKL (64 keys took 0.78 ms, 48 took 1.0 ms: B=256, H=16, 2 cores).
@@ -147,7 +152,7 @@ class SlotCache(Cache):
         return 0 if hasattr(Cache, "get_query_offset") else self.positions
 
 
-def span_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+def span_mask(*args: Any, **kwargs: Any) -> Tensor | Packing | None:
     """The mask builder registered as :data:`SLOT`: where a decoding step's live keys are.
 
     For one query per slot on the CPU, ``(B, 1, 1, 2)`` int64: the first live key, and the one after
@@ -156,7 +161,7 @@ def span_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """
     offset = kwargs.get("q_offset")
     mask = slot_mask(*args, **kwargs)
-    if mask is None or not isinstance(offset, Tensor) or offset.ndim != 1:
+    if not isinstance(mask, Tensor) or not isinstance(offset, Tensor) or offset.ndim != 1:
         return mask
     if offset.device.type != "cpu" or mask.shape[2] != 1:
         return mask
@@ -169,11 +174,14 @@ def span_mask(*args: Any, **kwargs: Any) -> Tensor | None:
     return torch.cat((begin, end), -1)
 
 
-def slot_mask(*args: Any, **kwargs: Any) -> Tensor | None:
+def slot_mask(*args: Any, **kwargs: Any) -> Tensor | Packing | None:
     """The mask builder registered as :data:`SLOT_MASKED`: ``sdpa_mask``, plus an offset per row.
 
     With the offsets of a :class:`SlotCache` the result is additive, ``(B, 1, Q, T)``, 0 or -inf.
+    While packed sequences are announced it is their :class:`Packing`, with the layer's window.
     """
+    if (packing := current()) is not None:
+        return packing.within(kwargs.get("local_size"))
     offset = kwargs.get("q_offset")
     if not (isinstance(offset, Tensor) and offset.ndim == 1):
         return sdpa_mask(*args, **kwargs)
@@ -191,7 +199,7 @@ def slot_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Tensor | Packing | None,
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
@@ -202,7 +210,7 @@ def slot_attention(
     Args:
         query: ``(B, H, Q, D)``; ``key`` and ``value``: ``(B, Hk, T, D)``.
         attention_mask: boolean (True: attend) or additive, ``(B, 1, Q, T)``; None: causal; or
-            spans, as :func:`span_mask` makes them.
+            spans, as :func:`span_mask` makes them; or where packed sequences lie, ``(1, H, N, D)``.
         scaling: factor of the scores, ``D ** -0.5`` by default.
         softcap: scores are ``softcap * tanh(scores / softcap)`` (Gemma 2), which sdpa cannot do.
         s_aux: ``(H,)`` attention sinks (gpt-oss), which sdpa cannot do either.
@@ -210,6 +218,8 @@ def slot_attention(
     Returns:
         ``(B, Q, H, D)``, and None for the attention weights that nobody asks for.
     """
+    if isinstance(attention_mask, Packing):
+        return _packed(module, query, key, value, attention_mask, scaling, softcap, s_aux, **kwargs)
     if attention_mask is not None and attention_mask.dtype == torch.int64:
         out = ops.decode_attention(
             query[:, :, 0].to(key.dtype),
@@ -233,6 +243,89 @@ def slot_attention(
     return sdpa_attention_forward(
         module, query, key, value, attention_mask, scaling=scaling, **kwargs
     )
+
+
+def _packed(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each of several sequences that lie in one row."""
+    window = packing.window
+    if window != sliding_window:
+        raise ValueError(
+            f"the mask of a layer has a window of {window}, its attention one of {sliding_window}"
+        )
+    if query.device.type == "cuda":
+        return _varlen(query, key, value, packing, scaling, softcap, sinks), None
+    outs = []
+    parts = (x.split(packing.lengths, dim=2) for x in (query, key, value))
+    for length, q, k, v in zip(packing.lengths, *parts, strict=True):
+        mask = None
+        if window is not None and window < length:
+            mask = torch.ones(length, length, dtype=torch.bool).tril().triu(1 - window)[None, None]
+        outs.append(slot_attention(module, q, k, v, mask, scaling, softcap, sinks, **kwargs)[0])
+    return torch.cat(outs, dim=1), None
+
+
+def _varlen(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    packing: Packing,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """The same by the one kernel that there is for it: flash-attn's, else torch's copy of it."""
+    if value.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"kernels for packed sequences take fp16 and bf16, not {value.dtype}")
+    if sinks is not None:
+        raise ValueError("kernels for packed sequences have no attention sinks")
+    # Under autocast rotated queries and keys may be fp32 beside values in half precision.
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
+    ends, longest = packing.boundaries, max(packing.lengths)
+    window = (-1 if packing.window is None else packing.window - 1, 0)  # before it, and after it
+    if FLASH_ATTN:
+        from flash_attn import flash_attn_varlen_func
+
+        out: Tensor = flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            ends,
+            ends,
+            longest,
+            longest,
+            softmax_scale=scaling,
+            causal=True,
+            window_size=window,
+            softcap=softcap or 0.0,
+        )
+        return out[None]
+    if softcap:
+        raise ValueError("torch's kernel for packed sequences has no soft cap; flash-attn's has")
+    attended = varlen.varlen_attn(
+        q,
+        k,
+        v,
+        ends,
+        ends,
+        longest,
+        longest,
+        scale=scaling,
+        window_size=window,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(attended, Tensor)  # nothing beside it was asked for
+    return attended[None]
 
 
 def _products(
@@ -386,17 +479,26 @@ class RecomputeDecoder:
         return self.model.logits(hidden[self.rows, self.positions.clamp(max=reach - 1)])
 
 
+def packed_kernel() -> str:
+    """Whose kernel attends within packed sequences on a GPU."""
+    return "flash-attn" if FLASH_ATTN else "torch's varlen_attn"
+
+
 def attention_report() -> list[tuple[str, bool, str]]:
     """The attention functions: name, whether it can be used here, and why, for ``fdpg env``."""
     cuda = torch.cuda.is_available()
-    flash = importlib.util.find_spec("flash_attn") is not None
-    why = "needs a GPU" if flash else "flash-attn is not installed"
+    if not FLASH_ATTN:
+        flash = "flash-attn is not installed"
+    else:
+        flash = "flash-attn; samples without a cache, slowly" if cuda else "needs a GPU"
+    packed = packed_kernel() if cuda else "needs a GPU; scoring and training are padded without it"
     return [
         (SLOT, True, "slot cache for sampling, sdpa for scoring; what `auto` takes if it fits"),
         (SLOT_MASKED, True, "the same for families that add to their masks; `auto`'s second"),
+        ("packed", cuda, packed),
         ("sdpa", True, "torch's scaled_dot_product_attention; samples without a cache, slowly"),
         ("eager", True, "plain matrix products; samples without a cache, slowly"),
-        ("flash_attention_2", flash and cuda, "flash-attn" if flash and cuda else why),
+        ("flash_attention_2", FLASH_ATTN and cuda, flash),
     ]
 
 

@@ -37,17 +37,23 @@ from fdpg_fast.attention import (
     SlotCache,
     SlotDecoder,
     attention_report,
+    packed_kernel,
 )
 from fdpg_fast.ops.linear_head import rounded_products
+from fdpg_fast.packing import Packing, announced
 from fdpg_fast.rollout import Rollout
 
 __all__ = ["Head", "LanguageModel", "ModelError", "attention_report"]
 
 Compute = Literal["auto", "fp32", "bf16", "fp16"]
 
-# Padded tokens in one forward pass, without and with a gradient to keep activations for.
+# Tokens in one forward pass, padding included, without and with a gradient to keep activations for.
 SCORE_TOKENS = 8192
 GRADIENT_TOKENS = 4096
+
+# Nats that packed and single texts may differ by on average. A token of another text in sight makes
+# it 0.2 (the OPT of the tests); bf16 itself is 0.003 from fp32 there, fp16 0.0004.
+PACKING_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 
 
 class ModelError(RuntimeError):
@@ -83,13 +89,14 @@ class Head:
 
 @dataclass(frozen=True)
 class _MicroBatch:
-    """Some samples of a rollout, cut to the longest of them."""
+    """Some samples of a rollout: padded to the longest of them, or packed into one row."""
 
-    tokens: Tensor  # (b, W) what the model reads; the last sampled token predicts nothing
-    positions: Tensor  # (b, W)
+    tokens: Tensor  # (b, W) or (1, N) what the model reads; the last token predicts nothing
+    positions: Tensor  # the same
+    packing: Packing | None
     row: Tensor  # (n,) row of the rollout, of each sampled token
     column: Tensor  # (n,) 0..S-1, its place in the sample
-    source: Tensor  # (n,) where the hidden state that predicts it is, in (b * W)
+    source: Tensor  # (n,) where the hidden state that predicts it is, in the flattened tokens
     target: Tensor  # (n,) its id
 
 
@@ -110,6 +117,8 @@ class LanguageModel:
         context_length: most tokens it can read.
         vocab_size: V.
         checks: what the self-test at load found, in nats per token.
+        packs: whether micro-batches are packed, so that no padding is computed.
+        scoring: the same in words, and why, for people.
     """
 
     def __init__(
@@ -152,7 +161,9 @@ class LanguageModel:
             _checkpoint_activations(self.model)
         self._stock_attention: str = self.model.config._attn_implementation
         self.attention = self._stock_attention
+        self.packs = False
         self.checks = self._settle(attention)
+        self.scoring = self._settle_packing()
 
     # --- making one -----------------------------------------------------------------------------
 
@@ -420,8 +431,12 @@ class LanguageModel:
         """Bounds what :meth:`logits` returns, if not None: the kernels do it as they read."""
         return None if self._fused is None else self._fused[1]
 
-    def hidden(self, tokens: Tensor, positions: Tensor, cache: Any = None) -> Tensor:
+    def hidden(
+        self, tokens: Tensor, positions: Tensor, cache: Any = None, packing: Packing | None = None
+    ) -> Tensor:
         """The last hidden states ``(b, W, D)`` fp32 of ``tokens`` ``(b, W)`` at ``positions``.
+
+        With ``packing`` the tokens are ``(1, N)``, several sequences one after the other.
 
         For a family without a fused head these are the logits ``(b, W, V)``: :meth:`logits` and
         the scoring below know.
@@ -432,7 +447,7 @@ class LanguageModel:
             options[self._cache_name] = cache
         if self._takes_positions:
             options["position_ids"] = positions
-        with self._autocast():
+        with self._autocast(), announced(packing):
             out = module(input_ids=tokens, **options)
         states: Tensor = out.logits if self._fused is None else out.last_hidden_state
         return states.float()
@@ -620,9 +635,14 @@ class LanguageModel:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
 
+    def _states(self, batch: _MicroBatch) -> Tensor:
+        """The hidden states ``(n, D)`` that predict the sampled tokens of a micro-batch."""
+        states = self.hidden(batch.tokens, batch.positions, packing=batch.packing)
+        return states.flatten(0, 1)[batch.source]
+
     def _score(self, batch: _MicroBatch, entropy: bool) -> ops.TokenLogprob:
         """Log-probs ``(n,)`` of the sampled tokens of a micro-batch."""
-        states = self.hidden(batch.tokens, batch.positions).flatten(0, 1)[batch.source]
+        states = self._states(batch)
         head = self.head
         if head is None:
             return ops.token_logprob(states, batch.target, entropy=entropy)
@@ -639,7 +659,7 @@ class LanguageModel:
 
     def _backward(self, batch: _MicroBatch, coefficient: Tensor, lse_hint: Tensor) -> Tensor:
         """Add the gradient of sum_n coefficient[n] logp[n]; return logp ``(n,)``, detached."""
-        states = self.hidden(batch.tokens, batch.positions).flatten(0, 1)[batch.source]
+        states = self._states(batch)
         head = self.head
         if head is None:
             logp = ops.token_logprob(states, batch.target).logp
@@ -681,23 +701,47 @@ class LanguageModel:
         order = torch.argsort(widths, descending=True, stable=True)
         if used is not None:
             order = order[used[order]]
+        tokens = rollout.tokens.to(self.device)
         while len(order):
-            width = int(widths[order[0]])
-            size = micro_batch or max(1, budget // width)
+            longest_first = widths[order]
+            if micro_batch is not None:
+                size = micro_batch
+            elif self.packs:
+                size = max(1, int((longest_first.cumsum(0) <= budget).sum()))
+            else:
+                size = max(1, budget // int(longest_first[0]))
             rows, order = order[:size], order[size:]
-            inside = torch.arange(int(lengths[rows].max())) < lengths[rows, None]
-            i, column = inside.nonzero(as_tuple=True)
-            start = prompt_lengths[rows][i]  # where the sample starts in the text
-            i, column, start, rows = (x.to(self.device) for x in (i, column, start, rows))
-            tokens = rollout.tokens.to(self.device)[rows]
-            yield _MicroBatch(
-                tokens=tokens[:, :width],
-                positions=torch.arange(width, device=self.device).expand(len(rows), -1),
-                row=rows[i],
-                column=column,
-                source=i * width + start + column - 1,
-                target=tokens[i, start + column],
-            )
+            yield self._micro_batch(tokens, rows, prompt_lengths[rows], lengths[rows])
+
+    def _micro_batch(
+        self, tokens: Tensor, rows: Tensor, prompt_lengths: Tensor, lengths: Tensor
+    ) -> _MicroBatch:
+        widths = prompt_lengths + lengths - 1
+        width = int(widths.max())
+        inside = torch.arange(int(lengths.max())) < lengths[:, None]
+        i, column = inside.nonzero(as_tuple=True)
+        start = prompt_lengths[i]  # where the sample starts in its text
+        packing = None
+        if self.packs:
+            packing = Packing.of(widths, self.device)
+            text, position = (torch.arange(width) < widths[:, None]).nonzero(as_tuple=True)
+            text, position = text[None], position[None]
+            begin = (widths.cumsum(0) - widths)[i]  # where the text starts in what is read
+        else:
+            text, position = torch.arange(len(rows))[:, None], torch.arange(width)[None]
+            begin = i * width
+        i, column, start, begin, rows, text, position = (
+            x.to(self.device) for x in (i, column, start, begin, rows, text, position)
+        )
+        return _MicroBatch(
+            tokens=tokens[rows[text], position],
+            positions=position.expand(len(text), -1),
+            packing=packing,
+            row=rows[i],
+            column=column,
+            source=begin + start + column - 1,
+            target=tokens[rows[i], start + column],
+        )
 
     def _check_ids(self, rollout: Rollout) -> None:
         """Name a token id that the model does not have. On a GPU this would be a question to the
@@ -722,13 +766,18 @@ class LanguageModel:
 
         Returns:
             Largest differences of log-probs in nats: ``head`` (if fused), ``scoring`` (rows padded
-            on the right), ``decoding`` (slots at unequal positions, if used), and ``tolerance``.
+            on the right), ``decoding`` (slots at unequal positions, if used), and ``tolerance``;
+            ``packing`` (if used): a mean difference, in the compute that the kernel is used with.
 
         Raises:
             ModelError: one of them is above the tolerance.
         """
         with self._plain_compute():
-            return self._measure(*self._references())
+            found = self._measure(*self._references())
+        if self.packs:
+            found["packing"] = self._packing_error()
+            self._require("packing", found["packing"], PACKING_TOLERANCE[self.compute])
+        return found
 
     def _measure(self, rows: list[list[int]], reference: list[Tensor]) -> dict[str, float]:
         tolerance = _tolerance(reference)
@@ -738,13 +787,16 @@ class LanguageModel:
         if self.attention in SLOTS:
             found["decoding"] = self._decoding_error(rows, reference)
         for path, error in found.items():
-            if not error <= tolerance:
-                raise ModelError(
-                    f"{self.name}: {path} differs from the model's own forward pass by {error:.2g} "
-                    f"nats (tolerance {tolerance:.2g}). Reload it with attention='eager'; if it "
-                    "stays, this family cannot be trained here."
-                )
+            self._require(path, error, tolerance)
         return found
+
+    def _require(self, path: str, error: float, tolerance: float) -> None:
+        if not error <= tolerance:
+            raise ModelError(
+                f"{self.name}: {path} differs from the model's own forward pass by {error:.2g} "
+                f"nats (tolerance {tolerance:.2g}). Reload it with attention='eager'; if it "
+                "stays, this family cannot be trained here."
+            )
 
     def _settle(self, wanted: str) -> dict[str, float]:
         """Choose the head and the attention, each only if it agrees with the model itself."""
@@ -774,6 +826,27 @@ class LanguageModel:
             else:
                 self._use_attention(wanted)
             return self._measure(rows, reference)
+
+    def _settle_packing(self) -> str:
+        """Pack if that is right and worth it here; returns :attr:`scoring`."""
+        if self.device.type == "cpu":
+            return "padded: kernels for packed sequences need a GPU"
+        if self.attention not in SLOTS:
+            return f"padded: {self.attention} does not keep packed sequences apart"
+        try:
+            error = self._packing_error()
+        except Exception as refusal:  # of a family or a kernel; padded rows are right
+            return f"padded: {_first_line(refusal)}"
+        if not error <= PACKING_TOLERANCE[self.compute]:
+            problem = f"packed sequences differ from single ones by {error:.2g} nats"
+            warnings.warn(
+                f"{self.name}: scoring padded rows, which is right but slower: {problem}.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            return f"padded: {problem}"
+        self.packs, self.checks["packing"] = True, error
+        return f"packed, by {packed_kernel()}"
 
     def _use_attention(self, name: str) -> None:
         try:
@@ -825,13 +898,7 @@ class LanguageModel:
         attention = self.attention
         if attention in SLOTS:
             self._use_attention(self._stock_attention)
-        generator = torch.Generator().manual_seed(0)
-        longest = min(12, self.context_length)
-        rows = [
-            torch.randint(self.vocab_size, (max(1, longest - cut),), generator=generator).tolist()
-            for cut in (3, 0, 5, 8)
-        ]
-        reference = []
+        rows, reference = self._texts(), []
         for row in rows:
             ids = torch.tensor([row], device=self.device)
             # All ones says nothing new, but without it transformers warns of padding ids in `ids`.
@@ -840,6 +907,14 @@ class LanguageModel:
         if attention in SLOTS:
             self._use_attention(attention)
         return rows, reference
+
+    def _texts(self) -> list[list[int]]:
+        generator = torch.Generator().manual_seed(0)
+        longest = min(12, self.context_length)
+        return [
+            torch.randint(self.vocab_size, (max(1, longest - cut),), generator=generator).tolist()
+            for cut in (3, 0, 5, 8)
+        ]
 
     def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         width = max(len(row) for row in rows)
@@ -891,6 +966,20 @@ class LanguageModel:
             _difference(self.logits(states[i, : len(row)]), reference[i], self.softcap)
             for i, row in enumerate(rows)
         )
+
+    @torch.no_grad()
+    def _packing_error(self) -> float:
+        """Mean difference of log-probs between texts packed and each alone, as they are computed:
+        a kernel for packed sequences may know half precision only."""
+        rows = self._texts()
+        lengths = torch.tensor([len(row) for row in rows])
+        tokens = torch.tensor([[i for row in rows for i in row]], device=self.device)
+        positions = torch.cat([torch.arange(len(row)) for row in rows])[None].to(self.device)
+        packing = Packing.of(lengths, self.device)
+        packed = self.logits(self.hidden(tokens, positions, packing=packing)[0]).clone()
+        alone = [self.logits(self.hidden(*self._padded([row]))[0]).clone() for row in rows]
+        distance = torch.log_softmax(packed, -1) - torch.log_softmax(torch.cat(alone), -1)
+        return float(distance.abs().mean().nan_to_num(nan=torch.inf))
 
     def _decoding_error(self, rows: list[list[int]], reference: list[Tensor]) -> float:
         """Prompts of unequal length, then the rest of each text token by token."""

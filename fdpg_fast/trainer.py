@@ -419,6 +419,7 @@ class Trainer:
         rows = {
             "model": f"{_model_name(self.base)}, {weights}, {self.policy.compute}",
             "device": device_name(self.policy.device),
+            "attention": f"{self.policy.attention}; scoring {self.policy.scoring}",
             "checked": ", ".join(f"{name} to {error:.0e} nats" for name, error in checks.items()),
             "target": str(self.target) + (f"  ({wanted})" if wanted else ""),
             "divergence": f"{self.divergence}: {self.divergence.meaning}",
@@ -439,6 +440,7 @@ class Trainer:
             "device": device_name(self.policy.device),
             "compute": self.policy.compute,
             "attention": self.policy.attention,
+            "scoring": self.policy.scoring,
             "checks": self.policy.checks,
             "model": _model_name(self.base),
             "parameters": sum(p.numel() for p in self.parameters.values()),

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import sys
+from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +15,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 
 from fdpg_fast import attention
 from fdpg_fast.attention import REACH_STEP, SlotCache, slot_attention, slot_mask, span_mask
+from fdpg_fast.packing import Packing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,6 +81,88 @@ def test_slot_attention(
     assert weights is None
     expected = textbook(query, key, value, visible, softcap, s_aux)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("kernel", ["none", "torch", "flash_attn"])
+def test_packed_sequences_do_not_see_each_other(
+    kernel: str, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the GPU's kernels are called with is checked by one that does what they document."""
+    lengths, heads, size = torch.tensor([3, 1, 5]), (4, 2), 8
+    packing = Packing.of(lengths, torch.device("cpu")).within(window)
+    torch.manual_seed(0)
+    query = 3 * torch.randn(1, heads[0], 9, size)
+    key, value = 3 * torch.randn(2, 1, heads[1], 9, size)
+    if kernel != "none":
+        query, key, value = query.half(), key.half(), value.half()
+    expected = []
+    for q, k, v in zip(*(x.split(lengths.tolist(), 2) for x in (query, key, value)), strict=True):
+        n = q.shape[2]
+        visible = torch.ones(n, n, dtype=torch.bool).tril().triu(1 - (window or n))
+        expected.append(textbook(q, k, v, visible[None, None], softcap, None))
+
+    def documented(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ends: Tensor,
+        also: Tensor,
+        longest: int,
+        other: int,
+        *,
+        window_size: tuple[int, int],
+        softcap: float = 0.0,
+        **options: Any,
+    ) -> Tensor:
+        assert torch.equal(ends, also)
+        assert (ends.dtype, ends.tolist(), longest, other) == (torch.int32, [0, 3, 4, 9], 5, 5)
+        assert options in (
+            {"scale": None, "enable_gqa": True},
+            {"softmax_scale": None, "causal": True},
+        )
+        left, right = window_size
+        outs = []
+        for begin, end in itertools.pairwise(ends.tolist()):
+            one = [x[begin:end].transpose(0, 1)[None] for x in (q, k, v)]
+            at = torch.arange(end - begin)
+            before = at[:, None] - at
+            visible = before >= -right
+            if left >= 0:
+                visible &= before <= left
+            outs.append(textbook(*one, visible[None, None], softcap or None, None)[0])
+        return torch.cat(outs)
+
+    monkeypatch.setattr(attention.varlen, "varlen_attn", documented)
+    fake = ModuleType("flash_attn")
+    fake.flash_attn_varlen_func = documented  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "flash_attn", fake)
+    monkeypatch.setattr(attention, "FLASH_ATTN", kernel == "flash_attn")
+    if kernel == "none":
+        module = torch.nn.Module()
+        module.num_key_value_groups = 2  # type: ignore[assignment]
+        out, _ = slot_attention(
+            module, query, key, value, packing, softcap=softcap, sliding_window=window
+        )
+    elif kernel == "torch" and softcap:
+        with pytest.raises(ValueError, match="no soft cap"):
+            attention._varlen(query, key, value, packing, None, softcap, None)
+        return
+    else:  # as under autocast, where rotated queries and keys stay fp32
+        out = attention._varlen(query.float(), key.float(), value, packing, None, softcap, None)
+    torch.testing.assert_close(out.double(), torch.cat(expected, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_attention_refuses_what_it_cannot_do() -> None:
+    x = torch.zeros(1, 2, 3, 8)
+    packing = Packing.of(torch.tensor([3]), x.device)
+    with pytest.raises(ValueError, match="has a window of None, its attention one of 4"):
+        slot_attention(torch.nn.Module(), x, x, x, packing, sliding_window=4)
+    with pytest.raises(ValueError, match=r"fp16 and bf16, not torch\.float32"):
+        attention._varlen(x, x, x, packing, None, None, None)
+    with pytest.raises(ValueError, match="no attention sinks"):
+        attention._varlen(x, x, x.half(), packing, None, None, torch.zeros(2))
 
 
 @pytest.mark.parametrize("queries", [1, 3])

@@ -216,9 +216,9 @@ def test_samples_of_weight_zero_are_not_computed() -> None:
     rows_seen = []
     hidden = model.hidden
 
-    def watched(tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def watched(tokens: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
         rows_seen.append(len(tokens))
-        return hidden(tokens, *rest)
+        return hidden(tokens, *rest, **named)
 
     model.hidden = watched  # type: ignore[method-assign]
     logp = model.accumulate_gradient(rollout, weights, denominator=7)
@@ -380,6 +380,31 @@ def test_the_self_test_finds_a_wrong_path() -> None:
     model._fused = (1.1, None)
     with pytest.raises(ModelError, match=r"differs from the model's own forward pass by .* nats"):
         model.self_test()
+
+
+def test_packing_is_used_where_it_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it is settled on a GPU; which kernel runs there is not at stake."""
+    model = language_model("gpt2")
+    assert not model.packs
+    assert model.scoring == "padded: kernels for packed sequences need a GPU"
+    model.device = torch.device("cuda")
+    for found, scoring in (
+        (0.0, "packed, by "),
+        (1.0, "padded: packed sequences differ from single ones by 1 nats"),
+        (torch.inf, "padded: packed sequences differ"),
+    ):
+        monkeypatch.setattr(model, "packs", False)
+        monkeypatch.setattr(model, "_packing_error", lambda found=found: found)
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            assert model._settle_packing().startswith(scoring)
+        assert (model.packs, len(warned)) == ((True, 0) if found == 0.0 else (False, 1))
+    monkeypatch.setattr(model, "packs", False)
+    monkeypatch.setattr(model, "_packing_error", lambda: 1 / 0)
+    assert model._settle_packing() == "padded: division by zero"
+    model.attention = "eager"
+    assert model._settle_packing() == "padded: eager does not keep packed sequences apart"
+    assert not model.packs
 
 
 # --- files ---------------------------------------------------------------------------------------

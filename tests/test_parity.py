@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from families import batch, double, language_model, reference_logprob
 
+from fdpg_fast import models
 from fdpg_fast.attention import SLOT
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.prompts import Prompts
@@ -19,7 +23,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # The promise: nats per token in fp32.
 TOLERANCE = 1e-4
 
-FAMILIES = ("gpt2", "llama", "opt", "qwen2", "gpt_neox", "gemma2", "cohere", "granite", "gpt_oss")
+FAMILIES = (
+    "gpt2",
+    "llama",
+    "opt",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gpt_neox",
+    "phi",
+    "gemma2",
+    "gemma3_text",
+    "cohere",
+    "granite",
+    "gpt_oss",
+)
 PROMPTS = {
     "one prompt": batch([7, 3, 9]),
     "unequal prompts": batch([7], [7, 3, 9, 11, 2, 30, 8, 1, 1], [5, 5, 60, 4]),
@@ -55,25 +73,68 @@ def test_sampler_scorer_and_fp64_agree(model: LanguageModel, prompts: str, eos: 
     torch.testing.assert_close(rollout.log_q, truth.sum(1), rtol=0, atol=1e-3)
 
 
-@pytest.mark.parametrize("prompts", PROMPTS)
-def test_gradient_is_that_of_log_softmax(model: LanguageModel, prompts: str) -> None:
-    model.eos_ids = EOS["padding ends"]
-    rollout = draw(model, PROMPTS[prompts])
+def assert_gradient(model: LanguageModel, rollout: Rollout, micro_batches: Sequence[Any]) -> None:
+    """Log-probs and gradient of ``accumulate_gradient`` are those of log_softmax in fp64."""
     weights = torch.randn(len(rollout), dtype=torch.float64)
     plain = double(model)
-    (-(weights * reference_logprob(plain, rollout).sum(1)).sum() / 100).backward()
+    plain.zero_grad()
+    logp = reference_logprob(plain, rollout)
+    (-(weights * logp.sum(1)).sum() / 100).backward()
     truth = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
     assert truth
-    for micro_batch in (None, 1, 5):
+    for micro_batch in micro_batches:
         model.model.zero_grad()
-        logp = model.accumulate_gradient(rollout, weights, denominator=100, micro_batch=micro_batch)
-        torch.testing.assert_close(logp, rollout.token_logprob, rtol=0, atol=2 * TOLERANCE)
+        found = model.accumulate_gradient(
+            rollout, weights, denominator=100, micro_batch=micro_batch
+        )
+        torch.testing.assert_close(found.double(), logp.detach(), rtol=0, atol=TOLERANCE)
         for name, parameter in model.model.named_parameters():
             if name in truth:
                 assert parameter.grad is not None, name
                 scale = float(truth[name].abs().max())
                 error = float((parameter.grad.double() - truth[name]).abs().max())
                 assert error <= 1e-4 * scale + 1e-7, (name, micro_batch, error, scale)
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_gradient_is_that_of_log_softmax(model: LanguageModel, prompts: str) -> None:
+    model.eos_ids = EOS["padding ends"]
+    assert_gradient(model, draw(model, PROMPTS[prompts]), (None, 1, 5))
+
+
+@pytest.mark.parametrize("way", ["packed", "eager", "sdpa"])
+@pytest.mark.parametrize("eos", EOS)
+def test_every_way_of_scoring_agrees(
+    model: LanguageModel, eos: str, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.eos_ids = EOS[eos]
+    rollout = draw(model, PROMPTS["unequal prompts"])
+    if way == "packed":
+        monkeypatch.setattr(model, "packs", True)
+        assert model._packing_error() < 1e-6
+        width = (rollout.prompt_lengths + rollout.lengths - 1).sum()
+        seen = [batch.tokens.numel() for batch in model._micro_batches(rollout, None, 7, 4096)]
+        assert sum(seen) == width, "padding was computed"
+    elif way == "sdpa" and not model.model._supports_sdpa:
+        pytest.skip(f"transformers has no sdpa for {model.name}")
+    else:
+        model._use_attention(way)
+    try:
+        with torch.no_grad():
+            truth = reference_logprob(double(model), rollout)
+        scored = model.token_logprob(rollout)
+        torch.testing.assert_close(scored.double(), truth, rtol=0, atol=TOLERANCE)
+        assert_gradient(model, rollout, (None, 5))
+    finally:
+        model._use_attention(SLOT)
+
+
+def test_packing_that_does_not_keep_sequences_apart_is_found(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = language_model("opt")
+    monkeypatch.setattr(models, "announced", lambda packing: contextlib.nullcontext())
+    assert model._packing_error() > 2 * max(models.PACKING_TOLERANCE.values())
 
 
 def test_the_end_of_text_token_is_scored_and_learns() -> None:
