@@ -479,8 +479,8 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def unchanging(self) -> Iterator[None]:
-        """While in here the weights do not change, and nothing records a gradient: in 16-bit compute
-        each weight is rounded once, and not again at every step of a draw."""
+        """While in here the weights do not change, and nothing records a gradient: each weight is
+        rounded to 16 bits once, if at all, and not again at every step of a draw."""
         if self.compute == "fp32":
             yield
             return
