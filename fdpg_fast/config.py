@@ -193,8 +193,8 @@ class OptimiserConfig:
         betas: of AdamW
         epsilon: of AdamW
         max_grad_norm: gradients are scaled down to this norm; .inf: never
-        micro_batch: samples per forward and backward pass; null: as many as make 4096 tokens;
-            changes memory, not the gradient
+        micro_batch: samples per forward and backward pass; null: as many as make 4096 tokens with
+            little padding; changes memory, not the gradient
     """
 
     learning_rate: float = 3e-5

@@ -51,6 +51,14 @@ Compute = Literal["auto", "fp32", "bf16", "fp16"]
 SCORE_TOKENS = 8192
 GRADIENT_TOKENS = 4096
 
+# Share of them that may be padding, in a micro-batch of more than so many tokens. CPU seconds of a
+# gradient over 256 samples of up to 40 tokens, one core, 3.4 M weights (260 K weights):
+#   lengths                     uniform        geometric, mean 10
+#   4096 tokens whatever        2.20 (0.40)    1.56 (0.31)
+#   by this rule                1.88 (0.32)    1.08 (0.21)
+#   packed, text by text        2.19 (0.55)    1.38 (0.44)
+PADDING, PADDED_TOKENS = 1 / 8, 1024
+
 # Nats that packed and single texts may differ by on average. A token of another text in sight makes
 # it 0.2 (the OPT of the tests); bf16 itself is 0.003 from fp32 there, fp16 0.0004.
 PACKING_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
@@ -703,15 +711,17 @@ class LanguageModel:
             order = order[used[order]]
         tokens = rollout.tokens.to(self.device)
         while len(order):
-            longest_first = widths[order]
-            if micro_batch is not None:
-                size = micro_batch
-            elif self.packs:
-                size = max(1, int((longest_first.cumsum(0) <= budget).sum()))
-            else:
-                size = max(1, budget // int(longest_first[0]))
+            size = micro_batch or self._size(widths[order], budget)
             rows, order = order[:size], order[size:]
             yield self._micro_batch(tokens, rows, prompt_lengths[rows], lengths[rows])
+
+    def _size(self, longest_first: Tensor, budget: int) -> int:
+        """How many of the texts of these lengths the next micro-batch reads."""
+        computed = needed = longest_first.cumsum(0)
+        if not self.packs:
+            computed = torch.arange(1, len(longest_first) + 1) * longest_first[0]
+        dense = (needed >= (1 - PADDING) * computed) | (computed <= PADDED_TOKENS)
+        return max(1, int((dense & (computed <= budget)).sum()))
 
     def _micro_batch(
         self, tokens: Tensor, rows: Tensor, prompt_lengths: Tensor, lengths: Tensor

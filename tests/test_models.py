@@ -15,7 +15,7 @@ from tiny import write_tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 
-from fdpg_fast import ops
+from fdpg_fast import models, ops
 from fdpg_fast.attention import SLOT, SLOT_MASKED, attention_report
 from fdpg_fast.models import Head, LanguageModel, ModelError
 from fdpg_fast.rollout import Rollout
@@ -160,6 +160,28 @@ def test_scores_do_not_depend_on_the_micro_batch() -> None:
     assert (whole[~inside] == 0).all()
     with pytest.raises(ValueError, match="micro_batch: expected at least 1 sample, got 0"):
         model.token_logprob(rollout, micro_batch=0)
+
+
+@pytest.mark.parametrize("packs", [False, True])
+def test_micro_batches_hold_little_padding(packs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "PADDED_TOKENS", 64)
+    model = language_model("gpt2", eos_ids=EOS)
+    model.packs = packs
+    rollout = draw(model, each=40)
+    widths = rollout.prompt_lengths + rollout.lengths - 1
+    assert len(set(widths.tolist())) > 8
+    seen, batches = [], list(model._micro_batches(rollout, None, None, budget=200))
+    for one in batches:
+        rows = one.row.unique()
+        seen += rows.tolist()
+        computed, needed = one.tokens.numel(), int(widths[rows].sum())
+        assert computed <= 200
+        limit = 0.0 if packs else models.PADDING
+        assert computed - needed <= limit * computed or (computed <= 64 and not packs)
+    assert sorted(seen) == list(range(len(rollout)))
+    assert len(batches) <= 1.5 * int(widths.sum()) / 200 + 3
+    # One text that is longer than the budget is a batch of its own.
+    assert len(list(model._micro_batches(rollout, None, None, budget=1))) == len(rollout)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
