@@ -141,14 +141,17 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
 
 
 def test_strided_hidden() -> None:
-    """Hidden states that are a slice of something wider, as models hand them over."""
+    """Hidden states that are a slice of something wider, as models hand them over.
+
+    Not bit for bit: on some CPUs the matrix product takes another kernel for another row stride.
+    """
     case = Case(12, 6, 31, chunk=5)
     x = make(case)
     wide = torch.randn(12, 20)
     wide[:, 3:9] = x.hidden.detach()
     view = x._replace(hidden=wide[:, 3:9])
     for a, b in zip(fused(case, x), fused(case, view), strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
 def test_compiles_to_one_node() -> None:
