@@ -6,6 +6,7 @@ feature and how far p is from a, both with standard errors.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +57,27 @@ def test_every_story_gets_a_dog(
     _assert_loads_in_transformers(trainer)
 
 
-@pytest.mark.parametrize(("model", "learning_rate"), [("stories_3m", 5e-6), ("stories_260k", 1e-4)])
+@pytest.mark.parametrize(("model", "learning_rate"), [("stories_3m", 5e-6), ("stories_260k", 3e-5)])
 def test_half_of_the_stories_get_a_female_word(
     model: str, learning_rate: float, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
-    """In steps a tenth of the others': this target is near, and large steps wander about it."""
+    """Within 3 points, as far as the samples tell that it is measured on and was fitted on.
+
+    It ends low: what is learnt first is to write such words more often, and only then to write them
+    where there are none yet.
+    """
     path = request.getfixturevalue(model)
-    trainer, _ = run_recipe("half_female", path, tmp_path, steps=40, learning_rate=learning_rate)
-    share, error = trainer.evaluate(4096)["tuned"]["moment: a female word"]
-    assert error < 0.012
-    assert share == pytest.approx(0.5, abs=0.03)
+    trainer, _ = run_recipe("half_female", path, tmp_path, steps=20, learning_rate=learning_rate)
+    measured = trainer.evaluate(2048)
+    feature = "moment: a female word"
+    before, _ = measured["base"][feature]
+    share, error = measured["tuned"][feature]
+    fitted = 0.5 / trainer.config.target.fit_samples**0.5  # error of the moment that p itself has
+    assert abs(before - 0.5) > 3 * error
+    assert abs(share - 0.5) < 0.03 + 2 * math.hypot(error, fitted)
+    # And not by moving something else: by every divergence p is nearer than it was.
+    for divergence in ("kl", "reverse_kl", "tv", "js"):
+        assert measured["tuned"][divergence][0] < 0.9 * measured["base"][divergence][0]
 
 
 @MODELS
