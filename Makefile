@@ -58,7 +58,7 @@ cuda-compile: venv ## nvcc compiles every CUDA file and its binding for sm_80 an
 
 BENCHMARKS ?= benchmarks
 bench: install ## every benchmark, or those that BENCHMARKS="FILE ..." names
-	$(BIN)/python -m pytest $(BENCHMARKS) -o python_files='bench_*.py' -o addopts=--strict-markers -s
+	$(BIN)/python -m pytest $(BENCHMARKS) -o python_files='bench_*.py' -o addopts=--strict-markers -W default -s
 
 gpu: venv ## on a machine with a GPU: the CUDA extension, every test, compute-sanitizer, benchmarks
 	FDPG_CUDA=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[test,check]"
