@@ -107,6 +107,22 @@ std::tuple<Tensor, Tensor, Tensor> sample_logprob(const Tensor& logits, const Te
   return {call.token, call.logp, call.lse};
 }
 
+void cache_append_(const Tensor& keys, const Tensor& values, const Tensor& new_keys,
+                   const Tensor& new_values, const Tensor& position) {
+  const CacheAppend call(keys, values, new_keys, new_values, position);
+  const Place place(keys);
+  check("cache_append_", cuda::cache_append(call.params, place.stream()));
+}
+
+Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& values,
+                        const Tensor& end, const OptionalTensor& begin, const OptionalTensor& sinks,
+                        double scale, double softcap) {
+  const DecodeAttention call(query, keys, values, end, begin, sinks, scale, softcap);
+  const Place place(query);
+  check("decode_attention", cuda::decode_attention(call.params, place.stream()));
+  return call.out;
+}
+
 Tensor sequence_logprob(const Tensor& values, const Tensor& lengths) {
   const SequenceLogprob call(values, lengths);
   const Place place(values);
@@ -151,6 +167,8 @@ STABLE_TORCH_LIBRARY_IMPL(fdpg, CUDA, m) {
   m.impl("token_logprob_backward_", TORCH_BOX(&token_logprob_backward_));
   m.impl("token_logprob_numerators_", TORCH_BOX(&token_logprob_numerators_));
   m.impl("sample_logprob", TORCH_BOX(&sample_logprob));
+  m.impl("cache_append_", TORCH_BOX(&cache_append_));
+  m.impl("decode_attention", TORCH_BOX(&decode_attention));
   m.impl("sequence_logprob", TORCH_BOX(&sequence_logprob));
   m.impl("log_partition_", TORCH_BOX(&log_partition_));
   m.impl("fdiv_weights", TORCH_BOX(&fdiv_weights));

@@ -21,13 +21,14 @@ _build.load()
 def cache_append_(
     keys: Tensor, values: Tensor, new_keys: Tensor, new_values: Tensor, position: Tensor
 ) -> None:
-    """cache[b, :, position[b] + q] = new[b, :, q], for keys and values; CPU only so far.
+    """cache[b, :, position[b] + q] = new[b, :, q], for keys and values.
 
     Args:
         keys, values: ``[B, Hk, T, D]`` and ``[B, Hk, T, E]``, any dtype, written in place.
         new_keys, new_values: ``[B, Hk, Q, D]`` and ``[B, Hk, Q, E]``, of the same dtypes. All four
             contiguous along the last dimension.
-        position: ``[B]`` int64 in [0, T - Q].
+        position: ``[B]`` int64 in [0, T - Q]. Outside of it, a CUDA device leaves the sequence as
+            it is.
 
     Raises:
         RuntimeError: a shape, dtype, device, stride or position that does not fit.
@@ -52,14 +53,15 @@ def decode_attention(
         out = sum_t softmax(s)_t v_t
 
     Only live keys are read, in their storage type; sums are fp32 (fp64 for fp64). The result of a
-    sequence does not depend on the others, nor on T. Not differentiable; CPU only so far.
+    sequence does not depend on the others, nor on T. Not differentiable.
 
     Args:
         query: ``[B, H, D]`` fp32, bf16, fp16 or fp64.
         keys, values: ``[B, Hk, T, D]`` and ``[B, Hk, T, E]`` of that dtype, contiguous along the
             last dimension; Hk divides H, and query head h attends to key head h // (H / Hk).
         end, begin: ``[B]`` int64, 0 <= begin <= end <= T; without ``begin``, from 0. A window of W
-            tokens is ``begin = end - W``. An empty span gives zeros.
+            tokens is ``begin = end - W``. An empty span gives zeros; one that cannot be, NaN on a
+            CUDA device.
         scale: ``D ** -0.5`` by default.
         softcap: bounds the scores smoothly (Gemma 2); 0: does not.
         sinks: ``[H]`` scores that take part in the softmax and have no value (gpt-oss).

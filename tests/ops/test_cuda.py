@@ -167,6 +167,37 @@ def test_sample_logprob_agrees_with_the_cpu(cuda: torch.device) -> None:
     assert torch.equal(same.logp, got.logp)  # what was sampled is what is scored
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_decode_attention_agrees_with_the_cpu(cuda: torch.device, dtype: torch.dtype) -> None:
+    query = torch.randn(6, 12, 64, dtype=dtype)
+    keys, values = torch.randn(2, 6, 4, 90, 64, dtype=dtype)[..., :80, :]
+    end, sinks = torch.tensor([0, 1, 17, 64, 79, 80]), torch.randn(12)
+    options = {"begin": end // 3, "softcap": 5.0}
+    expected = ops.decode_attention(query, keys, values, end, sinks=sinks, **options)
+    moved = [t.to(cuda) for t in (query, keys, values, end)]
+    options["begin"] = options["begin"].to(cuda)
+    got = ops.decode_attention(*moved, sinks=sinks.to(cuda), **options)
+    tolerance = {torch.float32: 5e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}[dtype]
+    torch.testing.assert_close(got.cpu(), expected, rtol=tolerance, atol=tolerance)
+
+
+def test_a_span_that_cannot_be_is_nan(cuda: torch.device) -> None:
+    query, cache = torch.randn(2, 1, 8, device=cuda), torch.randn(2, 1, 5, 8, device=cuda)
+    out = ops.decode_attention(query, cache, cache, torch.tensor([-1, 5], device=cuda))
+    assert out.isnan().flatten(1).all(1).tolist() == [True, False]
+
+
+def test_cache_append_agrees_with_the_cpu(cuda: torch.device) -> None:
+    position, new = torch.tensor([3, 0, 7]), torch.randn(3, 2, 2, 40)
+    caches = [torch.zeros(3, 2, 9, 40), torch.zeros(3, 2, 9, 24)]
+    on_device = [t.to(cuda) for t in caches]
+    ops.cache_append_(*caches, new, new[..., 3:27], position)
+    moved = new.to(cuda)
+    ops.cache_append_(*on_device, moved, moved[..., 3:27], position.to(cuda))
+    for got, expected in zip(on_device, caches, strict=True):
+        assert torch.equal(got.cpu(), expected)
+
+
 def test_sequence_logprob_has_the_bits_of_the_cpu(cuda: torch.device) -> None:
     values = torch.randn(70, 45)[:, :40]
     lengths = torch.randint(41, (70,))

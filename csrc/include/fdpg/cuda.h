@@ -33,6 +33,11 @@ Status token_logprob_numerators(const TokenLogprobNumeratorsParams& p, void* wor
 std::size_t sample_logprob_workspace(const SampleLogprobParams& p);
 Status sample_logprob(const SampleLogprobParams& p, void* workspace, Stream stream);
 
+// A sequence whose position is out of range is left as it is.
+Status cache_append(const CacheAppendParams& p, Stream stream);
+
+Status decode_attention(const DecodeAttentionParams& p, Stream stream);
+
 Status sequence_logprob(const SequenceLogprobParams& p, Stream stream);
 
 Status log_partition(const LogPartitionParams& p, Stream stream);

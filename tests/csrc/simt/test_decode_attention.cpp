@@ -1,0 +1,269 @@
+// decode_attention and cache_append on CUDA against the CPU's, which are tested against long
+// double: head sizes that end inside a lane's share, one to all lanes per key, shared key heads,
+// spans that no thread may look beyond, and the same bits whatever the schedule, the room and the
+// alignment.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <random>
+#include <type_traits>
+#include <vector>
+
+#include "fdpg/cpu.h"
+#include "fdpg/types.h"
+#include "harness.h"
+//
+#include "cache_append.cu"
+#include "decode_attention.cu"
+
+using namespace fdpg;
+
+namespace {
+
+struct Shape {
+  int64_t sequences, heads, key_heads, tokens, size, value_size;
+  double softcap = 0;
+  bool sinks = false;
+  int64_t room = 0;  // elements behind each row of the cache
+  int offset = 0;    // of the cache, in elements past a 16-byte boundary
+  int64_t live = 0;  // spans end by then; 0: by `tokens`
+};
+
+template <class T>
+struct Problem {
+  Shape s;
+  Buffer<int64_t> begin, end;
+  Buffer<T> query, keys, values, out;
+  Buffer<accumulate_t<T>> sinks;
+
+  explicit Problem(const Shape& s)
+      : s(s),
+        begin(s.sequences),
+        end(s.sequences),
+        query(s.sequences * s.heads * s.size),
+        keys(s.sequences * s.key_heads * s.tokens * (s.size + s.room), s.offset),
+        values(s.sequences * s.key_heads * s.tokens * (s.value_size + s.room), s.offset),
+        out(s.sequences * s.heads * s.value_size),
+        sinks(s.heads) {
+    std::mt19937 engine(7);
+    std::normal_distribution<double> normal(0, 1.2);
+    auto number = [&] { return store<T>(static_cast<accumulate_t<T>>(normal(engine))); };
+    const int64_t live = s.live > 0 ? s.live : s.tokens;
+    for (int64_t b = 0; b < s.sequences; ++b) {
+      end[b] = b == 0 ? live : 11 * b % live;
+      begin[b] = b % 3 == 2 ? end[b] / 2 : 0;
+    }
+    for (int64_t i = 0; i < query.size(); ++i) query[i] = number();
+    for (int64_t h = 0; h < s.heads; ++h) sinks[h] = static_cast<float>(normal(engine));
+    for (int64_t row = 0; row < s.sequences * s.key_heads; ++row) {
+      const int64_t b = row / s.key_heads;
+      for (int64_t t = begin[b]; t < end[b]; ++t) {
+        for (int64_t d = 0; d < s.size; ++d) at(keys, row, t, s.size)[d] = number();
+        for (int64_t e = 0; e < s.value_size; ++e) at(values, row, t, s.value_size)[e] = number();
+      }
+    }
+  }
+
+  T* at(Buffer<T>& cache, int64_t row, int64_t t, int64_t size) {
+    return cache.data() + (row * s.tokens + t) * (size + s.room);
+  }
+
+  // What is not live, and the room behind rows, may not even be read.
+  void forbid(Buffer<T>& cache, int64_t size) {
+    for (int64_t row = 0; row < s.sequences * s.key_heads; ++row) {
+      const int64_t b = row / s.key_heads;
+      for (int64_t t = 0; t < s.tokens; ++t) {
+        const int64_t first = (row * s.tokens + t) * (size + s.room);
+        const bool live = begin[b] <= t && t < end[b];
+        cache.forbid(first + (live ? size : 0), s.room + (live ? 0 : size));
+      }
+    }
+  }
+
+  DecodeAttentionParams params(Dtype dtype) {
+    DecodeAttentionParams p{};
+    p.query = query.data();
+    p.keys = keys.data();
+    p.values = values.data();
+    p.out = out.data();
+    p.dtype = dtype;
+    p.sequences = s.sequences;
+    p.heads = s.heads;
+    p.key_heads = s.key_heads;
+    p.tokens = s.tokens;
+    p.size = s.size;
+    p.value_size = s.value_size;
+    p.query_stride[0] = s.heads * s.size;
+    p.query_stride[1] = s.size;
+    p.key_stride[2] = s.size + s.room;
+    p.value_stride[2] = s.value_size + s.room;
+    for (int i = 1; i >= 0; --i) {
+      const int64_t times = i == 1 ? s.tokens : s.key_heads;
+      p.key_stride[i] = p.key_stride[i + 1] * times;
+      p.value_stride[i] = p.value_stride[i + 1] * times;
+    }
+    p.begin = begin.data();
+    p.end = end.data();
+    p.sinks = s.sinks ? sinks.data() : nullptr;
+    p.scale = 0.3;
+    p.softcap = s.softcap;
+    return p;
+  }
+
+  std::vector<T> on_cpu(Dtype dtype) {
+    CHECK(cpu::decode_attention(params(dtype), 0, s.sequences * s.key_heads) == kOk);
+    return {out.data(), out.data() + out.size()};
+  }
+
+  std::vector<T> on_device(Dtype dtype) {
+    const auto p = params(dtype);
+    for (int64_t i = 0; i < out.size(); ++i) out[i] = store<T>(NAN);
+    run_on_device([&] { return cuda::decode_attention(p, nullptr); });
+    return {out.data(), out.data() + out.size()};
+  }
+};
+
+template <class T>
+bool equal_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+// Sums of some tens of numbers of size 1 in fp32; two 16-bit results are a rounding apart at most.
+template <class T>
+constexpr double kTolerance = sizeof(T) == 8   ? 1e-13
+                              : sizeof(T) == 4 ? 3e-6
+                                               : 2e-3;
+template <>
+constexpr double kTolerance<BFloat16> = 1.6e-2;
+
+template <class T>
+void check(Dtype dtype, const Shape& shape) {
+  Problem<T> problem(shape);
+  const std::vector<T> expected = problem.on_cpu(dtype);
+  problem.forbid(problem.keys, shape.size);
+  problem.forbid(problem.values, shape.value_size);
+  std::vector<T> first;
+  for_each_schedule([&](int schedule) {
+    const std::vector<T> got = problem.on_device(dtype);
+    if (schedule == 0) {
+      first = got;
+      double worst = 0;
+      for (size_t i = 0; i < got.size(); ++i) {
+        const double error = std::fabs(static_cast<double>(load(got[i])) - load(expected[i]));
+        worst = error <= worst ? worst : error;  // NaN is worst
+      }
+      CHECK_NEAR(worst, 0.0, kTolerance<T>);
+    }
+    CHECK(equal_bits(got, first));
+  });
+
+  // More room for tokens, and rows that lie elsewhere.
+  Shape other = shape;
+  other.live = shape.tokens;
+  other.tokens += 9;
+  other.room = shape.room == 0 ? 1 : 0;
+  other.offset = shape.offset == 0 ? 1 : 0;
+  Problem<T> moved(other);
+  CHECK(equal_bits(moved.on_device(dtype), first));
+}
+
+template <class T>
+void every_shape(Dtype dtype) {
+  for (const Shape& s : {
+           Shape{1, 1, 1, 1, 1, 1},
+           Shape{5, 4, 2, 37, 8, 8},                   // a lane per key, two heads share it
+           Shape{4, 5, 1, 40, 17, 33, 0, true, 2, 1},  // five share: a block of four, one of one
+           Shape{4, 3, 3, 160, 64, 64, 2.0},           // 8 lanes per key
+           Shape{3, 2, 1, 37, 200, 256, 0, true},      // a warp per key
+           Shape{3, 4, 2, 37, 300, 40, 0.5, false, 0, 3},  // the large sizes
+       }) {
+    check<T>(dtype, s);
+  }
+}
+
+void test_bad_spans_are_nan_and_empty_ones_zero() {
+  Problem<float> problem({5, 2, 1, 6, 8, 4});
+  for (int b = 0; b < 5; ++b) problem.begin[b] = 0, problem.end[b] = b == 4 ? 6 : 0;
+  problem.end[1] = 7;
+  problem.begin[2] = -1;
+  problem.begin[3] = 1;  // after its end
+  for (int64_t i = 0; i < problem.keys.size(); ++i) problem.keys[i] = 1;
+  for (int64_t i = 0; i < problem.values.size(); ++i) problem.values[i] = 1;
+  const std::vector<float> got = problem.on_device(Dtype::kFloat32);
+  for (int i = 0; i < 40; ++i) CHECK_NEAR(got[i], i < 8 ? 0.0 : i < 32 ? NAN : 1.0, 1e-6);
+}
+
+void test_what_is_not_finite_is_seen() {
+  const float infinity = std::numeric_limits<float>::infinity();
+  Problem<float> problem({4, 1, 1, 40, 8, 8});
+  for (int b = 0; b < 4; ++b) problem.begin[b] = 0, problem.end[b] = 40;
+  for (int64_t i = 0; i < problem.query.size(); ++i) problem.query[i] = 1;
+  for (int64_t i = 0; i < problem.keys.size(); ++i) problem.keys[i] = 0;
+  for (int64_t i = 0; i < problem.values.size(); ++i) problem.values[i] = 2;
+  auto key = [&](int64_t b, int64_t t) { return problem.at(problem.keys, b, t, 8); };
+  key(0, 33)[5] = NAN;
+  for (int t = 0; t < 40; ++t) key(1, t)[0] = -infinity;  // no score above minus infinity
+  for (int t = 0; t < 39; ++t) key(2, t)[0] = -infinity;  // one: its value, others weigh nothing
+  problem.at(problem.values, 2, 39, 8)[3] = 7;
+  key(3, 11)[0] = infinity;
+  const std::vector<float> got = problem.on_device(Dtype::kFloat32);
+  for (int i = 0; i < 32; ++i) CHECK_NEAR(got[i], i / 8 != 2 ? NAN : i % 8 == 3 ? 7 : 2, 0.0);
+}
+
+// Rows of `bytes`, `room` bytes behind each; positions out of range leave their sequence as it is.
+void check_append(int64_t key_bytes, int64_t value_bytes, int64_t room) {
+  const int64_t sequences = 4, heads = 3, tokens = 7, queries = 2,
+                bytes[] = {key_bytes, value_bytes};
+  Buffer<int64_t> position(std::vector<int64_t>{5, 6, -1, 0});
+  std::vector<char> expected[2];
+  Buffer<char> keys(sequences * heads * tokens * (key_bytes + room));
+  Buffer<char> values(sequences * heads * tokens * (value_bytes + room));
+  Buffer<char> new_keys(sequences * heads * queries * key_bytes);
+  Buffer<char> new_values(sequences * heads * queries * value_bytes);
+  Buffer<char>* caches[] = {&keys, &values};
+  Buffer<char>* states[] = {&new_keys, &new_values};
+  CacheAppendParams p{};
+  for (int i = 0; i < 2; ++i) {
+    const int64_t row = bytes[i] + room;
+    for (int64_t j = 0; j < states[i]->size(); ++j) (*states[i])[j] = static_cast<char>(j * 7 + i);
+    p.parts[i] = {caches[i]->data(),
+                  states[i]->data(),
+                  bytes[i],
+                  {heads * tokens * row, tokens * row, row},
+                  {heads * queries * bytes[i], queries * bytes[i], bytes[i]}};
+  }
+  p.sequences = sequences;
+  p.heads = heads;
+  p.tokens = tokens;
+  p.queries = queries;
+  p.position = position.data();
+  const auto clear = [&] {
+    for (Buffer<char>* cache : caches) std::fill_n(cache->data(), cache->size(), char{-1});
+  };
+  clear();
+  CHECK(cpu::cache_append(p, 0, sequences) == 1);
+  for (int i = 0; i < 2; ++i) {
+    expected[i].assign(caches[i]->data(), caches[i]->data() + caches[i]->size());
+  }
+  for_each_schedule([&](int) {
+    clear();
+    run_on_device([&] { return cuda::cache_append(p, nullptr); });
+    for (int i = 0; i < 2; ++i) CHECK(same_bits(*caches[i], expected[i]));
+  });
+}
+
+}  // namespace
+
+int main() {
+  return run_tests([] {
+    every_shape<float>(Dtype::kFloat32);
+    every_shape<BFloat16>(Dtype::kBFloat16);
+    every_shape<Float16>(Dtype::kFloat16);
+    every_shape<double>(Dtype::kFloat64);
+    test_bad_spans_are_nan_and_empty_ones_zero();
+    test_what_is_not_finite_is_seen();
+    check_append(32, 48, 0);
+    check_append(32, 16, 16);
+    check_append(3, 10, 1);
+  });
+}
