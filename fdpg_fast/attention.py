@@ -353,7 +353,9 @@ def _products(
     if mask is not None:
         mask = mask[:, :, None]  # (B, 1, 1, Q, T)
         if mask.dtype == torch.bool:
-            mask = torch.zeros((), device=mask.device).where(mask, -torch.inf)
+            # Not -inf: padding on the left sees nothing, and 0 * NaN of it would be seen by all.
+            hidden = torch.finfo(torch.float32).min
+            mask = torch.zeros((), device=mask.device).where(mask, hidden)
         scores = scores + mask
     if sinks is not None:
         column = sinks.float().view(1, key_heads, groups, 1, 1)
