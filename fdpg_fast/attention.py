@@ -14,6 +14,8 @@ slot, T stored positions, N prompts, V vocabulary.
 
 from __future__ import annotations
 
+import functools
+import importlib
 import importlib.util
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -39,6 +41,7 @@ __all__ = [
     "SlotCache",
     "SlotDecoder",
     "attention_report",
+    "flash_attn_fits",
     "packed_kernel",
     "slot_attention",
     "slot_mask",
@@ -50,8 +53,6 @@ SLOT = "fdpg_slot"
 # The same with masks of numbers, for families that add to their masks (ALiBi).
 SLOT_MASKED = "fdpg_slot_masked"
 SLOTS = (SLOT, SLOT_MASKED)
-
-FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 # Attended and stored lengths are rounded up to this: few shapes, and above 50 keys of 8 numbers
 # torch's batched product goes to MKL (64 keys took 0.78 ms, 48 took 1.0 ms: B=256, H=16, 2 cores).
@@ -280,7 +281,7 @@ def _varlen(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """The same by the one kernel that there is for it: flash-attn's, else torch's copy of it."""
+    """The same by the one kernel that there is for it: :func:`packed_kernel` says whose."""
     if value.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(f"kernels for packed sequences take fp16 and bf16, not {value.dtype}")
     if sinks is not None:
@@ -289,7 +290,8 @@ def _varlen(
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     ends, longest = packing.boundaries, max(packing.lengths)
     window = (-1 if packing.window is None else packing.window - 1, 0)  # before it, and after it
-    if FLASH_ATTN:
+    flash, why_not = _flash_attn()
+    if flash:
         from flash_attn import flash_attn_varlen_func
 
         out: Tensor = flash_attn_varlen_func(
@@ -307,7 +309,9 @@ def _varlen(
         )
         return out[None]
     if softcap:
-        raise ValueError("torch's kernel for packed sequences has no soft cap; flash-attn's has")
+        raise ValueError(
+            f"torch's kernel for packed sequences has no soft cap; flash-attn's has, but {why_not}"
+        )
     attended = varlen.varlen_attn(
         q,
         k,
@@ -349,7 +353,9 @@ def _products(
     if mask is not None:
         mask = mask[:, :, None]  # (B, 1, 1, Q, T)
         if mask.dtype == torch.bool:
-            mask = torch.zeros((), device=mask.device).where(mask, -torch.inf)
+            # Not -inf: padding on the left sees nothing, and 0 * NaN of it would be seen by all.
+            hidden = torch.finfo(torch.float32).min
+            mask = torch.zeros((), device=mask.device).where(mask, hidden)
         scores = scores + mask
     if sinks is not None:
         column = sinks.float().view(1, key_heads, groups, 1, 1)
@@ -475,18 +481,52 @@ class RecomputeDecoder:
         return self.model.logits(hidden[self.rows, self.positions.clamp(max=reach - 1)])
 
 
+def flash_attn_fits(
+    installed: bool, capability: tuple[int, int] | None, error: str | None
+) -> tuple[bool, str]:
+    """Whether flash-attn's kernels can be used, and why, from what is known of this place.
+
+    Args:
+        installed: whether there is such a package.
+        capability: of the GPU; None: there is none.
+        error: what its import says, if it fails, as it does when built for another torch.
+    """
+    if not installed:
+        return False, "flash-attn is not installed"
+    if capability is None:
+        return False, "flash-attn needs a GPU"
+    if capability < (8, 0):
+        own = ".".join(map(str, capability))
+        return False, f"flash-attn needs a GPU of compute capability 8.0, this one has {own}"
+    if error is not None:
+        return False, f"flash-attn cannot be imported: {error}"
+    return True, "flash-attn is installed and fits"
+
+
+@functools.cache
+def _flash_attn() -> tuple[bool, str]:
+    """The same of this machine; imports it only where nothing else stands in its way."""
+    installed = importlib.util.find_spec("flash_attn") is not None
+    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+    fits, why = flash_attn_fits(installed, capability, None)
+    if fits:
+        try:
+            importlib.import_module("flash_attn")
+        except Exception as error:  # of a linker, or its own
+            fits, why = flash_attn_fits(installed, capability, str(error).partition("\n")[0])
+    return fits, why
+
+
 def packed_kernel() -> str:
-    """Whose kernel attends within packed sequences on a GPU."""
-    return "flash-attn" if FLASH_ATTN else "torch's varlen_attn"
+    """Whose kernel attends within packed sequences on a GPU, and why."""
+    flash, why = _flash_attn()
+    return "flash-attn" if flash else f"torch's varlen_attn: {why}"
 
 
 def attention_report() -> list[tuple[str, bool, str]]:
     """The attention functions: name, whether it can be used here, and why, for ``fdpg env``."""
     cuda = torch.cuda.is_available()
-    if not FLASH_ATTN:
-        flash = "flash-attn is not installed"
-    else:
-        flash = "flash-attn; samples without a cache, slowly" if cuda else "needs a GPU"
+    flash, why = _flash_attn()
     packed = packed_kernel() if cuda else "needs a GPU; scoring and training are padded without it"
     return [
         (SLOT, True, "slot cache for sampling, sdpa for scoring; what `auto` takes if it fits"),
@@ -494,7 +534,7 @@ def attention_report() -> list[tuple[str, bool, str]]:
         ("packed", cuda, packed),
         ("sdpa", True, "torch's scaled_dot_product_attention; samples without a cache, slowly"),
         ("eager", True, "plain matrix products; samples without a cache, slowly"),
-        ("flash_attention_2", FLASH_ATTN and cuda, flash),
+        ("flash_attention_2", flash, f"{why}; samples without a cache, slowly" if flash else why),
     ]
 
 

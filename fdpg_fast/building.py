@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from fdpg_fast.config import Config, ConfigError
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.prompts import Prompts
+from fdpg_fast.sampler import Sampler
+from fdpg_fast.scorers import ScorerError, load_function
 from fdpg_fast.targets import Base, Target, from_spec
 
-__all__ = ["load", "model_of", "policy_of", "prompts_of", "target_of", "tuned_of"]
+__all__ = ["load", "model_of", "policy_of", "prompts_of", "sampler_of", "target_of", "tuned_of"]
 
 
 def load(name_or_path: str = "", **settings: Any) -> Base:
@@ -67,8 +70,39 @@ def target_of(config: Config) -> Target:
             "Python. Way out: build it there again, and use Trainer(target, ..., resume=True)"
         )
     base = Base(model_of(config, config.model.name))
-    folder = Path(config.target.folder) if config.target.folder else None
-    return from_spec(config.target.spec(), base, folder)
+    return from_spec(config.target.spec(), base, _folder(config))
+
+
+def sampler_of(
+    config: Config,
+    *,
+    max_new_tokens: int | None = None,
+    stop: Callable[[str], bool] | None = None,
+) -> Sampler:
+    """What draws the samples of a run, in training and after it.
+
+    Args:
+        config: the run's.
+        max_new_tokens: longest sample; None: as in training.
+        stop: what ends them early; None: what the config names.
+
+    Raises:
+        ConfigError: the config names no function that can be found, or one that it cannot hold.
+    """
+    sampling = config.sampling
+    if stop is None and sampling.stop_in_python is not None:
+        raise ConfigError(
+            f"config: samples of this run end where a Python function, {sampling.stop_in_python}, "
+            "says, which its folder does not hold. Way out: to go on with it, Trainer(stop=..., "
+            "resume=True); to sample or measure, put the function in a file, and in the run's "
+            "config.yaml set stop: FILE.py:FUNCTION and stop_in_python: null"
+        )
+    if stop is None and sampling.stop is not None:
+        try:
+            stop = load_function(sampling.stop, _folder(config))
+        except ScorerError as error:
+            raise ConfigError(f"config: `sampling.stop`: {error}") from error
+    return Sampler(max_new_tokens or sampling.max_new_tokens, sampling.sampler_batch, stop=stop)
 
 
 def prompts_of(config: Config, model: LanguageModel) -> Prompts:
@@ -85,3 +119,8 @@ def prompts_of(config: Config, model: LanguageModel) -> Prompts:
         seed=config.run.seed,
         max_new_tokens=config.sampling.max_new_tokens,
     )
+
+
+def _folder(config: Config) -> Path | None:
+    """Where relative names of files are looked up first."""
+    return Path(config.target.folder) if config.target.folder else None

@@ -143,6 +143,8 @@ class SamplingConfig:
         max_new_tokens: longest sample, in tokens
         samples_per_prompt: samples of each prompt in each step
         sampler_batch: samples drawn at a time; changes speed and memory, not the samples
+        stop: FILE.py:FUNCTION that ends samples early: given the text sampled so far, is it whole?
+        stop_in_python: written by a run whose stop is a Python function: the name of that
         adaptive_proposal: sample from a copy that becomes the policy only when that is closer to
             the target (KL-adaptive DPG)
         proposal_every: steps between comparisons of that copy with the policy
@@ -151,6 +153,8 @@ class SamplingConfig:
     max_new_tokens: int = 40
     samples_per_prompt: int = 256
     sampler_batch: int = 256
+    stop: str | None = None
+    stop_in_python: str | None = None
     adaptive_proposal: bool = False
     proposal_every: int = 10
 
@@ -310,8 +314,10 @@ class Config:
             path = find(source)
             content, where = _load(path), path.name
         _check_keys(content, where)
-        if not isinstance(source, Mapping) and content.get("target"):
-            content["target"].setdefault("folder", str(path.resolve().parent))
+        if not isinstance(source, Mapping):
+            target, sampling = (content.get(part) or {} for part in ("target", "sampling"))
+            if target or sampling.get("stop"):  # what may name files
+                content["target"] = {"folder": str(path.resolve().parent), **target}
         _check_options(overrides)
         parser = argument_parser()
         try:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fdpg_fast import checkpoint, metrics, ops
-from fdpg_fast.building import prompts_of, target_of, tuned_of
+from fdpg_fast.building import prompts_of, sampler_of, target_of, tuned_of
 from fdpg_fast.config import RunConfig
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.partition import Partition
@@ -143,7 +143,7 @@ def evaluate_run(run: RunDirectory, *, samples: int | None, seed: int) -> dict[s
         tuned_of(config, run.model, target.base.model),
         target,
         prompts,
-        Sampler(config.sampling.max_new_tokens, config.sampling.sampler_batch),
+        sampler_of(config),
         partition,
         samples=samples or config.run.evaluation_samples or RunConfig().evaluation_samples,
         seed=seed,
@@ -186,5 +186,5 @@ def draw_texts(
     picked = Prompts.load(source, model, max_new_tokens=longest).some(count, number)
     each = -(-count // len(picked))
     key = ops.random_key(number, 0, STREAM + 1)
-    rollout = Sampler(longest, config.sampling.sampler_batch).draw(model, picked, each, key)
+    rollout = sampler_of(config, max_new_tokens=longest).draw(model, picked, each, key)
     return list(zip(rollout.prompt_texts, rollout.texts, strict=True))[:count]

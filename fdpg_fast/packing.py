@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +20,8 @@ from torch import Tensor
 
 __all__ = ["Packing", "announced", "current"]
 
-_announced: ContextVar[Packing | None] = ContextVar("packing", default=None)
+# Not a ContextVar, at which torch.compile would break the model's graph.
+_announced: Packing | None = None
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,14 @@ class Packing:
 @contextlib.contextmanager
 def announced(packing: Packing | None) -> Iterator[None]:
     """Models called within read one packed row; None: rows as usual."""
-    token = _announced.set(packing)
+    global _announced
+    before, _announced = _announced, packing
     try:
         yield
     finally:
-        _announced.reset(token)
+        _announced = before
 
 
 def current() -> Packing | None:
     """What is announced."""
-    return _announced.get()
+    return _announced

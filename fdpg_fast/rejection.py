@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from fdpg_fast import metrics, ops, page
-from fdpg_fast.building import target_of, tuned_of
+from fdpg_fast.building import sampler_of, target_of, tuned_of
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.prompts import Prompts
@@ -288,7 +288,7 @@ class Rejection:
         longest = max_new_tokens or config.sampling.max_new_tokens
         source = config.prompts.source if prompt is None else prompt
         prompts = Prompts.load(source, model, max_new_tokens=longest).some(count, seed)
-        sampler = Sampler(longest, config.sampling.sampler_batch)
+        sampler = sampler_of(config, max_new_tokens=longest)
         return cls(model, target, sampler, prompts, seed=seed)
 
     def look(self, samples: int) -> Curve:

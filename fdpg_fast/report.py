@@ -208,7 +208,10 @@ def _plots(runs: Sequence[_Run]) -> list[str]:
         page.plot("effective samples of the target per step", lines(key="target_ess", floor=0.0)),
         page.plot("length, tokens", lines(key="length", floor=0.0)),
         page.plot("gradient norm", lines(key="grad_norm", floor=0.0)),
-        page.plot("sampler vs trainer, nats per token", partial(_draw_gap, runs=runs)),
+        page.plot("sampler vs trainer, nats per token", partial(_draw_gap, runs=runs, key="gap")),
+        page.plot(
+            "sampler vs trainer, nats per sample", partial(_draw_gap, runs=runs, key="gap_sequence")
+        ),
     ]
     figures += [
         page.plot(
@@ -262,12 +265,12 @@ def _draw_base(axes: Axes, runs: Sequence[_Run]) -> None:
         axes.plot(run.steps, run.column("kl_target_base"), color=f"C{at}", linestyle="--")
 
 
-def _draw_gap(axes: Axes, runs: Sequence[_Run]) -> None:
+def _draw_gap(axes: Axes, runs: Sequence[_Run], key: str) -> None:
     for at, run in enumerate(runs):
-        for key, style in (("gap_mean", "-"), ("gap_max", ":")):
-            label = key.removeprefix("gap_") + (f", {run.name}" if len(runs) > 1 else "")
-            axes.plot(run.steps, run.column(key), style, color=f"C{at}", label=label)
-    if any(v > 0 for run in runs for v in run.column("gap_max")):
+        for part, style in (("mean", "-"), ("p99", "--"), ("max", ":")):
+            label = part + (f", {run.name}" if len(runs) > 1 else "")
+            axes.plot(run.steps, run.column(f"{key}_{part}"), style, color=f"C{at}", label=label)
+    if any(v > 0 for run in runs for v in run.column(f"{key}_max")):
         axes.set_yscale("log")
 
 

@@ -40,14 +40,11 @@ class Sampler:
         batch_size: most samples in work at a time; speed and memory, not the samples, depend on it.
         check_every: steps between looks at which samples have ended (the only times the device is
             asked anything). An ended sample's slot waits for the next look.
-        stop: ends a sample early: given the ids sampled so far, without the prompt, whether they
-            are a whole sample. Asked of each prefix once, shortest first, when the device is; the
-            answer must depend on the ids alone. So samples are the same whatever the other
-            settings; a slot may write up to ``check_every`` tokens past the end, which are dropped.
-
-            For a text that ends with a line, say::
-
-                stop=lambda ids: "\\n" in model.decode([ids])[0]
+        stop: ends a sample early: given the text sampled so far, as ``model.decode`` gives it and
+            without the prompt, whether it is a whole sample, as in ``lambda text: "\\n" in text``.
+            Asked of each prefix once, shortest first, when the device is; the answer must depend on
+            the text alone. So samples are the same whatever the other settings; a slot may write up
+            to ``check_every`` tokens past the end, which are dropped.
     """
 
     def __init__(
@@ -55,7 +52,7 @@ class Sampler:
         max_new_tokens: int,
         batch_size: int = 256,
         check_every: int = 4,
-        stop: Callable[[list[int]], bool] | None = None,
+        stop: Callable[[str], bool] | None = None,
     ) -> None:
         for name, value in (
             ("max_new_tokens", max_new_tokens),
@@ -133,8 +130,8 @@ class Sampler:
             )
             for step in range(steps):
                 work.step(decoder, row, min(reach + step, work.width))
-            if self.stop is not None:
-                work.cut(row, [occupant[slot] for slot in live], self.stop)
+            if (stop := self.stop) is not None:
+                work.cut(row, [occupant[slot] for slot in live], model, stop)
             occupant, position = torch.stack((row, decoder.positions)).tolist()
 
     def _check(self, model: LanguageModel, prompts: PromptBatch, samples_per_prompt: int) -> None:
@@ -225,7 +222,9 @@ class _Work:
         row.masked_fill_(idle, self.count)
         position.add_(~idle)
 
-    def cut(self, row: Tensor, samples: list[int], stop: Callable[[list[int]], bool]) -> None:
+    def cut(
+        self, row: Tensor, samples: list[int], model: LanguageModel, stop: Callable[[str], bool]
+    ) -> None:
         """End those of ``samples`` that have come to a prefix that ``stop`` is true of."""
         at = torch.tensor(samples, device=row.device)
         lengths, finish, tokens = (x[at].tolist() for x in (self.lengths, self.finish, self.tokens))
@@ -234,7 +233,7 @@ class _Work:
             start, first = self.prompt_length[sample], self.judged[sample] + 1
             self.judged[sample] = length
             for end in range(first, length + (why != Finish.EOS)):
-                if stop(text[start : start + end]):
+                if stop(model.decode([text[start : start + end]])[0]):
                     ends[sample] = end
                     break
         if not ends:

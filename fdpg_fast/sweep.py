@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fdpg_fast import metrics, ops
 from fdpg_fast.baselines import Baseline
-from fdpg_fast.building import model_of, prompts_of, target_of
+from fdpg_fast.building import model_of, prompts_of, sampler_of, target_of
 from fdpg_fast.config import Config, ConfigError, RunConfig
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.evaluation import STREAM, TEXTS, first_prompts, with_errors
@@ -32,7 +32,6 @@ from fdpg_fast.progress import for_this_terminal
 from fdpg_fast.report import model_card, write_report
 from fdpg_fast.rollout import Rollout
 from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
-from fdpg_fast.sampler import Sampler
 from fdpg_fast.sweep_report import write_sweep_report
 from fdpg_fast.targets import Scores, Target
 from fdpg_fast.trainer import Trainer
@@ -151,8 +150,7 @@ class Sweep:
         prompts = first_prompts(prompts_of(self.config, base).all(), samples)
         each = -(-samples // len(prompts))
         key = ops.random_key(self.config.run.seed, 0, STREAM)
-        sampling = self.config.sampling
-        sampler = Sampler(sampling.max_new_tokens, sampling.sampler_batch)
+        sampler = sampler_of(self.config)
 
         rollouts: list[Rollout] = []
         scores: list[Scores] = []

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from fdpg_fast import checkpoint, metrics, ops
 from fdpg_fast.baselines import Baseline
-from fdpg_fast.building import policy_of, prompts_of, target_of
+from fdpg_fast.building import policy_of, prompts_of, sampler_of, target_of
 from fdpg_fast.checkpoint import Checkpoint, CheckpointError
 from fdpg_fast.config import Config, ConfigError
 from fdpg_fast.divergences import Divergence, require_finite_at_zero_targets
@@ -46,7 +46,6 @@ from fdpg_fast.progress import Display, for_this_terminal, one_line
 from fdpg_fast.report import model_card, write_report
 from fdpg_fast.rollout import PromptBatch, Rollout
 from fdpg_fast.run_directory import RunDirectory
-from fdpg_fast.sampler import Sampler
 from fdpg_fast.targets import Scores, Target
 from fdpg_fast.watch import Watch
 
@@ -77,8 +76,9 @@ class Trainer:
         out: folder of the run; None: nothing is written.
         resume: go on with the run in ``out`` from its newest checkpoint, if any.
         display: who is told how it goes; by default a live panel or plain lines.
-        stop: ends samples early, as :class:`Sampler` says. The folder of the run does not hold it:
-            give it again to go on; ``fdpg evaluate`` and ``fdpg sample`` do without.
+        stop: ends samples early: given the text sampled so far, is it whole? ``FILE.py:FUNCTION``
+            is a setting like others. A Python function the run's folder cannot hold: give it again
+            to go on; ``fdpg sample`` and ``fdpg evaluate`` will refuse, and say the way out.
         config: every setting at once, in place of the keywords.
         settings: any key of :class:`Config` without its part: ``steps=100, learning_rate=1e-5``.
 
@@ -103,13 +103,13 @@ class Trainer:
         out: str | Path | None = None,
         resume: bool = False,
         display: Display | None = None,
-        stop: Callable[[list[int]], bool] | None = None,
+        stop: str | Callable[[str], bool] | None = None,
         config: Config | None = None,
         **settings: Any,
     ) -> None:
         self.target = target
         self.base = target.base.model
-        self.config = _configured(config, target, divergence, prompts, settings)
+        self.config = _configured(config, target, divergence, prompts, stop, settings)
         objective, sampling = self.config.objective, self.config.sampling
         try:
             self.divergence = (
@@ -127,7 +127,7 @@ class Trainer:
 
         self.display: Display = display or for_this_terminal()
         self.prompts = prompts_of(self.config, self.base)
-        self.sampler = Sampler(sampling.max_new_tokens, sampling.sampler_batch, stop=stop)
+        self.sampler = sampler_of(self.config, stop=stop if callable(stop) else None)
         self.policy = policy_of(self.config, self.base)
         # The proposal q: the policy itself, or a copy that lags behind it.
         self.proposal = self.policy.frozen_copy() if sampling.adaptive_proposal else self.policy
@@ -686,6 +686,7 @@ def _configured(
     target: Target,
     divergence: str | Divergence | None,
     prompts: str | Sequence[str] | None,
+    stop: str | Callable[[str], bool] | None,
     settings: dict[str, Any],
 ) -> Config:
     """The whole config of a run from what a caller of Trainer gave."""
@@ -693,6 +694,10 @@ def _configured(
         settings["divergence"] = str(divergence)
     if prompts is not None:
         settings["source"] = prompts if isinstance(prompts, str) else list(prompts)
+    if callable(stop):
+        settings |= {"stop": None, "stop_in_python": getattr(stop, "__qualname__", repr(stop))}
+    elif stop is not None:
+        settings["stop"] = stop
     if config is None:
         config = Config()
         model = target.base.model

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,7 +15,14 @@ from torch import Tensor
 from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from fdpg_fast import attention
-from fdpg_fast.attention import REACH_STEP, SlotCache, slot_attention, slot_mask, span_mask
+from fdpg_fast.attention import (
+    REACH_STEP,
+    SlotCache,
+    attention_report,
+    slot_attention,
+    slot_mask,
+    span_mask,
+)
 from fdpg_fast.packing import Packing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -138,7 +146,7 @@ def test_packed_sequences_do_not_see_each_other(
     fake = ModuleType("flash_attn")
     fake.flash_attn_varlen_func = documented  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
-    monkeypatch.setattr(attention, "FLASH_ATTN", kernel == "flash_attn")
+    monkeypatch.setattr(attention, "_flash_attn", lambda: (kernel == "flash_attn", "told so"))
     if kernel == "none":
         module = torch.nn.Module()
         module.num_key_value_groups = 2  # type: ignore[assignment]
@@ -152,6 +160,50 @@ def test_packed_sequences_do_not_see_each_other(
     else:  # as under autocast, where rotated queries and keys stay fp32
         out = attention._varlen(query.float(), key.float(), value, packing, None, softcap, None)
     torch.testing.assert_close(out.double(), torch.cat(expected, 1), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("facts", "fits", "why"),
+    [
+        ((False, (9, 0), None), False, "not installed"),
+        ((True, None, None), False, "needs a GPU"),
+        ((True, (7, 5), None), False, "capability 8.0, this one has 7.5"),
+        ((True, (8, 0), "undefined symbol: x"), False, "cannot be imported: undefined symbol: x"),
+        ((True, (12, 0), None), True, "installed and fits"),
+    ],
+)
+def test_flash_attn_is_chosen_where_it_can_be_used_and_says_why(
+    facts: tuple[bool, tuple[int, int] | None, str | None],
+    fits: bool,
+    why: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a machine of these facts; a package that is there but broken does not cost packing."""
+    installed, capability, error = facts
+    monkeypatch.setitem(sys.modules, "flash_attn", None)  # also where it is installed
+    if installed:
+        del sys.modules["flash_attn"]
+        line = "" if error is None else f"raise ImportError({error + chr(10) + 'and more'!r})"
+        (tmp_path / "flash_attn.py").write_text(line)
+        monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(attention, "_flash_attn", attention._flash_attn.__wrapped__)
+    try:
+        assert attention._flash_attn()[0] == fits
+    finally:
+        sys.modules.pop("flash_attn", None)
+    assert why in attention._flash_attn()[1]
+    kernel = attention.packed_kernel()
+    assert kernel.startswith("flash-attn" if fits else "torch's varlen_attn: ")
+    assert fits or why in kernel
+    report = {name: (available, reason) for name, available, reason in attention_report()}
+    assert report["flash_attention_2"][0] == fits
+    assert why in report["flash_attention_2"][1]
+    assert report["packed"][0] == (capability is not None)
+    if capability is not None:
+        assert report["packed"][1] == kernel
 
 
 def test_packed_attention_refuses_what_it_cannot_do() -> None:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from families import batch, double, language_model, reference_logprob
+from torch import Tensor
 
 from fdpg_fast import models
 from fdpg_fast.attention import SLOT
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.prompts import Prompts
-from fdpg_fast.rollout import PromptBatch, Rollout
+from fdpg_fast.rollout import Rollout
 from fdpg_fast.sampler import Sampler
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,78 +39,118 @@ FAMILIES = (
     "granite",
     "gpt_oss",
 )
-PROMPTS = {
-    "one prompt": batch([7, 3, 9]),
-    "unequal prompts": batch([7], [7, 3, 9, 11, 2, 30, 8, 1, 1], [5, 5, 60, 4]),
-}
 # Ids that end a sample: many, so that samples are short; padding is id 0, once among them.
-EOS = {"padding ends": tuple(range(0, 8)), "padding does not end": tuple(range(50, 58))}
+PADDING_ENDS, PADDING_DOES_NOT_END = tuple(range(0, 8)), tuple(range(50, 58))
+UNEQUAL = batch([7], [7, 3, 9, 11, 2, 30, 8, 1, 1], [5, 5, 60, 4])
+CASES = {
+    "one prompt": (batch([7, 3, 9]), PADDING_ENDS),
+    "padding ends": (UNEQUAL, PADDING_ENDS),
+    "padding does not end": (UNEQUAL, PADDING_DOES_NOT_END),
+}
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def model(request: pytest.FixtureRequest) -> LanguageModel:
-    return language_model(request.param)
+@dataclass(frozen=True)
+class Case:
+    """Samples of a model, and what it says of them in fp64."""
+
+    model: LanguageModel
+    rollout: Rollout
+    weights: Tensor  # (B,) fp64
+    logp: Tensor  # (B, S) fp64
+    gradient: dict[str, Tensor]  # of -(1 / DENOMINATOR) sum_i weights_i log pi(x_i)
+
+    def check(self, found: Tensor, way: object = None) -> None:
+        """``(B, S)`` log-probs, and the gradient that `.grad` holds, which is cleared."""
+        torch.testing.assert_close(found.double(), self.logp, rtol=0, atol=TOLERANCE)
+        for name, parameter in self.model.model.named_parameters():
+            if name in self.gradient:
+                assert parameter.grad is not None, name
+                truth = self.gradient[name]
+                scale = float(truth.abs().max())
+                error = float((parameter.grad.double() - truth).abs().max())
+                assert error <= 1e-4 * scale + 1e-7, (name, way, error, scale)
+        self.model.model.zero_grad()
 
 
-def draw(model: LanguageModel, prompts: PromptBatch) -> Rollout:
-    """24 samples on 10 slots: slots are refilled while others are in the middle of a sample."""
-    rollout = Sampler(12, batch_size=10, check_every=3).draw(model, prompts, 24 // len(prompts), 5)
-    assert len(set(rollout.lengths.tolist())) > 2
-    return rollout
+DENOMINATOR = 100
 
 
-@pytest.mark.parametrize("eos", EOS)
-@pytest.mark.parametrize("prompts", PROMPTS)
-def test_sampler_scorer_and_fp64_agree(model: LanguageModel, prompts: str, eos: str) -> None:
-    model.eos_ids = EOS[eos]
-    assert model.attention == SLOT
-    rollout = draw(model, PROMPTS[prompts])
-    with torch.no_grad():
-        truth = reference_logprob(double(model), rollout)
-    torch.testing.assert_close(rollout.token_logprob.double(), truth, rtol=0, atol=TOLERANCE)
-    scored = model.token_logprob(rollout)
-    torch.testing.assert_close(scored.double(), truth, rtol=0, atol=TOLERANCE)
-    torch.testing.assert_close(model.sequence_logprob(rollout), truth.sum(1), rtol=0, atol=1e-3)
-    torch.testing.assert_close(rollout.log_q, truth.sum(1), rtol=0, atol=1e-3)
-
-
-def assert_gradient(model: LanguageModel, rollout: Rollout, micro_batches: Sequence[Any]) -> None:
-    """Log-probs and gradient of ``accumulate_gradient`` are those of log_softmax in fp64."""
+def case_of(model: LanguageModel, rollout: Rollout) -> Case:
     weights = torch.randn(len(rollout), dtype=torch.float64)
     plain = double(model)
     plain.zero_grad()
     logp = reference_logprob(plain, rollout)
-    (-(weights * logp.sum(1)).sum() / 100).backward()
-    truth = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
-    assert truth
-    for micro_batch in micro_batches:
-        model.model.zero_grad()
-        found = model.accumulate_gradient(
-            rollout, weights, denominator=100, micro_batch=micro_batch
-        )
-        torch.testing.assert_close(found.double(), logp.detach(), rtol=0, atol=TOLERANCE)
-        for name, parameter in model.model.named_parameters():
-            if name in truth:
-                assert parameter.grad is not None, name
-                scale = float(truth[name].abs().max())
-                error = float((parameter.grad.double() - truth[name]).abs().max())
-                assert error <= 1e-4 * scale + 1e-7, (name, micro_batch, error, scale)
+    (-(weights * logp.sum(1)).sum() / DENOMINATOR).backward()
+    gradient = {name: p.grad for name, p in plain.named_parameters() if p.grad is not None}
+    assert gradient
+    return Case(model, rollout, weights, logp.detach(), gradient)
 
 
-@pytest.mark.parametrize("prompts", PROMPTS)
-def test_gradient_is_that_of_log_softmax(model: LanguageModel, prompts: str) -> None:
-    model.eos_ids = EOS["padding ends"]
-    assert_gradient(model, draw(model, PROMPTS[prompts]), (None, 1, 5))
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    model = language_model(request.param)
+    assert model.attention == SLOT
+    return model
 
 
-@pytest.mark.parametrize("way", ["packed", "eager", "sdpa"])
-@pytest.mark.parametrize("eos", EOS)
-def test_every_way_of_scoring_agrees(
-    model: LanguageModel, eos: str, way: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model.eos_ids = EOS[eos]
-    rollout = draw(model, PROMPTS["unequal prompts"])
-    if way == "packed":
+def drawn(model: LanguageModel, case: str) -> Case:
+    """24 samples on 10 slots: slots are refilled while others are in the middle of a sample."""
+    prompts, model.eos_ids = CASES[case]
+    rollout = Sampler(12, batch_size=10, check_every=3).draw(model, prompts, 24 // len(prompts), 5)
+    assert len(set(rollout.lengths.tolist())) > 2
+    return case_of(model, rollout)
+
+
+@pytest.fixture(scope="module", params=CASES)
+def case(model: LanguageModel, request: pytest.FixtureRequest) -> Case:
+    return drawn(model, request.param)
+
+
+def test_sampler_and_scorer_agree_with_fp64(case: Case) -> None:
+    model, rollout, truth = case.model, case.rollout, case.logp
+    for found in (rollout.token_logprob, model.token_logprob(rollout)):
+        torch.testing.assert_close(found.double(), truth, rtol=0, atol=TOLERANCE)
+    for total in (rollout.log_q, model.sequence_logprob(rollout)):
+        torch.testing.assert_close(total, truth.sum(1), rtol=0, atol=1e-3)
+
+
+def accumulate(case: Case, micro_batch: int | None = None) -> Tensor:
+    return case.model.accumulate_gradient(
+        case.rollout, case.weights, denominator=DENOMINATOR, micro_batch=micro_batch
+    )
+
+
+def padded_on_the_left(case: Case) -> Tensor:
+    """As a user's own code calls the transformers model, or its ``generate`` does."""
+    model, rollout = case.model, case.rollout
+    texts = rollout.prompt_lengths + rollout.lengths
+    pad = (texts.max() - texts)[:, None]  # columns before each text
+    columns = torch.arange(int(texts.max()))
+    mask, position = columns >= pad, (columns - pad).clamp(min=0)
+    ids = rollout.tokens.gather(1, position).where(mask, 0)
+    given = {"position_ids": position} if model._takes_positions else {}
+    logits = model.model(input_ids=ids, attention_mask=mask.long(), use_cache=False, **given).logits
+    every = torch.log_softmax(logits[:, :-1], -1).gather(2, ids[:, 1:, None])[..., 0]
+    place = torch.arange(case.logp.shape[1])
+    inside = place < rollout.lengths[:, None]
+    first = pad + rollout.prompt_lengths[:, None] - 1
+    logp = every.gather(1, (first + place).clamp(max=every.shape[1] - 1)).where(inside, 0.0)
+    (-(case.weights * logp.sum(1)).sum() / DENOMINATOR).backward()
+    return logp.detach()
+
+
+WAYS = ("alone", "right", "left", "packed", "eager", "sdpa")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_of_scoring_agrees(case: Case, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Log-probs and gradient, by the slot attention but where the way names another."""
+    model, rollout = case.model, case.rollout
+    if way == "alone":  # no padding
+        case.check(accumulate(case, micro_batch=1))
+    elif way == "left":
+        case.check(padded_on_the_left(case))
+    elif way == "packed":
         monkeypatch.setattr(model, "packs", True)
         assert model._packing_error() < 1e-6
         width = (rollout.prompt_lengths + rollout.lengths - 1).sum()
@@ -117,16 +158,36 @@ def test_every_way_of_scoring_agrees(
         assert sum(seen) == width, "padding was computed"
     elif way == "sdpa" and not model.model._supports_sdpa:
         pytest.skip(f"transformers has no sdpa for {model.name}")
-    else:
+    elif way in ("eager", "sdpa"):
         model._use_attention(way)
+    if way in ("alone", "left"):
+        return
     try:
-        with torch.no_grad():
-            truth = reference_logprob(double(model), rollout)
         scored = model.token_logprob(rollout)
-        torch.testing.assert_close(scored.double(), truth, rtol=0, atol=TOLERANCE)
-        assert_gradient(model, rollout, (None, 5))
+        torch.testing.assert_close(scored.double(), case.logp, rtol=0, atol=TOLERANCE)
+        for micro_batch in (None, 5):
+            case.check(accumulate(case, micro_batch), micro_batch)
     finally:
         model._use_attention(SLOT)
+
+
+# Unlike each other in positions, masks and attention: learned, rotary, counted by the model itself;
+# windows in every second layer, and a soft cap.
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gemma2"])
+def test_a_compiled_model_agrees(family: str) -> None:
+    """Traced by dynamo, which is where masks and positions could be taken for constants; what a
+    compiler then makes of the graph is its own affair, and takes it ten seconds a family."""
+    case = drawn(language_model(family), "padding ends")
+    traced = []
+
+    def backend(graph: Any, inputs: Any) -> Any:
+        traced.append(graph)
+        return graph
+
+    case.model.model.base_model.compile(backend=backend, dynamic=True, fullgraph=True)
+    for micro_batch in (None, 5):
+        case.check(accumulate(case, micro_batch), micro_batch)
+    assert len(traced) == 1  # for all shapes
 
 
 def test_packing_that_does_not_keep_sequences_apart_is_found(
@@ -164,14 +225,7 @@ def test_real_models(name: str, request: pytest.FixtureRequest) -> None:
     texts = ["Once upon a time", "Lily", "One day, Tom and his mom went to the big park to see the"]
     prompts = Prompts(texts, model.encode, per_step=3).all()
     rollout = Sampler(24, batch_size=16).draw(model, prompts, 8, 3)
-    with torch.no_grad():
-        truth = reference_logprob(double(model), rollout)
+    case = case_of(model, rollout)
     for found in (rollout.token_logprob, model.token_logprob(rollout, micro_batch=7)):
-        torch.testing.assert_close(found.double(), truth, rtol=0, atol=TOLERANCE)
-    model.accumulate_gradient(rollout, torch.ones(24, dtype=torch.float64), denominator=24)
-    plain = double(model)
-    plain.zero_grad()
-    (-reference_logprob(plain, rollout).sum() / 24).backward()
-    for own, true in zip(model.parameters(), plain.parameters(), strict=True):
-        error = (own.grad.double() - true.grad).abs().max()
-        assert error <= 1e-4 * true.grad.abs().max() + 1e-7
+        torch.testing.assert_close(found.double(), case.logp, rtol=0, atol=TOLERANCE)
+    case.check(accumulate(case))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from fdpg_fast.config import Config
 from fdpg_fast.report import evaluation_table, model_card, write_report
@@ -31,6 +34,11 @@ EVALUATION: dict[str, Any] = {
         "base": [" upon a <b>time</b>"],
         "tuned": [" there was a dog & a cat"],
     },
+}
+
+GAPS = {
+    **{"gap_mean": 1e-7, "gap_p99": 2e-7, "gap_max": 4e-7},
+    **{"gap_sequence_mean": 1e-6, "gap_sequence_p99": 3e-6, "gap_sequence_max": 5e-6},
 }
 
 
@@ -57,7 +65,7 @@ def make_run(folder: Path, steps: int = 3, **settings: Any) -> RunDirectory:
             "reverse_kl": float("inf"),
             "reverse_kl_se": float("nan"),
             **{k: 1.0 for k in ("entropy_per_token", "log_z", "target_ess", "length", "grad_norm")},
-            **{k: 1e-7 for k in ("gap_mean", "gap_p99", "gap_max")},
+            **GAPS,
         }
         for step in range(1, steps + 1)
     ]
@@ -103,8 +111,31 @@ def test_it_is_one_file(page: Page) -> None:
 
 
 def test_it_has_the_plots_of_the_paper_and_of_the_run(page: Page) -> None:
-    # a moment, four divergences, KL to base, entropy, log Z, ESS, length, norm, gap, seconds
-    assert len(page.links) == 13
+    # a moment, four divergences, KL to base, entropy, log Z, ESS, length, norm, two gaps, seconds
+    assert len(page.links) == 14
+
+
+def test_the_gap_is_drawn_per_token_and_per_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mean, 99th percentile and maximum of each."""
+    drawn: dict[str, float] = {}
+
+    def plot(title: str, draw: Callable[[Axes], None]) -> str:
+        axes = Figure().add_subplot()
+        draw(axes)
+        if title.startswith("sampler vs trainer"):
+            unit = title.split()[-1]
+            drawn.update({f"{x.get_label()} per {unit}": x.get_ydata()[0] for x in axes.lines})
+        return ""
+
+    monkeypatch.setattr("fdpg_fast.page.plot", plot)
+    run = make_run(tmp_path / "run")
+    write_report([run], run.report)
+    parts = [
+        f"{part} per {unit}" for unit in ("token", "sample") for part in ("mean", "p99", "max")
+    ]
+    assert drawn == dict(zip(parts, GAPS.values(), strict=True))
 
 
 def test_it_shows_numbers_samples_and_settings(page: Page) -> None:
@@ -119,7 +150,7 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     page = Page(write_report(runs, tmp_path / "both.html").read_text(encoding="utf-8"))
     assert "x/run" in page.words  # both end in "run"
     assert "y/run" in page.words
-    assert len(page.links) == 14
+    assert len(page.links) == 15
     assert not (tmp_path / "x" / "run" / "report.html").exists()
 
 

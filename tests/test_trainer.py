@@ -17,11 +17,14 @@ import transformers
 from tiny import write_tiny_model
 
 import fdpg_fast as fdpg
-from fdpg_fast import checkpoint, ops
+from fdpg_fast import checkpoint, evaluation, ops
 from fdpg_fast import trainer as training
-from fdpg_fast.config import ConfigError
+from fdpg_fast.building import sampler_of
+from fdpg_fast.config import Config, ConfigError
+from fdpg_fast.evaluation import draw_texts, evaluate_run
 from fdpg_fast.progress import SilentDisplay
-from fdpg_fast.rollout import Rollout
+from fdpg_fast.rejection import Rejection
+from fdpg_fast.rollout import Finish, Rollout
 from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
 from fdpg_fast.targets import Base, Target
 from fdpg_fast.trainer import Trainer, TrainingError
@@ -66,7 +69,8 @@ def one_thread() -> Iterator[None]:
 def no_plots(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """Two seconds of plots for each run are only drawn where they are looked at."""
     if "plots" not in request.node.name:
-        monkeypatch.setattr(training, "write_report", lambda runs, path: path)
+        for module in (training, evaluation):
+            monkeypatch.setattr(module, "write_report", lambda runs, path: path)
 
 
 @pytest.fixture(scope="module")
@@ -606,6 +610,67 @@ def test_resume_can_add_steps_and_refuses_other_changes(base: Base, tmp_path: Pa
         trainer(dogs(base), out=tmp_path / "run", learning_rate=1.0, resume=True)
     with pytest.raises(RunDirectoryError, match="--resume"):
         trainer(dogs(base), out=tmp_path / "run")
+
+
+def test_a_stop_function_that_the_config_names_ends_samples_everywhere(
+    base: Base, tmp_path: Path
+) -> None:
+    """In training, and in what is drawn from the run's folder afterwards, from wherever."""
+    (tmp_path / "mine.py").write_text("def ran(text):\n    return text.split()[-1:] == ['ran']\n")
+    content = {
+        "model": {"name": base.model.name},
+        "prompts": {"source": "once"},
+        "target": {"constrain": [{"contains": "dog"}]},
+        "sampling": {"max_new_tokens": 20, "samples_per_prompt": 32, "stop": "mine.py:ran"},
+        "run": {"steps": 1, "evaluation_samples": 32},
+    }
+    (tmp_path / "mine.yaml").write_text(json.dumps(content))
+    out = tmp_path / "run"
+    run = Trainer.from_config(Config.read(tmp_path / "mine.yaml"), out=out, display=Listener())
+    seen = run.draw(run.policy, run.prompts.batch(0), 0)
+    assert Finish.STOP in seen.finish
+    measured = run.train()
+    assert measured is not None
+    again = evaluate_run(RunDirectory(out), samples=32, seed=run.config.run.seed)
+    assert again["texts"] == measured["texts"]
+    texts = [
+        text
+        for _, text in draw_texts(
+            RunDirectory(out), prompt=None, count=200, max_new_tokens=None, seed=1
+        )
+    ]
+    rejection = Rejection.of_run(
+        RunDirectory(out), proposal="tuned", prompt=None, count=1, max_new_tokens=None, seed=1
+    )
+    texts += rejection._sampler.draw(rejection.model, rejection.prompts, 200, 1).texts
+    assert sum(text.split()[-1:] == ["ran"] for text in texts) > 10
+    assert not any("ran" in text.split()[:-1] for text in texts)
+    with pytest.raises(ConfigError, match=r"`sampling.stop`: python: no file 'gone.py' in"):
+        sampler_of(run.config.replace(stop="gone.py:ran"))
+
+
+def test_a_stop_function_in_python_is_missed_where_it_is_not(base: Base, tmp_path: Path) -> None:
+    """Not silently done without: it would be another distribution."""
+
+    def ran(text: str) -> bool:
+        return text.split()[-1:] == ["ran"]
+
+    out = tmp_path / "run"
+    run = trainer(dogs(base), out=out, steps=1, stop=ran)
+    run.train()
+    assert run.sampler.stop is ran
+    config = RunDirectory(out).config()
+    assert config.sampling.stop_in_python == ran.__qualname__
+    for ask in (
+        lambda: draw_texts(RunDirectory(out), prompt=None, count=1, max_new_tokens=None, seed=1),
+        lambda: trainer(dogs(base), config=config),
+    ):
+        with pytest.raises(ConfigError, match=r"ran, says, .*Way out: .*Trainer\(stop=.*FILE\.py"):
+            ask()
+    with pytest.raises(RunDirectoryError, match=r"another sampling\.stop_in_python"):
+        trainer(dogs(base), out=out, steps=2, resume=True)
+    more = trainer(dogs(base), out=out, steps=2, resume=True, stop=ran)
+    assert (more.steps_done, more.sampler.stop) == (1, ran)
 
 
 def test_another_models_checkpoint_is_refused(base: Base, tmp_path: Path) -> None:
