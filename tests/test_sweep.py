@@ -21,6 +21,7 @@ from fdpg_fast import cli, ops, reference
 from fdpg_fast.building import model_of, prompts_of, target_of
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.evaluation import STREAM
+from fdpg_fast.models import LanguageModel
 from fdpg_fast.run_directory import RunDirectory
 from fdpg_fast.sampler import Sampler
 from fdpg_fast.trainer import Trainer
@@ -174,6 +175,41 @@ def test_stopped_and_gone_on_with_it_is_the_same_sweep(
         for seed, measures in runs.items():
             del measures["seconds"], ours["runs"][name][seed]["seconds"]
     assert ours == theirs
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft 0.21
+def test_adapters_are_trained_and_measured_over_one_base(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("peft", reason="needs the optional package peft")
+    loaded, load = [], LanguageModel.load
+
+    def counting(name: str, **settings: Any) -> LanguageModel:
+        loaded.append(str(name))
+        return load(name, **settings)
+
+    out = tmp_path / "adapters"
+    words = ("--divergences", "kl,js", "--adapter.peft", "lora")
+    monkeypatch.setattr(LanguageModel, "load", counting)
+    assert sweep(model, out, *words) == 0
+    assert loaded == [str(model)]
+    assert weights(out) == {}, "the base's weights are not written"
+    measured = json.loads((out / "measured.json").read_text())
+    values = [measured["base"]["js"][0]]
+    values += [measured["runs"][name]["0"]["js"][0] for name in ("kl", "js")]
+    assert len(set(values)) == 3, "each has its own adapter, and the base has none"
+
+    # The same numbers come from models that were loaded whole.
+    monkeypatch.setattr("fdpg_fast.sweep.tuned_of", lambda config, at, base: model_of(config, at))
+    (out / "measured.json").unlink()
+    capsys.readouterr()
+    assert cli.main(["sweep", "--out", str(out)]) == 0
+    assert "run 1 of" not in capsys.readouterr().out, "what is trained is not trained again"
+    assert len(loaded) == 1 + 1 + 2 * 2  # the base; it again; and as often as they are used
+    assert json.loads((out / "measured.json").read_text()) == measured
 
 
 def test_other_settings_are_refused_by_name(
