@@ -124,6 +124,16 @@ def chi_squared(accepted: list[tuple[str, str]], law: Tensor) -> float:
     return total / freedom
 
 
+def distance(accepted: list[tuple[str, str]], p: Tensor) -> float:
+    """Total variation between what was accepted and p, mean over prompts."""
+    total = 0.0
+    for g in range(PROMPTS):
+        seen = Counter(text for prompt, text in accepted if prompt == f"prompt {g}")
+        share = torch.tensor([seen[text] / seen.total() for text in TEXTS], dtype=torch.float64)
+        total += (share - p[g]).abs().sum().item() / 2
+    return total / PROMPTS
+
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_what_is_accepted_has_the_law(setting: Setting, beta: float) -> None:
     law, rate = setting.law(beta)
@@ -131,7 +141,9 @@ def test_what_is_accepted_has_the_law(setting: Setting, beta: float) -> None:
     accepted = list(rejection.take(log(beta), 2_000, 1_000_000))
     assert len(accepted) == 2_000 * PROMPTS
     assert chi_squared(accepted, law) < 2.6  # 1 in 1000 with 14 degrees of freedom
-    if setting.exact(beta, Divergence.parse("tv")) > 0.05:
+    predicted = setting.exact(beta, Divergence.parse("tv"))
+    assert distance(accepted, setting.p) == pytest.approx(predicted, abs=0.03)  # 2000 tell no more
+    if predicted > 0.05:
         assert chi_squared(accepted, setting.p) > 10  # it is not p yet
     harmonic = PROMPTS / sum(1 / a for a in acceptance_by_prompt(setting, beta))
     assert len(accepted) / rejection.proposals == pytest.approx(harmonic, rel=0.05)
