@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import signal
 import sys
@@ -218,21 +219,23 @@ def _sample_by_rejection(known: argparse.Namespace, run: RunDirectory) -> int:
         seed=secrets.randbits(32) if known.seed is None else known.seed,
     )
     console = Console(stderr=True)
-    beta = 0.0
+    log_beta = -math.inf
     if wish is not None:
         curve = drawn.look(known.look or LOOK)
-        beta, points = wish.beta(curve), curve.points()
-        points = sorted([*points, curve.at(beta)], key=lambda point: point.beta)
+        log_beta = wish.log_beta(curve)
+        found = {point.log_beta: point for point in (*curve.points(), curve.at(log_beta))}
+        points = [found[at] for at in sorted(found)]
         title = f"quasi-rejection sampling: {run.path.resolve().name}"
-        run.write_text(run.curve, rejection.curve_page(title, drawn.law(beta), curve, points, beta))
+        law = drawn.law(log_beta)
+        run.write_text(run.curve, rejection.curve_page(title, law, curve, points, log_beta))
         _show_table(console, f"from {curve.samples} proposals", *rejection.curve_table(points))
         print(f"curve   {run.curve}", file=sys.stderr)
-    print(f"law     {drawn.law(beta)}", file=sys.stderr)
+    print(f"law     {drawn.law(log_beta)}", file=sys.stderr)
 
     each, budget = -(-known.n // len(drawn.prompts)), known.budget or BUDGET
     accepted = 0
     with acceptance_bar(console, known.n, lambda: drawn.proposals) as bar:
-        for prompt, text in itertools.islice(drawn.take(beta, each, budget), known.n):
+        for prompt, text in itertools.islice(drawn.take(log_beta, each, budget), known.n):
             _show_sample(known, prompt, text)
             accepted += 1
             bar.advance(bar.task_ids[0])

@@ -13,6 +13,7 @@ import difflib
 import functools
 import inspect
 import math
+import os
 import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
@@ -92,7 +93,8 @@ class PromptsConfig:
     """What samples continue.
 
     Attributes:
-        source: a text, a list of texts, or a .txt (one per line) or .jsonl file; empty: no prompt
+        source: a text, a list of texts, or a .txt (one per line) or .jsonl file, which a YAML file
+            may name as seen from beside it; empty: no prompt
         prompts_per_step: prompts in each step
         shuffle: visit many prompts in a new order every epoch
     """
@@ -315,9 +317,7 @@ class Config:
             content, where = _load(path), path.name
         _check_keys(content, where)
         if not isinstance(source, Mapping):
-            target, sampling = (content.get(part) or {} for part in ("target", "sampling"))
-            if target or sampling.get("stop"):  # what may name files
-                content["target"] = {"folder": str(path.resolve().parent), **target}
+            _set_folder(content, path.resolve().parent)
         _check_options(overrides)
         parser = argument_parser()
         try:
@@ -487,6 +487,19 @@ def _check_keys(content: Mapping[str, Any], where: str) -> None:
                 raise ConfigError(
                     f"{where}: unknown key `{part}.{key}`. {_nearest_key(f'{part}.{key}')}"
                 )
+
+
+def _set_folder(content: dict[str, Any], folder: Path) -> None:
+    """Relative file names in a YAML file are looked up beside it first."""
+    target, sampling = (content.get(part) or {} for part in ("target", "sampling"))
+    if target or sampling.get("stop"):  # what may name files
+        content["target"] = {"folder": str(folder), **target}
+    prompts = content.get("prompts") or {}
+    source = prompts.get("source")
+    if isinstance(source, str) and Path(source).suffix:
+        beside = os.path.join(folder, source)
+        if os.path.isfile(beside):  # a text may be too long to ask Path
+            prompts["source"] = beside
 
 
 def _check_options(overrides: Sequence[str]) -> None:

@@ -14,6 +14,10 @@ before the first one is accepted.
 Plain rejection is beta = 0: all is accepted that the target does not forbid, and the law is q
 restricted to P > 0. For the base and a target of conditions, a(x) b(x), that is p itself.
 
+P is known up to a constant only, and so is beta, which is in units of P/q: exp(4000), say, for a
+reward with a small temperature. All of it is computed from log beta, which no target makes too
+large.
+
 The random numbers of proposals and of acceptances are keyed by (seed, prompt, sample), so what
 comes out does not depend on batch sizes.
 
@@ -23,6 +27,7 @@ Legend: B samples, G prompts.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -53,6 +58,7 @@ __all__ = [
     "Wish",
     "curve_page",
     "curve_table",
+    "show_beta",
 ]
 
 # Streams of random numbers (ops.random_key), far from those of training and evaluation.
@@ -65,9 +71,8 @@ class RejectionError(ValueError):
     """Nothing can be accepted, or beta was asked for in a way that cannot be."""
 
 
-def log_acceptance(log_weight: Tensor, beta: float) -> Tensor:
+def log_acceptance(log_weight: Tensor, log_beta: float) -> Tensor:
     """``(B,)`` log min(1, P / (beta q)) from log P/q; beta = 0 takes all that has P > 0."""
-    log_beta = math.log(beta) if beta > 0 else -math.inf
     return torch.where(log_weight > -math.inf, (log_weight - log_beta).clamp(max=0.0), -math.inf)
 
 
@@ -80,12 +85,12 @@ class Point:
     """One beta; estimates are (value, standard error), means over the prompts.
 
     Attributes:
-        beta: >= 0, in units of P/q.
+        log_beta: in units of log P/q; -inf is beta = 0.
         accept: the acceptance rate.
         divergences: name of f -> D_f(p_beta || p).
     """
 
-    beta: float
+    log_beta: float
     accept: tuple[float, float]
     divergences: dict[str, tuple[float, float]]
 
@@ -94,14 +99,14 @@ class Curve:
     """Acceptance rate and divergences to the target as functions of beta, from samples of q.
 
     What a larger P/q than any that was seen would change is not known of: near the largest one,
-    ``top``, divergences are estimated too low.
+    whose log is ``top``, divergences are estimated too low.
 
     Args:
         rollout: x ~ q, B samples.
         log_score: ``(B,)`` fp64, log P(x).
 
     Attributes:
-        top: the largest P/q among them.
+        top: the largest log P/q among them.
         ess: effective number of samples of the target among them.
         samples: B.
 
@@ -122,14 +127,14 @@ class Curve:
                 "target. Way out: look at more of them (--look), or tune the model further"
             )
         self._log_z = self._log_mean(self._log_weight)
-        self.top = math.exp(self._log_weight.max().item())
+        self.top = self._log_weight.max().item()
         of_target = metrics.Mean(self._prompt, len(rollout.prompts), self._log_weight)
         self.ess = of_target.ess.sum().item()
         self.samples = len(rollout)
 
-    def at(self, beta: float, which: Sequence[Divergence] = metrics.PAPER) -> Point:
+    def at(self, log_beta: float, which: Sequence[Divergence] = metrics.PAPER) -> Point:
         """What one beta costs and gives."""
-        log_accept = log_acceptance(self._log_weight, beta)
+        log_accept = log_acceptance(self._log_weight, log_beta)
         log_rate = self._log_mean(log_accept)
         excesses = [
             (log_value - log_mean[self._prompt]).exp() - 1
@@ -153,76 +158,80 @@ class Curve:
             estimates.append(self._mean(linear))
         accept, *found = torch.tensor(estimates).tolist()
         named = {str(f): (value, error) for f, (value, error) in zip(which, found, strict=True)}
-        return Point(beta, (accept[0], accept[1]), named)
+        return Point(log_beta, (accept[0], accept[1]), named)
 
     def points(self, most: int = 12) -> list[Point]:
         """From beta = 0 on, each with half the acceptance rate, to the largest P/q seen."""
-        points = [self.at(0.0)]
+        points = [self.at(-math.inf)]
         while len(points) < most - 1:
-            beta = self.beta_for_acceptance(points[0].accept[0] / 2 ** len(points))
-            if beta >= self.top:
+            log_beta = self.for_acceptance(points[0].accept[0] / 2 ** len(points))
+            if log_beta >= self.top:
                 break
-            points.append(self.at(beta))
+            points.append(self.at(log_beta))
         return [*points, self.at(self.top)]
 
-    def beta_for_acceptance(self, rate: float) -> float:
-        """The largest beta with an acceptance rate of ``rate``; 0 if there is none."""
-        return self._last(lambda beta: self.at(beta, which=()).accept[0] >= rate)
+    def for_acceptance(self, rate: float) -> float:
+        """The largest log beta with an acceptance rate of ``rate``; -inf if there is none."""
+        return self._last(lambda log_beta: self.at(log_beta, which=()).accept[0] >= rate)
 
-    def beta_for_tv(self, distance: float) -> float:
-        """The smallest beta whose total variation to p is ``distance`` or less."""
-        return self._last(lambda beta: self.at(beta, which=(TV,)).divergences["tv"][0] > distance)
+    def for_tv(self, distance: float) -> float:
+        """The smallest log beta whose total variation to p is ``distance`` or less."""
+        return self._last(lambda at: self.at(at, which=(TV,)).divergences["tv"][0] > distance)
 
     def _last(self, holds: Callable[[float], bool]) -> float:
-        """Where what holds for small beta stops to hold, by bisection of log beta."""
-        finite = self._log_weight[self._log_weight > -math.inf]
-        low, high = finite.min().item(), finite.max().item()
-        if not holds(math.exp(low)):
-            return 0.0
-        while holds(math.exp(high)):  # beyond the largest weight the rate falls as 1 / beta
+        """Where what holds for small log beta stops to hold, by bisection."""
+        low = self._log_weight[self._log_weight > -math.inf].min().item()
+        high = self.top
+        if not holds(low):
+            return -math.inf
+        while holds(high):  # beyond the largest weight the rate falls as 1 / beta
             low, high = high, high + 1.0
         while high - low > 1e-6:
             middle = (low + high) / 2
-            low, high = (middle, high) if holds(math.exp(middle)) else (low, middle)
-        return math.exp(low)
+            low, high = (middle, high) if holds(middle) else (low, middle)
+        return low
 
     def _log_mean(self, values: Tensor) -> Tensor:
         """``(G,)``: log of the mean of exp(values) within each prompt."""
-        top = values.max()
-        return self._mean.of_prompts((values - top).exp()).log() + top
+        state = ops.new_log_partition(len(self._rollout.prompts), values.device)
+        ops.log_partition_(state, values, self._prompt)
+        return state[:, 0] - state[:, 2].log()
 
 
 @dataclass(frozen=True)
 class Wish:
-    """How beta is chosen: itself, or by the acceptance rate or the total variation it gives."""
+    """How beta is chosen: itself (by its log), or by the acceptance rate or the total variation."""
 
     kind: str
     value: float
 
     @classmethod
     def parse(cls, text: str) -> Wish:
-        """``beta=2.5``, ``accept=0.1`` or ``tv=0.05``.
+        """``beta=2.5``, ``beta=exp(4000)``, ``accept=0.1`` or ``tv=0.05``.
 
         Raises:
             RejectionError: it is none of these, or a number out of range.
         """
         kind, _, number = text.partition("=")
+        log = re.fullmatch(r"exp\((.*)\)", number)
         try:
-            value = float(number)
+            value = float(log[1] if log else number)
         except ValueError:
             value = math.nan
-        if kind in ("beta", "accept", "tv") and 0 < value <= (math.inf if kind == "beta" else 1):
+        if kind == "beta" and math.isfinite(value) and (log or value > 0):
+            return cls(kind, value if log else math.log(value))
+        if kind in ("accept", "tv") and not log and 0 < value <= 1:
             return cls(kind, value)
         raise RejectionError(
-            "qrs: expected beta=NUMBER (above 0), accept=SHARE or tv=DISTANCE (above 0, at most "
-            f"1), got {text!r}"
+            "qrs: expected beta=NUMBER (above 0; or exp(LOG), where no number is so large), "
+            f"accept=SHARE or tv=DISTANCE (above 0, at most 1), got {text!r}"
         )
 
-    def beta(self, curve: Curve) -> float:
-        """What is wished for, as a beta."""
+    def log_beta(self, curve: Curve) -> float:
+        """What is wished for, as the log of a beta."""
         if self.kind == "accept":
-            return curve.beta_for_acceptance(self.value)
-        return curve.beta_for_tv(self.value) if self.kind == "tv" else self.value
+            return curve.for_acceptance(self.value)
+        return curve.for_tv(self.value) if self.kind == "tv" else self.value
 
 
 # ------------------------------------------------------------------------------------------------
@@ -305,19 +314,20 @@ class Rejection:
         )
         return Curve(rollout, self.target.log_score(rollout))
 
-    def law(self, beta: float) -> str:
+    def law(self, log_beta: float) -> str:
         """The distribution of what is accepted, in words."""
         if self.model is self.target.base.model and self.target.is_condition:
             return "p itself: the base without what breaks a condition"
-        if beta > 0:
-            return f"p_beta(x) ∝ min(P(x), {beta:.3g} q(x)): p itself where beta >= max P/q"
+        if log_beta > -math.inf:
+            beta = show_beta(log_beta)
+            return f"p_beta(x) ∝ min(P(x), {beta} q(x)): p itself where beta >= max P/q"
         return "q without what the target forbids: not p"
 
-    def take(self, beta: float, each: int, budget: int) -> Iterator[tuple[str, str]]:
+    def take(self, log_beta: float, each: int, budget: int) -> Iterator[tuple[str, str]]:
         """Accepts ``each`` samples of every prompt, as they come; fewer where the budget ends.
 
         Args:
-            beta: >= 0; 0 is plain rejection.
+            log_beta: -inf is plain rejection.
             each: of every prompt.
             budget: most proposals for a prompt.
 
@@ -325,9 +335,11 @@ class Rejection:
             (prompt, sample).
         """
         for g in range(len(self.prompts)):
-            yield from self._take_of(g, beta, each, budget)
+            yield from self._take_of(g, log_beta, each, budget)
 
-    def _take_of(self, g: int, beta: float, each: int, budget: int) -> Iterator[tuple[str, str]]:
+    def _take_of(
+        self, g: int, log_beta: float, each: int, budget: int
+    ) -> Iterator[tuple[str, str]]:
         here = slice(g, g + 1)
         prompts = self.prompts
         one = PromptBatch(prompts.ids[here], prompts.tokens[here], prompts.texts[here])
@@ -339,7 +351,7 @@ class Rejection:
             count = min(likely, self._sampler.batch_size, budget - proposed)
             rollout = self._sampler.draw(self.model, one, count, propose, first_sample_id=proposed)
             log_weight = self.target.log_score(rollout) - rollout.log_q
-            accepted = _toss(log_acceptance(log_weight, beta), rollout.sample_ids, accept)
+            accepted = _toss(log_acceptance(log_weight, log_beta), rollout.sample_ids, accept)
             for row in accepted.nonzero().flatten().tolist()[: each - taken]:
                 taken += 1
                 self.proposals = before + proposed + row + 1
@@ -358,7 +370,16 @@ def _toss(log_probability: Tensor, sample_ids: Tensor, key: int) -> Tensor:
 # ------------------------------------------------------------------------------------------------
 # Showing
 
+LOG_10 = math.log(10)
 LABELS = {f: label.replace("π", "p_β") for f, label in FOUR.items()}
+
+
+def show_beta(log_beta: float) -> str:
+    """``2.5``; and ``exp(4000)``, which :meth:`Wish.parse` reads too, where no number is so large
+    or so small."""
+    if log_beta == -math.inf or abs(log_beta) < 700:
+        return f"{math.exp(log_beta):.3g}"
+    return f"exp({log_beta:.2f})"
 
 
 def curve_table(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
@@ -366,7 +387,7 @@ def curve_table(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
     header = ["beta", "accepted", *LABELS.values()]
     return header, [
         [
-            f"{point.beta:.3g}",
+            show_beta(point.log_beta),
             f"{point.accept[0]:.1%} ± {point.accept[1]:.1%}",
             *[page.show(point.divergences[f]) for f in LABELS],
         ]
@@ -374,7 +395,7 @@ def curve_table(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-def curve_page(title: str, law: str, curve: Curve, points: Sequence[Point], beta: float) -> str:
+def curve_page(title: str, law: str, curve: Curve, points: Sequence[Point], log_beta: float) -> str:
     """The HTML page of a curve, with the chosen beta marked."""
     note = page.note(
         f"From {curve.samples} samples of q, worth {curve.ess:.0f} of the target's own. ± and "
@@ -382,13 +403,13 @@ def curve_page(title: str, law: str, curve: Curve, points: Sequence[Point], beta
         "at the largest P/q seen, where p_beta would be p if none were larger: what a larger one "
         "would add is not known. Divergences in nats (TV: a share)."
     )
-    draw = partial(partial, _draw, points=points, beta=beta)
+    draw = partial(partial, _draw, points=points, log_beta=log_beta)
     plots = [page.plot("acceptance rate", draw(value=lambda p: p.accept, log=True), x="beta")]
     plots += [
         page.plot(label, draw(value=lambda p, f=f: p.divergences[f]), x="beta")
         for f, label in LABELS.items()
     ]
-    law = page.note(f"What is accepted has the law {law}. Dashed: beta = {beta:.3g}.")
+    law = page.note(f"What is accepted has the law {law}. Dashed: beta = {show_beta(log_beta)}.")
     return page.whole(
         title,
         [
@@ -403,18 +424,19 @@ def _draw(
     axes: Axes,
     *,
     points: Sequence[Point],
-    beta: float,
+    log_beta: float,
     value: Callable[[Point], tuple[float, float]],
     log: bool = False,
 ) -> None:
-    shown = [point for point in points if point.beta > 0]  # the axis is logarithmic
-    at, values = [point.beta for point in shown], [value(point) for point in shown]
+    shown = [point for point in points if point.log_beta > -math.inf]  # the axis is logarithmic
+    # By log10 beta, and not by beta on a logarithmic axis, which ends at 1e308.
+    at, values = [point.log_beta / LOG_10 for point in shown], [value(point) for point in shown]
     axes.plot(at, [v for v, _ in values], ".-")
     axes.fill_between(at, [v - e for v, e in values], [v + e for v, e in values], alpha=0.2)
-    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda x, _: show_beta(x * LOG_10))
     if log:
         axes.set_yscale("log")
     else:
         axes.set_ylim(bottom=0)
-    if beta > 0:
-        axes.axvline(beta, color="black", linestyle="--", linewidth=1)
+    if log_beta > -math.inf:
+        axes.axvline(log_beta / LOG_10, color="black", linestyle="--", linewidth=1)

@@ -121,10 +121,15 @@ class RunDirectory:
         """What run.json holds; nothing for a run that never got to its first step."""
         return self.read_json(self.facts) or {}
 
+    @property
+    def has_model(self) -> bool:
+        """Whether training got to its end, which is when the model, or its adapter, is written."""
+        files = ("config.json", "adapter_config.json")
+        return any((self.model / file).is_file() for file in files)
+
     def require_model(self) -> None:
         """Raises RunDirectoryError if there is no finished model."""
-        files = ("config.json", "adapter_config.json")
-        if not any((self.model / file).is_file() for file in files):
+        if not self.has_model:
             raise RunDirectoryError(
                 f"run: {self.path} has no model/ yet: the run did not get to its end. Way out: "
                 f"fdpg train --resume --out {self.path}"

@@ -1,7 +1,8 @@
 """Scorers: what is measured of a text, b(x), phi(x) or r(x) of the papers, one number each.
 
 A scorer sees the *sample*: the text the model wrote, without its prompt and without special
-tokens. (``mentions``, and a Python function of two arguments, are also given the prompts.)
+tokens. (``mentions``, ``compiles``, and a Python function of two arguments, are also given the
+prompts.)
 
 Three kinds of value, because a target uses each in another way:
 
@@ -25,6 +26,7 @@ import inspect
 import json
 import re
 import sys
+import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -37,6 +39,7 @@ __all__ = [
     "Scorer",
     "ScorerError",
     "classifier",
+    "compiles",
     "contains",
     "from_spec",
     "function",
@@ -373,6 +376,31 @@ def mentions(pattern: str, *, case: bool = True, name: str | None = None) -> Sco
     )
 
 
+def compiles(
+    language: Literal["python"] = "python", *, with_prompt: bool = False, name: str | None = None
+) -> Scorer:
+    """1 where the sample is a program that compiles (boolean). It is never run.
+
+    Args:
+        language: ``python``, of the version that runs this.
+        with_prompt: whether the program is the prompt and the sample, not the sample alone.
+        name: by default ``compiles as python``.
+    """
+    if language != "python":
+        raise ScorerError(f"compiles: `language` expected python, got {language!r}")
+
+    def measure(texts: Sequence[str], prompts: Sequence[str]) -> list[bool]:
+        pairs = zip(prompts, texts, strict=True)
+        return [_compiles(prompt + x if with_prompt else x) for prompt, x in pairs]
+
+    return Scorer(
+        measure,
+        name=name or f"compiles as {language}",
+        kind="boolean",
+        key=("compiles", language, with_prompt),
+    )
+
+
 def length(unit: Literal["words", "characters"] = "words", *, name: str | None = None) -> Scorer:
     """How long the sample is, in words ("don't" is one) or in characters (real)."""
     if unit not in ("words", "characters"):
@@ -581,6 +609,17 @@ def _expression(scorer: str, pattern: str, case: bool) -> re.Pattern[str]:
         ) from error
 
 
+def _compiles(program: str) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of bad style
+        try:
+            compile(program, "sample", "exec", dont_inherit=True)
+        # What is too deep or too long for the compiler is one of the last two.
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            return False
+    return True
+
+
 def _count_words(text: str) -> int:
     return len(re.findall(r"\w+(?:['\u2019-]\w+)*", text))
 
@@ -762,6 +801,7 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "words": words,
     "lexicon": lexicon,
     "mentions": mentions,
+    "compiles": compiles,
     "length": length,
     "classifier": classifier,
 }

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fdpg_fast import metrics, ops
 from fdpg_fast.baselines import Baseline
-from fdpg_fast.building import model_of, prompts_of, sampler_of, target_of
+from fdpg_fast.building import prompts_of, sampler_of, target_of, tuned_of
 from fdpg_fast.config import Config, ConfigError, RunConfig
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.evaluation import STREAM, TEXTS, first_prompts, with_errors
@@ -124,7 +124,7 @@ class Sweep:
         for run in self.runs.values():  # the moments that an earlier call has fitted
             if self.target.needs_fit:
                 self.target.load_state_dict(run.read_facts().get("lambdas", {}))
-        waiting = {key: run for key, run in self.runs.items() if not _is_finished(run)}
+        waiting = {key: run for key, run in self.runs.items() if not run.has_model}
         for number, (key, run) in enumerate(waiting.items(), start=1):
             display = for_this_terminal()
             display.note(f"run {number} of {len(waiting)}: {key[0]}, seed {key[1]}")
@@ -234,10 +234,14 @@ class Sweep:
                 )
 
     def _models(self) -> Any:
-        """Base and tuned models, one after the other: they need not fit into memory together."""
-        yield self.target.base.model
+        """Base and tuned models, one after the other: they need not fit into memory together.
+
+        Adapters are put on the weights of the base, which are loaded once.
+        """
+        base = self.target.base.model
+        yield base
         for run in self.runs.values():
-            yield model_of(self.config, run.model)
+            yield tuned_of(self.config, run.model, base)
 
     def _tell_runs(self, measured: Mapping[str, Any], rollouts: Sequence[Rollout]) -> None:
         for rollout, (key, run) in zip(rollouts[1:], self.runs.items(), strict=True):
@@ -294,10 +298,6 @@ def _finite(asked: Sequence[Divergence], target: Target) -> tuple[Divergence, ..
 def _folder_name(divergence: Divergence) -> str:
     """``js``, ``alpha-0.5``: no brackets, which shells want quoted."""
     return str(divergence).replace("(", "-").replace(")", "")
-
-
-def _is_finished(run: RunDirectory) -> bool:
-    return (run.model / "config.json").is_file()  # the last thing that training writes
 
 
 def _columns(trained: Sequence[Divergence]) -> tuple[Divergence, ...]:

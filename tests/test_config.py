@@ -73,6 +73,26 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     assert (config.run.steps, config.run.seed) == (9, 3)
 
 
+def test_prompts_are_found_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    monkeypatch.chdir(tmp_path)
+    beside = folder / "prompts.txt"
+    beside.write_text("a dog\n")
+    long = "There was a dog. " * 100
+
+    def source(text: str, *overrides: str) -> str | list[str]:
+        (folder / "c.yaml").write_text(f"prompts: {{source: {text!r}}}\n")
+        return Config.read("mine/c.yaml", overrides).prompts.source
+
+    assert source("prompts.txt") == str(beside)
+    assert source(str(beside)) == str(beside)
+    assert source("mine/prompts.txt") == "mine/prompts.txt"  # as seen from the working folder
+    assert source("x", "--prompts.source", "prompts.txt") == "prompts.txt"
+    assert source("mine") == "mine"
+    assert source(long) == long
+
+
 def test_replace_finds_the_part() -> None:
     config = Config().replace(steps=3, learning_rate=1e-4)
     assert (config.run.steps, config.optimiser.learning_rate) == (3, 1e-4)

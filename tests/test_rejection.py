@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import itertools
 import json
+import math
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,14 +22,18 @@ from toy_language import TEXTS, ToyModel, toy_model
 from fdpg_fast import cli, ops, reference
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.metrics import PAPER
-from fdpg_fast.rejection import Curve, Rejection, RejectionError, Wish
+from fdpg_fast.rejection import Curve, Rejection, RejectionError, Wish, curve_page, show_beta
 from fdpg_fast.rollout import PromptBatch, Rollout
-from fdpg_fast.scorers import contains, length
+from fdpg_fast.scorers import contains, function, length
 from fdpg_fast.targets import Base, Target
 
 DOG = contains("dog", name="dog")
 PROMPTS = 2
 BETAS = (0.0, 1.0, 2.0, 8.0, 50.0)
+
+
+def log(beta: float) -> float:
+    return math.log(beta) if beta else -math.inf
 
 
 class ToySampler:
@@ -117,14 +124,26 @@ def chi_squared(accepted: list[tuple[str, str]], law: Tensor) -> float:
     return total / freedom
 
 
+def distance(accepted: list[tuple[str, str]], p: Tensor) -> float:
+    """Total variation between what was accepted and p, mean over prompts."""
+    total = 0.0
+    for g in range(PROMPTS):
+        seen = Counter(text for prompt, text in accepted if prompt == f"prompt {g}")
+        share = torch.tensor([seen[text] / seen.total() for text in TEXTS], dtype=torch.float64)
+        total += (share - p[g]).abs().sum().item() / 2
+    return total / PROMPTS
+
+
 @pytest.mark.parametrize("beta", BETAS)
 def test_what_is_accepted_has_the_law(setting: Setting, beta: float) -> None:
     law, rate = setting.law(beta)
     rejection = setting.rejection()
-    accepted = list(rejection.take(beta, 2_000, 1_000_000))
+    accepted = list(rejection.take(log(beta), 2_000, 1_000_000))
     assert len(accepted) == 2_000 * PROMPTS
     assert chi_squared(accepted, law) < 2.6  # 1 in 1000 with 14 degrees of freedom
-    if setting.exact(beta, Divergence.parse("tv")) > 0.05:
+    predicted = setting.exact(beta, Divergence.parse("tv"))
+    assert distance(accepted, setting.p) == pytest.approx(predicted, abs=0.03)  # 2000 tell no more
+    if predicted > 0.05:
         assert chi_squared(accepted, setting.p) > 10  # it is not p yet
     harmonic = PROMPTS / sum(1 / a for a in acceptance_by_prompt(setting, beta))
     assert len(accepted) / rejection.proposals == pytest.approx(harmonic, rel=0.05)
@@ -138,26 +157,26 @@ def acceptance_by_prompt(setting: Setting, beta: float) -> list[float]:
 
 
 def test_from_the_largest_weight_on_it_is_the_target(setting: Setting) -> None:
-    accepted = list(setting.rejection(seed=1).take(setting.top, 2_000, 1_000_000))
+    accepted = list(setting.rejection(seed=1).take(log(setting.top), 2_000, 1_000_000))
     assert chi_squared(accepted, setting.p) < 2.6
 
 
 def test_conditions_on_the_base_need_no_beta() -> None:
     setting = Setting(pointwise=True)
     rejection = setting.rejection(base=True)
-    assert chi_squared(list(rejection.take(0.0, 5_000, 1_000_000)), setting.p) < 2.6
-    assert rejection.law(0.0) == "p itself: the base without what breaks a condition"
+    assert chi_squared(list(rejection.take(-math.inf, 5_000, 1_000_000)), setting.p) < 2.6
+    assert rejection.law(-math.inf) == "p itself: the base without what breaks a condition"
     # Of the tuned model it is another law, and a target with more in it than conditions too.
-    assert "not p" in setting.rejection().law(0.0)
+    assert "not p" in setting.rejection().law(-math.inf)
     setting.target = setting.target.reward(length("words"), beta=1.0)
-    assert "not p" in setting.rejection(base=True).law(0.0)
+    assert "not p" in setting.rejection(base=True).law(-math.inf)
 
 
 @pytest.mark.parametrize("beta", [b for b in BETAS if b < 50])
 def test_the_curve_is_right_within_its_errors(
     setting: Setting, curves: list[Curve], beta: float
 ) -> None:
-    points = [curve.at(beta) for curve in curves]
+    points = [curve.at(log(beta)) for curve in curves]
     pairs = {"accept": ([p.accept for p in points], setting.law(beta)[1])}
     pairs |= {
         str(f): ([p.divergences[str(f)] for p in points], setting.exact(beta, f)) for f in PAPER
@@ -176,8 +195,8 @@ def test_distance_falls_with_beta_and_ends_at_nothing(
     setting: Setting, curves: list[Curve]
 ) -> None:
     points = curves[0].points()
-    assert [point.beta for point in points] == sorted({point.beta for point in points})
-    assert points[0].beta == 0
+    assert [point.log_beta for point in points] == sorted({point.log_beta for point in points})
+    assert points[0].log_beta == -math.inf
     for name in ("kl", "reverse_kl", "tv", "js"):
         distance = [point.divergences[name][0] for point in points]
         assert distance == sorted(distance, reverse=True)
@@ -189,21 +208,73 @@ def test_distance_falls_with_beta_and_ends_at_nothing(
     assert rates[-1] < rates[-2]
 
 
+@pytest.mark.parametrize("constant", [4000.0, -4000.0])
+def test_the_scale_of_the_target_is_of_no_account(constant: float) -> None:
+    """P is known up to a constant, and exp(4000) is no number: beta is a log throughout."""
+    setting = Setting(pointwise=False)
+    plain = setting.rejection()
+    curve = plain.look(1_000)
+    setting.target = setting.target.reward(function(lambda texts: [constant] * len(texts)), beta=1)
+    scaled = setting.rejection()
+    other = scaled.look(1_000)
+    points = [curve.points(), other.points()]
+    for ours, theirs in zip(*points, strict=True):
+        assert theirs.log_beta == pytest.approx(ours.log_beta + constant, abs=1e-5)
+        assert theirs.accept == pytest.approx(ours.accept, rel=1e-4)
+        for name, pair in ours.divergences.items():
+            assert theirs.divergences[name] == pytest.approx(pair, rel=1e-3, abs=1e-6)
+    for wish in ("accept=0.2", "tv=0.1"):
+        ours, theirs = (Wish.parse(wish).log_beta(one) for one in (curve, other))
+        assert theirs == pytest.approx(ours + constant, abs=1e-5)
+    taken = list(plain.take(log(2), 50, 10_000))
+    assert list(scaled.take(log(2) + constant, 50, 10_000)) == taken
+
+    log_beta = other.top
+    shown = show_beta(log_beta)
+    assert shown.startswith("exp(")
+    assert Wish.parse(f"beta={shown}").log_beta(other) == pytest.approx(log_beta, abs=0.01)
+    page = Page(curve_page("title", scaled.law(log_beta), other, points[1], log_beta))
+    assert f"min(P(x), {shown} q(x))" in page.words
+    assert not {"inf", "nan"} & set(re.findall(r"\w+", page.words))
+    for link in page.links:  # points are where they were, and not at the end of the numbers
+        drawn = base64.b64decode(link.partition("base64,")[2]).decode()
+        assert "nan" not in drawn
+        assert "exp(" in drawn
+
+
+def test_prompts_of_different_scale_have_one_beta() -> None:
+    """Where it is nothing beside P/q, all is accepted and p_beta is q."""
+    setting = Setting(pointwise=False)
+    curve = setting.rejection().look(1_000)
+    far = function(lambda texts, prompts: [4000.0 * (p == "prompt 1") for p in prompts], name="far")
+    setting.target = setting.target.reward(far, beta=1)
+    point = setting.rejection().look(1_000).at(log(8))
+    near = curve.at(log(8))
+    first, second = (acceptance_by_prompt(setting, beta) for beta in (8, 0))
+    assert point.accept[0] == pytest.approx((first[0] + second[1]) / 2, rel=0.1)
+    assert near.divergences["tv"][0] < point.divergences["tv"][0] < 1
+
+
 @pytest.mark.parametrize("wish", ["accept=0.2", "accept=0.001", "tv=0.1", "beta=3"])
 def test_beta_by_what_it_gives(setting: Setting, curves: list[Curve], wish: str) -> None:
     kind, _, number = wish.partition("=")
     curve = curves[0]
-    point = curve.at(Wish.parse(wish).beta(curve))
-    found = {"accept": point.accept[0], "tv": point.divergences["tv"][0], "beta": point.beta}
+    point = curve.at(Wish.parse(wish).log_beta(curve))
+    found = {"accept": point.accept[0], "tv": point.divergences["tv"][0]}
+    found["beta"] = math.exp(point.log_beta)
     assert found[kind] == pytest.approx(float(number), rel=1e-3)
 
 
 def test_what_is_met_anyway_needs_no_beta(curves: list[Curve]) -> None:
-    assert Wish.parse("accept=1").beta(curves[0]) == 0 or curves[0].at(0.0).accept[0] == 1
-    assert Wish.parse("tv=1").beta(curves[0]) == 0
+    everything = curves[0].at(-math.inf)
+    assert Wish.parse("accept=1").log_beta(curves[0]) == -math.inf or everything.accept[0] == 1
+    assert Wish.parse("tv=1").log_beta(curves[0]) == -math.inf
 
 
-@pytest.mark.parametrize("text", ["beta", "beta=0", "beta=x", "accept=1.5", "tv=0", "rate=1", "3"])
+NO_WISHES = "beta beta=0 beta=x beta=1e400 beta=exp(x) accept=1.5 accept=exp(-1) tv=0 rate=1 3"
+
+
+@pytest.mark.parametrize("text", NO_WISHES.split())
 def test_a_wish_that_cannot_be(text: str) -> None:
     with pytest.raises(RejectionError, match=r"expected beta=NUMBER .*, got '"):
         Wish.parse(text)
@@ -211,15 +282,15 @@ def test_a_wish_that_cannot_be(text: str) -> None:
 
 def test_batches_do_not_matter_and_seeds_do(setting: Setting) -> None:
     small, large = (setting.rejection(batch=b) for b in (7, 4096))
-    drawn = [list(r.take(2.0, 50, 10_000)) for r in (small, large)]
+    drawn = [list(r.take(log(2), 50, 10_000)) for r in (small, large)]
     assert drawn[0] == drawn[1]
     assert small.proposals == large.proposals
-    assert drawn[0] != list(setting.rejection(seed=1).take(2.0, 50, 10_000))
+    assert drawn[0] != list(setting.rejection(seed=1).take(log(2), 50, 10_000))
 
 
 def test_it_streams_and_keeps_to_the_budget(setting: Setting) -> None:
     rejection = setting.rejection(batch=16)
-    taken = rejection.take(8.0, 100, 20)
+    taken = rejection.take(log(8), 100, 20)
     next(taken)
     assert rejection.proposals <= 16
     assert len(list(taken)) < 200

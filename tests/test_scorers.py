@@ -13,6 +13,7 @@ from fdpg_fast.scorers import (
     Scorer,
     ScorerError,
     classifier,
+    compiles,
     contains,
     from_spec,
     function,
@@ -364,6 +365,33 @@ def test_mentions_looks_for_what_the_prompt_gives():
         scorer(["Tim"], ["a dog"])
     with pytest.raises(ScorerError, match=r"mentions: `pattern` .* is not a regular expression"):
         mentions("(")
+
+
+def test_compiles_and_does_not_run(tmp_path):
+    touched = tmp_path / "touched"
+    programs = {
+        "x = 1\n": 1,
+        "": 1,
+        f"open({str(touched)!r}, 'w')": 1,
+        "raise SystemExit": 1,
+        "x is 1, '\\d'": 1,  # bad style, of which Python warns
+        "return 1": 0,  # a parser alone takes it
+        "x = (1": 0,
+        "if x:\ny": 0,
+        "a\0b": 0,
+        "'\ud800'": 0,
+        "-" * 50_000 + "1": 0,  # deeper than the compiler goes
+        "a" + "()" * 50_000: 0,
+        "x = " + "9**" * 9 + "9": 1,  # and nothing is worked out
+    }
+    assert values(compiles(), *programs) == list(programs.values())
+    assert not touched.exists()
+    whole = from_spec({"compiles": "python", "with_prompt": True})
+    prompts = ["def f():", "def f():\n    ", "def f()"]
+    assert whole(["\n    return 1"] * 3, prompts).tolist() == [1, 1, 0]
+    assert whole != compiles()
+    with pytest.raises(ScorerError, match="compiles: `language` expected python, got 'rust'"):
+        compiles("rust")
 
 
 def test_every_scorer_can_be_specified():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -21,6 +22,8 @@ from fdpg_fast import cli, ops, reference
 from fdpg_fast.building import model_of, prompts_of, target_of
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.evaluation import STREAM
+from fdpg_fast.models import LanguageModel
+from fdpg_fast.rollout import PromptBatch, Rollout
 from fdpg_fast.run_directory import RunDirectory
 from fdpg_fast.sampler import Sampler
 from fdpg_fast.trainer import Trainer
@@ -130,6 +133,58 @@ def test_every_entry_is_an_estimate_on_the_samples_of_all(
         assert 0 < measured["runs"][name][seed]["off_support"][0] < 1
 
 
+def every_text(model: LanguageModel, prompts: PromptBatch) -> Rollout:
+    """All that a model can write of two words or fewer, as if drawn from it."""
+    words = range(1, model.vocab_size)
+    samples = [(0,), *itertools.product(words, range(model.vocab_size))]  # 0 ends a text
+    (prompt,) = prompts.tokens
+    count = len(samples)
+    zeros = torch.zeros(count, 2)
+    return Rollout(
+        tokens=torch.tensor([[*prompt, *(*sample, 0)[:2]] for sample in samples]),
+        prompt_lengths=torch.full((count,), len(prompt)),
+        lengths=torch.tensor([len(sample) for sample in samples]),
+        prompt_index=torch.zeros(count, dtype=torch.int64),
+        sample_ids=torch.arange(count),
+        token_logprob=zeros,
+        lse=zeros,
+        log_q=zeros[:, 0].double(),
+        finish=torch.zeros(count, dtype=torch.int8),
+        prompts=prompts,
+        texts=tuple(model.decode(samples)),
+    )
+
+
+def test_the_table_is_the_exact_one_within_its_errors(model: Path, tmp_path: Path) -> None:
+    """Of samples of two words, all of which can be written out: trained on f, measured by g."""
+    out = tmp_path / "exact"
+    words = ("--sampling.max_new_tokens", "2", "--run.evaluation_samples", "1024")
+    words += ("--target.smooth", "0.01", "--divergences", "reverse_kl,js")
+    assert sweep(model, out, *words) == 0
+    measured = json.loads((out / "measured.json").read_text())
+    config = RunDirectory.open(out / "js" / "0").config()
+    target = target_of(config)
+    base = target.base.model
+    texts = every_text(base, prompts_of(config, base).all())
+    log_score = target.log_score(texts)
+    log_z = log_score.logsumexp(0).item()
+    p = log_score.softmax(0)
+    estimates = [(measured["target"]["log_z"], log_z)]
+    models = {"reverse_kl": model_of(config, out / "reverse_kl" / "0" / "model")}
+    models |= {"js": model_of(config, out / "js" / "0" / "model"), "base": base}
+    for name, one in models.items():
+        log_pi = one.sequence_logprob(texts)
+        assert log_pi.exp().sum().item() == pytest.approx(1, abs=1e-5), "no text is missing"
+        row = measured["base"] if name == "base" else measured["runs"][name]["0"]
+        for column in ("kl", "reverse_kl", "tv", "js"):
+            g = Divergence.parse(column)
+            values = reference.FORMULAS[column].f(torch, (log_pi - p.log()).exp(), g.param)
+            estimates.append((row[column], (p * values).sum().item()))
+    for (value, error), exact in estimates:
+        assert abs(value - exact) < 2 * error
+        assert error < 0.1 * max(abs(exact), 0.5)
+
+
 def test_the_same_again_does_nothing_and_more_adds(
     model: Path, swept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -174,6 +229,41 @@ def test_stopped_and_gone_on_with_it_is_the_same_sweep(
         for seed, measures in runs.items():
             del measures["seconds"], ours["runs"][name][seed]["seconds"]
     assert ours == theirs
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft 0.21
+def test_adapters_are_trained_and_measured_over_one_base(
+    model: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("peft", reason="needs the optional package peft")
+    loaded, load = [], LanguageModel.load
+
+    def counting(name: str, **settings: Any) -> LanguageModel:
+        loaded.append(str(name))
+        return load(name, **settings)
+
+    out = tmp_path / "adapters"
+    words = ("--divergences", "kl,js", "--adapter.peft", "lora")
+    monkeypatch.setattr(LanguageModel, "load", counting)
+    assert sweep(model, out, *words) == 0
+    assert loaded == [str(model)]
+    assert weights(out) == {}, "the base's weights are not written"
+    measured = json.loads((out / "measured.json").read_text())
+    values = [measured["base"]["js"][0]]
+    values += [measured["runs"][name]["0"]["js"][0] for name in ("kl", "js")]
+    assert len(set(values)) == 3, "each has its own adapter, and the base has none"
+
+    # The same numbers come from models that were loaded whole.
+    monkeypatch.setattr("fdpg_fast.sweep.tuned_of", lambda config, at, base: model_of(config, at))
+    (out / "measured.json").unlink()
+    capsys.readouterr()
+    assert cli.main(["sweep", "--out", str(out)]) == 0
+    assert "run 1 of" not in capsys.readouterr().out, "what is trained is not trained again"
+    assert len(loaded) == 1 + 1 + 2 * 2  # the base; it again; and as often as they are used
+    assert json.loads((out / "measured.json").read_text()) == measured
 
 
 def test_other_settings_are_refused_by_name(
