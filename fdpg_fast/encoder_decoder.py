@@ -186,7 +186,7 @@ class EncoderDecoderModel(LanguageModel):
         lengths = torch.tensor([[len(prompt)] for prompt in prompts], device=self.device)
         mask = torch.arange(width, device=self.device) < lengths
         with self._autocast():
-            out = self.model.get_encoder()(input_ids=ids, attention_mask=mask)
+            out = self.model.get_encoder()(input_ids=ids, attention_mask=mask, use_cache=False)
         return out.last_hidden_state, mask
 
     def write(self, tokens: Tensor, source: _Source, cache: Any = None) -> Tensor:
