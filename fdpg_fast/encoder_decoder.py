@@ -235,17 +235,17 @@ class EncoderDecoderModel(LanguageModel):
         """The samples of a rollout, or those marked ``used``, prompt by prompt: each is encoded
         once, but for those whose samples do not fit one micro-batch. Long prompts first."""
         self._check_batches(rollout, micro_batch)
-        lengths, prompt = rollout.lengths.cpu(), rollout.prompt_index.cpu()
-        sizes, widths = rollout.prompt_lengths.tolist(), lengths.tolist()
-        order = sorted(
-            range(len(rollout)) if used is None else used.nonzero()[:, 0].tolist(),
-            key=lambda i: (-sizes[i], int(prompt[i]), -widths[i]),
+        sizes, prompt, lengths = (
+            x.cpu() for x in (rollout.prompt_lengths, rollout.prompt_index, rollout.lengths)
         )
+        keys = list(zip((-sizes).tolist(), prompt.tolist(), (-lengths).tolist(), strict=True))
+        order = torch.tensor(sorted(range(len(keys)), key=keys.__getitem__), dtype=torch.int64)
+        if used is not None:
+            order = order[used[order]]
         tokens = self._decoder_tokens(rollout)
-        remaining = torch.tensor(order, dtype=torch.int64)
-        while len(remaining):
-            size = micro_batch or self._fitting(rollout, remaining, budget)
-            rows, remaining = remaining[:size], remaining[size:]
+        while len(order):
+            size = micro_batch or _fitting(sizes[order], prompt[order], lengths[order], budget)
+            rows, order = order[:size], order[size:]
             ones = torch.ones(len(rows), dtype=torch.int64)
             batch = self._micro_batch(tokens, rows, ones, lengths[rows])
             wanted, index = prompt[rows].unique(return_inverse=True)
@@ -260,15 +260,6 @@ class EncoderDecoderModel(LanguageModel):
         place = (starts + torch.arange(longest, device=self.device)).clamp_(max=tokens.shape[1] - 1)
         return torch.nn.functional.pad(tokens.gather(1, place), (1, 0), value=self.start_id)
 
-    def _fitting(self, rollout: Rollout, rows: Tensor, budget: int) -> int:
-        """How many of these samples the next micro-batch reads."""
-        prompt = rollout.prompt_index.cpu()[rows]
-        longest = rollout.lengths.cpu()[rows].cummax(0).values
-        prompts = 1 + torch.nn.functional.pad(prompt.diff() != 0, (1, 0)).cumsum(0)
-        computed = prompts * int(rollout.prompt_lengths[rows[0]])  # the longest prompt is first
-        computed = computed + torch.arange(1, len(rows) + 1) * longest
-        return max(1, int((computed <= budget).sum()))
-
     def _states(self, batch: MicroBatch) -> Tensor:
         assert isinstance(batch, _Batch)  # as _micro_batches makes them
         states, mask = self.read(batch.prompts)
@@ -279,7 +270,7 @@ class EncoderDecoderModel(LanguageModel):
     # --- trust, but measure ---------------------------------------------------------------------
 
     def _settle_packing(self) -> str:
-        return "padded, each prompt encoded once; sampling in step"
+        return "padded, each prompt encoded once; all slots sample in step, without refill"
 
     def _texts(self) -> list[list[int]]:
         return [[self.start_id, *row[1:]] for row in super()._texts()]
@@ -322,6 +313,14 @@ class EncoderDecoderModel(LanguageModel):
                     error = difference(logits[i], reference[i][place], self.softcap)
                     worst = max(worst, error)
         return worst
+
+
+def _fitting(sizes: Tensor, prompt: Tensor, lengths: Tensor, budget: int) -> int:
+    """How many of these samples, prompt by prompt, the next micro-batch reads, padding and prompts
+    included: ``sizes`` of their prompts, the longest first, and ``lengths`` of their own."""
+    prompts = 1 + torch.nn.functional.pad(prompt.diff() != 0, (1, 0)).cumsum(0)
+    written = torch.arange(1, len(lengths) + 1) * lengths.cummax(0).values
+    return max(1, int((prompts * sizes[0] + written <= budget).sum()))
 
 
 class _StepLayer(CacheLayerMixin):

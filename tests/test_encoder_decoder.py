@@ -120,8 +120,8 @@ def test_samples_do_not_depend_on_the_batch(model: EncoderDecoderModel) -> None:
 
 
 def test_a_stop_function_ends_samples(model: EncoderDecoderModel) -> None:
-    def stop(ids: list[int]) -> bool:
-        return len(ids) == 4
+    def stop(text: str) -> bool:
+        return len(text.split()) == 4
 
     rollout = Sampler(10, batch_size=8, check_every=3, stop=stop).draw(model, PROMPTS, 6, key=3)
     whole = samples(draw(model))
