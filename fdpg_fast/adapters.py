@@ -28,7 +28,7 @@ class AdapterError(RuntimeError):
 
 
 def attach(
-    model: nn.Module,
+    model: Any,
     kind: str,
     *,
     rank: int,
@@ -71,7 +71,8 @@ def attach(
             f"{', '.join(sorted(known))}"
         )
     try:
-        config = made(task_type="CAUSAL_LM", **settings)
+        task = "SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM"
+        config = made(task_type=task, **settings)
         if config.is_prompt_learning:
             raise ValueError("it adds to the prompt, where f-DPG needs one in the layers")
         with torch.random.fork_rng(), _quiet():

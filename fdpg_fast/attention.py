@@ -33,6 +33,7 @@ from fdpg_fast.packing import Packing, current
 
 __all__ = [
     "REACH_STEP",
+    "SHARED",
     "SLOT",
     "SLOTS",
     "SLOT_MASKED",
@@ -53,6 +54,8 @@ SLOT = "fdpg_slot"
 # The same with masks of numbers, for families that add to their masks (ALiBi).
 SLOT_MASKED = "fdpg_slot_masked"
 SLOTS = (SLOT, SLOT_MASKED)
+# Of encoder-decoder models; encoder_decoder.py registers it.
+SHARED = "fdpg_shared"
 
 # Attended and stored lengths are rounded up to this: few shapes, and above 50 keys of 8 numbers
 # torch's batched product goes to MKL (64 keys took 0.78 ms, 48 took 1.0 ms: B=256, H=16, 2 cores).
@@ -382,9 +385,11 @@ class Decoder(Protocol):
     Attributes:
         positions: ``(B,)`` int64 on the device: where the token given to :meth:`step` stands. The
             caller moves it, for the slots that go on.
+        refills: whether a slot may be assigned while others are in the middle of a sample.
     """
 
     positions: Tensor
+    refills: bool
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
         """Read N prompts, once each, all but the last token of each."""
@@ -404,6 +409,7 @@ class SlotDecoder:
     """Decoding over a :class:`SlotCache`: one token of work per slot and step."""
 
     PREFILL_TOKENS = 16384  # padded prompt tokens in one forward pass
+    refills = True
 
     def __init__(self, model: _Model, cache: SlotCache) -> None:
         self.model, self.cache = model, cache
@@ -457,6 +463,8 @@ class SlotDecoder:
 class RecomputeDecoder:
     """Decoding without a cache, for families the slot cache does not fit: each step reads the whole
     text again. Slow, and right for every causal model."""
+
+    refills = True
 
     def __init__(self, model: _Model, slots: int, length: int) -> None:
         self.model = model
@@ -531,6 +539,7 @@ def attention_report() -> list[tuple[str, bool, str]]:
     return [
         (SLOT, True, "slot cache for sampling, sdpa for scoring; what `auto` takes if it fits"),
         (SLOT_MASKED, True, "the same for families that add to their masks; `auto`'s second"),
+        (SHARED, True, "encoder-decoder models: samples share the keys of their prompt"),
         ("packed", cuda, packed),
         ("sdpa", True, "torch's scaled_dot_product_attention; samples without a cache, slowly"),
         ("eager", True, "plain matrix products; samples without a cache, slowly"),

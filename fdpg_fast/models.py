@@ -1,4 +1,8 @@
-"""A causal language model of transformers, as f-DPG needs it: log-probs, their gradient, decoding.
+"""A language model of transformers, as f-DPG needs it: log-probs, their gradient, decoding.
+
+Causal models are here; encoder-decoder models, whose encoder reads the prompt, are
+:class:`fdpg_fast.encoder_decoder.EncoderDecoderModel`, which :meth:`LanguageModel.load` and
+:meth:`LanguageModel.from_model` return where the model is one.
 
 Whatever checkpoint it comes from, a :class:`LanguageModel` has fp32 master weights, no dropout and
 no sampling habits (temperature, top-k and the like in the checkpoint are dropped), and its
@@ -21,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args, overload
+from typing import Any, ClassVar, Literal, get_args, overload
 
 import torch
 import transformers
@@ -96,7 +100,7 @@ class Head:
 
 
 @dataclass(frozen=True)
-class _MicroBatch:
+class MicroBatch:
     """Some samples of a rollout: padded to the longest of them, or packed into one row."""
 
     tokens: Tensor  # (b, W) or (1, N) what the model reads; the last token predicts nothing
@@ -109,7 +113,7 @@ class _MicroBatch:
 
 
 class LanguageModel:
-    """One causal language model with its tokenizer: a policy, a proposal or a base.
+    """One language model with its tokenizer: a policy, a proposal or a base.
 
     Make one with :meth:`load` or :meth:`from_model`.
 
@@ -128,6 +132,10 @@ class LanguageModel:
         packs: whether micro-batches are packed, so that no padding is computed.
         scoring: the same in words, and why, for people.
     """
+
+    own_attention: ClassVar[tuple[str, ...]] = SLOTS  # best first, of which "auto" takes one
+    without_own_attention: ClassVar[str] = "sampling without a key-value cache"
+    auto_class: ClassVar[str] = "AutoModelForCausalLM"  # of transformers, which loads it
 
     def __init__(
         self,
@@ -187,7 +195,7 @@ class LanguageModel:
         activation_checkpointing: bool = False,
         eos_ids: Sequence[int] | None = None,
     ) -> LanguageModel:
-        """Load a causal language model and its tokenizer.
+        """Load a language model and its tokenizer.
 
         Args:
             name_or_path: a local folder or a Hugging Face name; empty or ``"default"``: the small
@@ -213,7 +221,12 @@ class LanguageModel:
         with _no_progress_bar():
             try:
                 adapter, source = source, adapters.base_of(source) or source
-                model = transformers.AutoModelForCausalLM.from_pretrained(
+                kind = _kind(
+                    transformers.AutoConfig.from_pretrained(
+                        source, trust_remote_code=trust_remote_code
+                    )
+                )
+                model = getattr(transformers, kind.auto_class).from_pretrained(
                     source, dtype=torch.float32, trust_remote_code=trust_remote_code
                 )
                 tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -224,7 +237,7 @@ class LanguageModel:
             except Exception as error:  # a checkpoint can be wrong in any way
                 wanted = name if source == adapter else source
                 raise ModelError(_why_not_loaded(wanted, error)) from error
-        loaded = cls(
+        loaded = kind(
             model,
             tokenizer,
             name=name,
@@ -242,7 +255,7 @@ class LanguageModel:
 
         The model is changed in place: moved, cast to fp32, its dropout set to zero.
         """
-        return cls(model, tokenizer, **options)
+        return _kind(model.config)(model, tokenizer, **options)
 
     def trainable_copy(self) -> LanguageModel:
         """A copy with weights of its own that learn; of a model with an adapter, only the adapter
@@ -386,6 +399,10 @@ class LanguageModel:
 
     # --- text -----------------------------------------------------------------------------------
 
+    def room(self, prompt_tokens: int) -> int:
+        """How many tokens can be sampled after a prompt of so many; negative: it is too long."""
+        return self.context_length - prompt_tokens
+
     @property
     def bos_prompt(self) -> tuple[int, ...]:
         """What stands for "no prompt": the begin-of-text token, else an end-of-text token."""
@@ -425,6 +442,11 @@ class LanguageModel:
         ]
 
     # --- forward pass ---------------------------------------------------------------------------
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether sampling keeps keys and values, rather than reading the text at every step."""
+        return self.attention in SLOTS
 
     @property
     def head(self) -> Head | None:
@@ -507,7 +529,7 @@ class LanguageModel:
 
     def decoder(self, slots: int, length: int, reuse: Decoder | None = None) -> Decoder:
         """A decoder for ``slots`` texts of up to ``length`` tokens; ``reuse`` lends its memory."""
-        if self.attention not in SLOTS:
+        if not self.has_cache:
             return RecomputeDecoder(self, slots, length)
         # Few lengths, so that prompts of another width at every step find memory that fits.
         length = min(self.context_length, -(-length // REACH_STEP) * REACH_STEP)
@@ -643,12 +665,12 @@ class LanguageModel:
             if parameter.grad is not None:
                 parameter.grad.mul_(factor)
 
-    def _states(self, batch: _MicroBatch) -> Tensor:
+    def _states(self, batch: MicroBatch) -> Tensor:
         """The hidden states ``(n, D)`` that predict the sampled tokens of a micro-batch."""
         states = self.hidden(batch.tokens, batch.positions, packing=batch.packing)
         return states.flatten(0, 1)[batch.source]
 
-    def _score(self, batch: _MicroBatch, entropy: bool) -> ops.TokenLogprob:
+    def _score(self, batch: MicroBatch, entropy: bool) -> ops.TokenLogprob:
         """Log-probs ``(n,)`` of the sampled tokens of a micro-batch."""
         states = self._states(batch)
         head = self.head
@@ -665,7 +687,7 @@ class LanguageModel:
                 entropy=entropy,
             )
 
-    def _backward(self, batch: _MicroBatch, coefficient: Tensor, lse_hint: Tensor) -> Tensor:
+    def _backward(self, batch: MicroBatch, coefficient: Tensor, lse_hint: Tensor) -> Tensor:
         """Add the gradient of sum_n coefficient[n] logp[n]; return logp ``(n,)``, detached."""
         states = self._states(batch)
         head = self.head
@@ -698,12 +720,10 @@ class LanguageModel:
 
     def _micro_batches(
         self, rollout: Rollout, used: Tensor | None, micro_batch: int | None, budget: int
-    ) -> Iterator[_MicroBatch]:
+    ) -> Iterator[MicroBatch]:
         """The samples of a rollout, or those marked ``used``, longest first: rows of like length
         share a batch, so little padding is computed, and too much memory shows at once."""
-        if micro_batch is not None and micro_batch < 1:
-            raise ValueError(f"micro_batch: expected at least 1 sample, got {micro_batch}")
-        self._check_ids(rollout)
+        self._check_batches(rollout, micro_batch)
         prompt_lengths, lengths = rollout.prompt_lengths.cpu(), rollout.lengths.cpu()
         widths = prompt_lengths + lengths - 1
         order = torch.argsort(widths, descending=True, stable=True)
@@ -725,7 +745,7 @@ class LanguageModel:
 
     def _micro_batch(
         self, tokens: Tensor, rows: Tensor, prompt_lengths: Tensor, lengths: Tensor
-    ) -> _MicroBatch:
+    ) -> MicroBatch:
         widths = prompt_lengths + lengths - 1
         width = int(widths.max())
         inside = torch.arange(int(lengths.max())) < lengths[:, None]
@@ -743,7 +763,7 @@ class LanguageModel:
         i, column, start, begin, rows, text, position = (
             x.to(self.device) for x in (i, column, start, begin, rows, text, position)
         )
-        return _MicroBatch(
+        return MicroBatch(
             tokens=tokens[rows[text], position],
             positions=position.expand(len(text), -1),
             packing=packing,
@@ -753,9 +773,11 @@ class LanguageModel:
             target=tokens[rows[i], start + column],
         )
 
-    def _check_ids(self, rollout: Rollout) -> None:
+    def _check_batches(self, rollout: Rollout, micro_batch: int | None) -> None:
         """Name a token id that the model does not have. On a GPU this would be a question to the
         device in the middle of a step; there the sampler and Prompts have looked already."""
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro_batch: expected at least 1 sample, got {micro_batch}")
         if rollout.tokens.device.type != "cpu" or rollout.tokens.numel() == 0:
             return
         low, high = rollout.tokens.aminmax()
@@ -794,7 +816,7 @@ class LanguageModel:
         found = {"tolerance": tolerance, "scoring": self._scoring_error(rows, reference)}
         if self._fused is not None:
             found["head"] = self._head_error(rows, reference, self._fused)
-        if self.attention in SLOTS:
+        if self.has_cache:
             found["decoding"] = self._decoding_error(rows, reference)
         for path, error in found.items():
             self._require(path, error, tolerance)
@@ -821,15 +843,15 @@ class LanguageModel:
                     RuntimeWarning,
                     stacklevel=4,
                 )
-            if wanted in ("auto", *SLOTS):
-                names = SLOTS if wanted == "auto" else (wanted,)
+            if wanted in ("auto", *self.own_attention):
+                names = self.own_attention if wanted == "auto" else (wanted,)
                 problem = self._try_slots(names, rows, reference, tolerance)
                 if problem and wanted != "auto":
                     raise ModelError(f"{self.name}: attention {wanted!r} does not fit: {problem}")
                 if problem:
                     warnings.warn(
-                        f"{self.name}: sampling without a key-value cache, which is right but "
-                        f"slow: {problem}.",
+                        f"{self.name}: {self.without_own_attention}, which is right but slow: "
+                        f"{problem}.",
                         RuntimeWarning,
                         stacklevel=4,
                     )
@@ -906,17 +928,20 @@ class LanguageModel:
     def _references(self) -> tuple[list[list[int]], list[Tensor]]:
         """Texts of unequal length, and the logits ``(t, V)`` that the model itself gives them."""
         attention = self.attention
-        if attention in SLOTS:
+        if attention in self.own_attention:
             self._use_attention(self._stock_attention)
-        rows, reference = self._texts(), []
-        for row in rows:
-            ids = torch.tensor([row], device=self.device)
-            # All ones says nothing new, but without it transformers warns of padding ids in `ids`.
-            out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
-            reference.append(out.logits[0].float())
-        if attention in SLOTS:
+        rows = self._texts()
+        reference = [self._plain_logits(row) for row in rows]
+        if attention in self.own_attention:
             self._use_attention(attention)
         return rows, reference
+
+    def _plain_logits(self, row: list[int]) -> Tensor:
+        ids = torch.tensor([row], device=self.device)
+        # All ones says nothing new, but without it transformers warns of padding ids in `ids`.
+        out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        logits: Tensor = out.logits[0].float()
+        return logits
 
     def _texts(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(0)
@@ -932,6 +957,10 @@ class LanguageModel:
         positions = torch.arange(width, device=self.device).expand(len(rows), -1)
         return torch.tensor(padded, device=self.device), positions
 
+    def _padded_hidden(self, rows: list[list[int]]) -> Tensor:
+        """The hidden states ``(b, W, D)`` of texts padded on the right."""
+        return self.hidden(*self._padded(rows))
+
     def _find_head(
         self, rows: list[list[int]], reference: list[Tensor], tolerance: float
     ) -> tuple[float, float | None] | None:
@@ -946,6 +975,7 @@ class LanguageModel:
         names = ("logit_scale", "logits_scaling", "lm_head_multiplier", "output_multiplier")
         found = [getattr(config, name, None) for name in names]
         factors = [float(x) for x in found if isinstance(x, (int, float)) and x]
+        factors.append(getattr(config, "hidden_size", 1) ** -0.5)  # T5
         softcap = getattr(config, "final_logit_softcapping", None)
         for scale in dict.fromkeys([1.0, *factors, *(1.0 / x for x in factors)]):
             candidate = (scale, None if softcap is None else float(softcap))
@@ -963,17 +993,16 @@ class LanguageModel:
         try:
             worst = 0.0
             for row, logits in zip(rows, reference, strict=True):
-                tokens, positions = self._padded([row])
-                got = self.logits(self.hidden(tokens, positions)[0])
-                worst = max(worst, _difference(got, logits, self.softcap))
+                got = self.logits(self._padded_hidden([row])[0])
+                worst = max(worst, difference(got, logits, self.softcap))
         finally:
             self._fused = before
         return worst
 
     def _scoring_error(self, rows: list[list[int]], reference: list[Tensor]) -> float:
-        states = self.hidden(*self._padded(rows))
+        states = self._padded_hidden(rows)
         return max(
-            _difference(self.logits(states[i, : len(row)]), reference[i], self.softcap)
+            difference(self.logits(states[i, : len(row)]), reference[i], self.softcap)
             for i, row in enumerate(rows)
         )
 
@@ -987,7 +1016,7 @@ class LanguageModel:
         positions = torch.cat([torch.arange(len(row)) for row in rows])[None].to(self.device)
         packing = Packing.of(lengths, self.device)
         packed = self.logits(self.hidden(tokens, positions, packing=packing)[0]).clone()
-        alone = [self.logits(self.hidden(*self._padded([row]))[0]).clone() for row in rows]
+        alone = [self.logits(self._padded_hidden([row])[0]).clone() for row in rows]
         distance = torch.log_softmax(packed, -1) - torch.log_softmax(torch.cat(alone), -1)
         return float(distance.abs().mean().nan_to_num(nan=torch.inf))
 
@@ -1008,7 +1037,7 @@ class LanguageModel:
             logits = slots.step(torch.tensor(tokens, device=self.device), reach)
             for i, alive in enumerate(live):
                 if alive:
-                    error = _difference(logits[i], reference[i][place[i]], self.softcap)
+                    error = difference(logits[i], reference[i][place[i]], self.softcap)
                     worst = max(worst, error)
                     place[i] += 1
             slots.positions.add_(torch.tensor(live, device=self.device))
@@ -1028,10 +1057,11 @@ class LanguageModel:
             bos_token_id=old.bos_token_id,
             eos_token_id=list(self.eos_ids) or None,
             pad_token_id=old.pad_token_id,
+            decoder_start_token_id=old.decoder_start_token_id,
         )
 
 
-def _difference(logits: Tensor, reference: Tensor, softcap: float | None) -> float:
+def difference(logits: Tensor, reference: Tensor, softcap: float | None) -> float:
     """Largest difference in nats of log-probs from ``logits``, yet to be capped, and from
     ``reference``; NaN counts as infinite."""
     if softcap is not None:
@@ -1044,6 +1074,14 @@ def _tolerance(reference: list[Tensor]) -> float:
     """fp32 rounding grows with the logits (2.7e-5 nats at logits of 30); wrong masks or positions
     show as 0.1 nats and more."""
     return 1e-4 + 1e-5 * max(float(logits.abs().max()) for logits in reference)
+
+
+def _kind(config: Any) -> type[LanguageModel]:
+    if not getattr(config, "is_encoder_decoder", False):
+        return LanguageModel
+    from fdpg_fast.encoder_decoder import EncoderDecoderModel  # which is a LanguageModel itself
+
+    return EncoderDecoderModel
 
 
 def _device(name: str | torch.device) -> torch.device:

@@ -98,7 +98,7 @@ class Prompts:
 
         prompts = cls(texts, encode, per_step=per_step, shuffle=shuffle, seed=seed)
         for number, (text, tokens) in enumerate(zip(prompts.texts, prompts.tokens, strict=True)):
-            if len(tokens) + max_new_tokens > model.context_length:
+            if max_new_tokens > model.room(len(tokens)):
                 raise PromptError(
                     f"prompts: prompt {number}, {_short(text)}, of {len(tokens)} tokens and "
                     f"{max_new_tokens} new ones do not fit the {model.context_length} tokens that "

@@ -89,6 +89,7 @@ def model_card(run: RunDirectory) -> str:
     """The Markdown card of a tuned model, in the form model hubs read."""
     told = _Run.read(run)
     config, facts = told.config, told.facts
+    auto_class = facts.get("auto_class", "AutoModelForCausalLM")
     lines = [
         "---",
         "library_name: transformers",
@@ -103,9 +104,9 @@ def model_card(run: RunDirectory) -> str:
         f"over {len(told.metrics)} steps of {config.samples_per_step} samples.",
         "",
         "```python",
-        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        f"from transformers import {auto_class}, AutoTokenizer",
         "",
-        f'model = AutoModelForCausalLM.from_pretrained("{run.model.name}")',
+        f'model = {auto_class}.from_pretrained("{run.model.name}")',
         f'tokenizer = AutoTokenizer.from_pretrained("{run.model.name}")',
         "```",
         "",

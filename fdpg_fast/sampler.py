@@ -112,6 +112,8 @@ class Sampler:
         begun = 0
         while True:
             free = [slot for slot in range(slots) if occupant[slot] == idle]
+            if not decoder.refills and len(free) < slots:
+                free = []
             fresh = range(begun, min(begun + len(free), work.count))
             if fresh:
                 taken = torch.tensor(free[: len(fresh)])
@@ -146,7 +148,7 @@ class Sampler:
                 raise ValueError(
                     f"draw: prompt {text!r} has no tokens. Start it with the model's bos_prompt."
                 )
-            if len(tokens) + self.max_new_tokens > model.context_length:
+            if self.max_new_tokens > model.room(len(tokens)):
                 raise ValueError(
                     f"draw: prompt {text!r} of {len(tokens)} tokens and {self.max_new_tokens} new "
                     f"ones do not fit the {model.context_length} tokens that {model.name} can "

@@ -443,6 +443,7 @@ class Trainer:
             "scoring": self.policy.scoring,
             "checks": self.policy.checks,
             "model": _model_name(self.base),
+            "auto_class": self.policy.auto_class,
             "parameters": sum(p.numel() for p in self.parameters.values()),
             "target": str(self.target),
             "goals": self.target.moments,

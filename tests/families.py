@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.rollout import PromptBatch, Rollout
@@ -27,6 +27,8 @@ _OPT = {
     "max_position_embeddings": 40,
 }
 _LLAMA = {**_OPT, "intermediate_size": 48, "num_key_value_heads": 2}
+
+_T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "n_positions": 40}
 
 # family -> what its config is made from. Windows are shorter than the samples, so that they matter.
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -65,22 +67,63 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "attention_types": [[["global", "local"], 1]],
         "window_size": 6,
     },
+    # Encoder-decoder models, whose prompt the encoder reads.
+    "t5": _T5,
+    "t5_gated": {  # 1.1 and Flan: its output layer is not the embedding
+        **_T5,
+        "model_type": "t5",
+        "num_decoder_layers": 3,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    },
+    "bart": {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_attention_heads": 4,
+        "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 48,
+        "decoder_ffn_dim": 48,
+        "max_position_embeddings": 40,
+        "forced_eos_token_id": None,
+    },
 }
+ENCODER_DECODER = ("t5", "t5_gated", "bart")
 
 
 def tiny(family: str, *, vocab: int = VOCAB, seed: int = 0, **changes: Any) -> Any:
     """A random transformers model of a family, in train mode, with the family's own dropout."""
-    config = AutoConfig.for_model(family, vocab_size=vocab, **{**CONFIGS[family], **changes})
+    settings = {"model_type": family, **CONFIGS[family], **changes}
+    config = AutoConfig.for_model(vocab_size=vocab, **settings)
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, 0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
+        if family in ENCODER_DECODER:
+            return _encoder_decoder(family, config)
         model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.ndim >= 2:
                     weight.mul_(4.0)
+    return model
+
+
+def _encoder_decoder(family: str, config: Any) -> Any:
+    """Both texts matter to what is predicted, and so do positions and the head's scale or bias."""
+    config.decoder_start_token_id = 3
+    model = AutoModelForSeq2SeqLM.from_config(config)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if "relative_attention_bias" in name:
+                weight.normal_()
+            elif weight.ndim >= 2 and family == "bart":
+                weight.mul_(8.0)
+        if family == "bart":
+            model.final_logits_bias.normal_()
+        if family == "t5_gated":
+            model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight) / 4)
     return model
 
 
@@ -122,8 +165,16 @@ def reference_logprob(plain: Any, rollout: Rollout) -> Tensor:
         rollout.tokens, rollout.prompt_lengths.tolist(), rollout.lengths.tolist(), strict=True
     ):
         text = tokens[: prompt + length]
-        logits = plain(input_ids=text[None], use_cache=False).logits[0]
-        logp = torch.log_softmax(logits.double(), dim=-1)[prompt - 1 : -1]
+        if plain.config.is_encoder_decoder:
+            written = text[prompt - 1 : -1].clone()
+            written[0] = plain.config.decoder_start_token_id
+            logits = plain(
+                input_ids=text[None, :prompt], decoder_input_ids=written[None], use_cache=False
+            ).logits[0]
+            logp = torch.log_softmax(logits.double(), dim=-1)
+        else:
+            logits = plain(input_ids=text[None], use_cache=False).logits[0]
+            logp = torch.log_softmax(logits.double(), dim=-1)[prompt - 1 : -1]
         picked = logp.gather(1, text[prompt:, None])[:, 0]
         rows.append(torch.nn.functional.pad(picked, (0, rollout.token_logprob.shape[1] - length)))
     return torch.stack(rows)

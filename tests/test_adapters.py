@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from families import batch, double, language_model, reference_logprob
-from tiny import write_tiny_model
+from tiny import write_tiny_model, write_tiny_t5
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 import fdpg_fast as fdpg
 from fdpg_fast import trainer as training
@@ -51,7 +51,9 @@ def disturb(model: LanguageModel, size: float = 0.1) -> LanguageModel:
     return model
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gpt_neox", "gemma2", "cohere"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "llama", "opt", "gpt_neox", "gemma2", "cohere", "t5_gated", "bart"]
+)
 def test_the_policy_is_the_base_until_it_learns(family: str) -> None:
     """Bit for bit: with the fused head, by slots, and for tied and untied heads."""
     base = language_model(family, eos_ids=EOS)
@@ -75,6 +77,8 @@ def test_the_policy_is_the_base_until_it_learns(family: str) -> None:
         ("llama", "lora", ["o_proj"], {"modules_to_save": ["lm_head"]}),
         ("opt", "lokr", "all-linear", {}),
         ("gpt_neox", "ia3", "all-linear", {"feedforward_modules": []}),
+        ("t5", "lora", "all-linear", {}),
+        ("bart", "lora", ["k_proj", "fc2"], {}),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.*an adapter on the output layer:RuntimeWarning")
@@ -202,9 +206,12 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # of peft 0.21
-def test_save_and_load(folder: Path, tmp_path: Path) -> None:
-    from peft import AutoPeftModelForCausalLM
+@pytest.mark.parametrize("kind", ["CausalLM", "Seq2SeqLM"])
+def test_save_and_load(kind: str, tmp_path: Path) -> None:
+    import peft
 
+    write = {"CausalLM": write_tiny_model, "Seq2SeqLM": write_tiny_t5}[kind]
+    folder = write(tmp_path / "base")
     policy = disturb(LanguageModel.load(folder).with_adapter(rank=2))
     rollout = Sampler(8).draw(policy, batch([1, 2]), 6, key=0)
     scored = policy.token_logprob(rollout)
@@ -221,7 +228,10 @@ def test_save_and_load(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(again.token_logprob(rollout), scored)
     on_base = LanguageModel.load(folder).with_saved_adapter(saved)
     assert torch.equal(on_base.token_logprob(rollout), scored)
-    for theirs in (AutoPeftModelForCausalLM, AutoModelForCausalLM):
+    for theirs in (
+        getattr(peft, f"AutoPeftModelFor{kind}"),
+        getattr(transformers, f"AutoModelFor{kind}"),
+    ):
         plain = theirs.from_pretrained(saved).eval()
         with torch.no_grad():
             truth = reference_logprob(plain.double(), rollout)
