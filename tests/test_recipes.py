@@ -29,7 +29,8 @@ def test_it_runs_for_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         *("train", name, "--model.name", str(model), "--out", str(out)),
         *("--run.steps", "2", "--run.evaluation_samples", "16"),
         *("--sampling.max_new_tokens", "6", "--sampling.samples_per_prompt", "16"),
-        *("--prompts.source", "once there", "--target.fit_samples", "512"),
+        *("--prompts.source", "once there", "--prompts.prompts_per_step", "1"),
+        *("--target.fit_samples", "512"),
     ]
     assert cli.main(words) == 0
     torch.set_num_threads(threads)
