@@ -52,7 +52,8 @@ class ModelConfig:
     """The language model: base a(x), and where the policy starts.
 
     Attributes:
-        name: Hugging Face name or local folder; empty: the small story model inside the package
+        name: Hugging Face name or local folder; empty: the small story model inside the package;
+            embedded:arithmetic: its model of sums
         device: auto, cpu, cuda or cuda:N
         compute: arithmetic of the forward and backward pass; weights are always kept in fp32
         attention: auto, or the name of one of the attention functions that `fdpg env` lists

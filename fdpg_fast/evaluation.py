@@ -84,6 +84,7 @@ def evaluate(
         of_texts = metrics.measure_texts(rollout.texts)
         measured[name] = {
             **with_errors(of_model),
+            **with_errors(metrics.pass_at_powers(rollout, scores[name], target.verdicts)),
             **{key: [value, None] for key, value in of_texts.items()},
         }
     # The tuned model's samples are the nearest to the target's, and so tell most of it.
@@ -109,7 +110,7 @@ def first_prompts(batch: PromptBatch, count: int) -> PromptBatch:
 def with_errors(numbers: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
     """Measures as JSON has them: name -> [value, standard error or None]."""
     plain = {name: value.item() for name, value in numbers.items()}
-    errors = {name: name.replace("moment: ", "moment_se: ") for name in plain if ": " in name}
+    errors = {name: "_se: ".join(name.split(": ", 1)) for name in plain if ": " in name}
     errors |= {name: f"{name}_se" for name in plain if ": " not in name}
     return {
         name: [value, plain.get(errors[name])]

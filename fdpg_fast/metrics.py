@@ -40,6 +40,8 @@ __all__ = [
     "measure",
     "measure_target",
     "measure_texts",
+    "pass_at_k",
+    "pass_at_powers",
     "runaway",
     "self_bleu",
     "with_plug_ins",
@@ -245,6 +247,69 @@ def measure_target(
         **_under(under_p, rollout, scores, surprise),
         "ess": under_p.ess.sum(),
     }
+
+
+def pass_at_k(passed: Tensor, prompt: Tensor, prompts: int, k: int) -> tuple[Tensor, Tensor]:
+    """The chance that at least one of k samples passes, mean over prompts, and its standard error.
+
+    Of n samples of a prompt, c passed: 1 - C(n - c, k) / C(n, k), which is unbiased for any k <= n
+    (Chen et al., arXiv 2107.03374, equation 1), as the product of 1 - k/i over i = n-c+1..n. The
+    error is the jackknife's: exact for k = 1, a little large above, NaN for k = n, where there is
+    no telling.
+
+    Args:
+        passed: ``(B,)`` of 0 and 1, any dtype.
+        prompt: ``(B,)`` int64, 0..G-1.
+        prompts: G; each must have k samples.
+        k: at least 1.
+
+    Returns:
+        Two 0-d fp64 tensors.
+    """
+    member = prompt[:, None] == torch.arange(prompts, device=prompt.device)
+    count = member.sum(0)
+    right = (member & (passed[:, None] > 0)).sum(0)
+
+    def estimate(n: Tensor, c: Tensor) -> Tensor:
+        i = torch.arange(1, int(count.max()) + 1, device=prompt.device).double()[:, None]
+        # Fewer than k failed: the product has the factor 1 - k/k.
+        factors = torch.where((i > n - c) & (i <= n), (-k / i).clamp(min=-1.0), 0.0)
+        return -torch.expm1(torch.log1p(factors).sum(0))
+
+    # One sample left out is one that passed, c times, or one that failed, n - c times.
+    change = estimate(count - 1, right - 1) - estimate(count - 1, right)
+    share = right / count
+    variances = torch.where(
+        (right > 0) & (right < count), (count - 1) * share * (1 - share) * change.square(), 0.0
+    )
+    variance = torch.where(count > k, variances, torch.nan).sum() / prompts**2
+    return estimate(count, right).mean(), variance.sqrt()
+
+
+def pass_at_powers(rollout: Rollout, scores: Scores, verdicts: Sequence[str]) -> Measures:
+    """:func:`pass_at_k` of an on-policy rollout for k = 1, 4, 16, ... as far as samples go.
+
+    Args:
+        rollout: x ~ pi.
+        scores: of the target.
+        verdicts: names of features that are 0 or 1, as ``Target.verdicts``.
+
+    Returns:
+        ``pass@1: NAME``, ``pass@1_se: NAME``, ...; nothing for a single prompt, or with a single
+        sample of each, where it says no more than the moment.
+    """
+    prompts = len(rollout.prompts)
+    each = len(rollout) // prompts
+    if prompts < 2 or each < 2:
+        return {}
+    measures: Measures = {}
+    for name in verdicts:
+        for k in (4**power for power in range(16) if 4**power <= each):
+            value, error = pass_at_k(scores.features[name], rollout.prompt_index, prompts, k)
+            measures[f"pass@{k}: {name}"] = value
+            if k < each:
+                measures[f"pass@{k}_se: {name}"] = error
+    return measures
 
 
 def logprob_gap(token_logprob: Tensor, rollout: Rollout) -> Measures:

@@ -51,6 +51,9 @@ __all__ = ["Head", "LanguageModel", "ModelError", "attention_report"]
 
 Compute = Literal["auto", "fp32", "bf16", "fp16"]
 
+# Models inside the package: name -> folder of assets/.
+EMBEDDED = {"default": "model", "embedded:arithmetic": "arithmetic"}
+
 # Tokens in one forward pass, padding included, without and with a gradient to keep activations for.
 SCORE_TOKENS = 8192
 GRADIENT_TOKENS = 4096
@@ -199,7 +202,8 @@ class LanguageModel:
 
         Args:
             name_or_path: a local folder or a Hugging Face name; empty or ``"default"``: the small
-                story model that ships with the package. It may be an adapter of the package peft.
+                story model that ships with the package; ``"embedded:arithmetic"``: its model of
+                sums. It may be an adapter of the package peft.
             device: ``"auto"`` is the GPU if there is one.
             compute: ``"auto"`` is bf16 on a GPU that has it and fp32 elsewhere: on CPUs bf16 is not
                 always faster, and it costs accuracy that every f-DPG weight exponentiates.
@@ -213,14 +217,18 @@ class LanguageModel:
             AdapterError: the same of an adapter.
         """
         name = os.fspath(name_or_path) or "default"
-        source = _embedded_model() if name == "default" else name
+        if name.startswith("embedded:") and name not in EMBEDDED:
+            raise ModelError(
+                f"model {name!r}: not in the package, which has {', '.join(EMBEDDED)}."
+            )
+        source = adapter = _embedded_model(EMBEDDED[name]) if name in EMBEDDED else name
         # No hub name looks like this, so do not wait a minute for the network to say so.
         is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
         if is_path and not Path(source).is_dir():
             raise ModelError(f"model {name!r}: no such folder. Check the path.")
         with _no_progress_bar():
             try:
-                adapter, source = source, adapters.base_of(source) or source
+                source = adapters.base_of(source) or source
                 kind = _kind(
                     transformers.AutoConfig.from_pretrained(
                         source, trust_remote_code=trust_remote_code
@@ -1153,8 +1161,8 @@ def _eos_ids(model: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
     return tuple(dict.fromkeys(i for i in ids if 0 <= i < vocab_size))
 
 
-def _embedded_model() -> str:
-    path = Path(str(resources.files("fdpg_fast"))) / "assets" / "model"
+def _embedded_model(folder: str) -> str:
+    path = Path(str(resources.files("fdpg_fast"))) / "assets" / folder
     if not (path / "config.json").is_file():
         raise ModelError(
             f"the embedded model is missing from {path}: the installation is incomplete. "

@@ -118,6 +118,8 @@ def show(pair: Sequence[Any] | None) -> str:
     if pair is None or pair[0] is None:
         return ""
     value, error = (float(pair[0]), pair[1])
+    if math.isnan(value):  # as numbers are before JSON, which has null
+        return ""
     if not math.isfinite(value):
         return "∞" if value > 0 else "-∞"
     value = round(value, 3) + 0.0  # no minus before a zero

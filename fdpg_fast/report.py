@@ -54,6 +54,8 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str,
             name = key.removeprefix("moment: ")
             goal = f"{goals[name]:.3g}" if name in goals else show(evaluation["target"].get(key))
             table.append((name, show(before.get(key)), show(after[key]), goal))
+        elif key.startswith("pass@"):
+            table.append((key, show(before.get(key)), show(after[key]), ""))
     for key, label in ROWS.items():
         if key in after:
             goal = "0" if key in FOUR else show(evaluation["target"].get(key))

@@ -1,8 +1,8 @@
 """Scorers: what is measured of a text, b(x), phi(x) or r(x) of the papers, one number each.
 
 A scorer sees the *sample*: the text the model wrote, without its prompt and without special
-tokens. (``mentions``, ``compiles``, and a Python function of two arguments, are also given the
-prompts.)
+tokens. (``mentions``, ``equation``, ``compiles``, and a Python function of two arguments, are also
+given the prompts.)
 
 Three kinds of value, because a target uses each in another way:
 
@@ -24,6 +24,7 @@ import importlib
 import importlib.util
 import inspect
 import json
+import math
 import re
 import sys
 import warnings
@@ -41,6 +42,7 @@ __all__ = [
     "classifier",
     "compiles",
     "contains",
+    "equation",
     "from_spec",
     "function",
     "length",
@@ -401,6 +403,34 @@ def compiles(
     )
 
 
+def equation(operators: str = "+-*", *, name: str | None = None) -> Scorer:
+    """1 where prompt and sample together are a true equation (boolean): ``12+35=`` and ``47``.
+
+    It verifies what was computed, whatever was asked: after ``47=``, ``12+35`` is as right as
+    ``40+7``. Each side is whole numbers joined by operators, with blanks anywhere between them;
+    anything more, or less, is wrong.
+
+    Args:
+        operators: which of ``+``, ``-`` and ``*`` may occur; ``*`` binds closer.
+        name: by default ``equation``.
+    """
+    if not isinstance(operators, str) or not operators or set(operators) - set("+-*"):
+        raise ScorerError(f"equation: `operators` expected some of +, - and *, got {operators!r}")
+    side = rf"\s*\d+\s*(?:[{re.escape(operators)}]\s*\d+\s*)*"
+    form = re.compile(rf"({side})=({side})", re.ASCII)
+
+    def holds(text: str) -> bool:
+        sides = form.fullmatch(text)
+        return sides is not None and _sum(sides[1]) == _sum(sides[2])
+
+    return Scorer(
+        lambda texts, prompts: [holds(p + x) for p, x in zip(prompts, texts, strict=True)],
+        name=name or "equation",
+        kind="boolean",
+        key=("equation", frozenset(operators)),
+    )
+
+
 def length(unit: Literal["words", "characters"] = "words", *, name: str | None = None) -> Scorer:
     """How long the sample is, in words ("don't" is one) or in characters (real)."""
     if unit not in ("words", "characters"):
@@ -596,6 +626,15 @@ def shorten(text: object, limit: int = 100) -> str:
 def _phrase(text: str) -> str:
     """A pattern for a whole word or phrase, whatever characters it begins and ends with."""
     return r"(?<!\w)" + r"\s+".join(map(re.escape, text.split())) + r"(?!\w)"
+
+
+def _sum(expression: str) -> int:
+    """The value of whole numbers joined by ``+``, ``-`` and ``*``."""
+    signed = re.findall(r"([+-]?)([^+-]+)", expression)
+    return sum(
+        (-1 if sign == "-" else 1) * math.prod(map(int, product.split("*")))
+        for sign, product in signed
+    )
 
 
 def _expression(scorer: str, pattern: str, case: bool) -> re.Pattern[str]:
@@ -802,6 +841,7 @@ SCORERS: dict[str, Callable[..., Scorer]] = {
     "lexicon": lexicon,
     "mentions": mentions,
     "compiles": compiles,
+    "equation": equation,
     "length": length,
     "classifier": classifier,
 }

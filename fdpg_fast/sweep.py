@@ -167,7 +167,15 @@ class Sweep:
         columns = _columns(self.divergences)
         names = [None, *self.runs]
         of_models = [
-            _measures(pool, number, rollouts[number], scores[number], columns, name and name[0])
+            _measures(
+                pool,
+                number,
+                rollouts[number],
+                scores[number],
+                columns,
+                name and name[0],
+                self.target.verdicts,
+            )
             for number, name in enumerate(names)
         ]
         runs: dict[str, dict[str, Any]] = {}
@@ -319,6 +327,7 @@ def _measures(
     scores: Scores,
     columns: Sequence[Divergence],
     trained_on: str | None,
+    verdicts: Sequence[str],
 ) -> dict[str, list[float | None]]:
     """One model: its divergences on the pool, all else on its own samples."""
     unknown = torch.zeros_like(pool.log_z)
@@ -326,6 +335,7 @@ def _measures(
     for name in ("log_z", "log_z_se", "kl_target_base"):  # of the pool, not of this model
         del measures[name]
     measures |= pool.divergences(number, columns)
+    measures |= metrics.pass_at_powers(rollout, scores, verdicts)
     measures["ess"] = metrics.measure_target(rollout, scores, pool.log_z)["ess"]
     if trained_on is not None:
         statistics = ops.fdiv_weights(

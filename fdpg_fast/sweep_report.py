@@ -98,7 +98,8 @@ def cross_table(measured: Mapping[str, Any]) -> Table:
 def measures_table(measured: Mapping[str, Any]) -> Table:
     """Every other measure (rows) of base and of each divergence (columns), and of the target."""
     names, goals, target = ["base", *measured["runs"]], measured["goals"], measured["target"]
-    labels = {key: key.removeprefix(MOMENT) for key in _moments(measured)} | MEASURES
+    labels = {key: key.removeprefix(MOMENT) for key in _moments(measured)}
+    labels |= {key: key for key in _passes(measured)} | MEASURES
     rows = []
     for key, label in labels.items():
         goal = show(target.get(key))
@@ -112,6 +113,11 @@ def measures_table(measured: Mapping[str, Any]) -> Table:
 
 def _moments(measured: Mapping[str, Any]) -> list[str]:
     return [key for key in measured["base"] if key.startswith(MOMENT)]
+
+
+def _passes(measured: Mapping[str, Any]) -> list[str]:
+    """``pass@1: NAME``, ``pass@4: NAME``, ...: none where prompts are few."""
+    return [key for key in measured["base"] if key.startswith("pass@")]
 
 
 def _over_seeds(measured: Mapping[str, Any], name: str, key: str) -> Pair:
@@ -255,7 +261,8 @@ def _sections(
                 "feature under π (dashed: its goal), or the Jensen-Shannon divergence to the "
                 "target (lower is better). Small: a seed. Large: their mean, ± one standard error. "
                 "Cross: the base. Star: the target itself, as the pooled samples tell of it. A "
-                "model that has reached the target is at the star; below it, diversity is lost."
+                "model that has reached the target is at the star; below it, diversity is lost. "
+                "pass@k: the chance that any of k samples of a prompt passes."
             ),
         ),
         page.section(
@@ -296,21 +303,30 @@ def _texts(measured: Mapping[str, Any]) -> Table:
 
 
 def _trade_offs(measured: Mapping[str, Any]) -> list[str]:
-    axes = {key: f"mean of {key.removeprefix(MOMENT)}" for key in _moments(measured)}
-    axes["js"] = "JS to the target, nats"
+    entropy = "entropy, nats per token"
+    axes = [
+        (key, f"mean of {key.removeprefix(MOMENT)}", "entropy_per_token", entropy)
+        for key in _moments(measured)
+    ]
+    axes.append(("js", "JS to the target, nats", "entropy_per_token", entropy))
+    passes = _passes(measured)
+    for once in (key for key in passes if key.startswith("pass@1: ")):
+        often = [key for key in passes if key.endswith(once.removeprefix("pass@1"))][-1]
+        axes.append((once, once, often, often))
     return [
         page.plot(
             label,
-            partial(_draw_trade_off, measured=measured, key=key),
+            partial(_draw_trade_off, measured=measured, key=key, across=across, y_label=y_label),
             x=label,
             size=(5.4, 3.6),
         )
-        for key, label in axes.items()
+        for key, label, across, y_label in axes
     ]
 
 
-def _draw_trade_off(axes: Axes, *, measured: Mapping[str, Any], key: str) -> None:
-    across = "entropy_per_token"
+def _draw_trade_off(
+    axes: Axes, *, measured: Mapping[str, Any], key: str, across: str, y_label: str
+) -> None:
     for at, (name, runs) in enumerate(measured["runs"].items()):
         color = f"C{at}"
         for run in runs.values():
@@ -329,12 +345,13 @@ def _draw_trade_off(axes: Axes, *, measured: Mapping[str, Any], key: str) -> Non
         )
     base, target = measured["base"], measured["target"]
     axes.plot(number(base[key][0]), number(base[across][0]), "kx", label="base")
-    reached = target.get(key, [0.0])[0]  # a divergence of the target to itself is zero
-    axes.plot(number(reached), number(target[across][0]), "k*", markersize=10, label="target")
+    if across in target:
+        reached = target.get(key, [0.0])[0]  # a divergence of the target to itself is zero
+        axes.plot(number(reached), number(target[across][0]), "k*", markersize=10, label="target")
     goal = measured["goals"].get(key.removeprefix(MOMENT))
     if goal is not None:
         axes.axvline(goal, color="black", linestyle="--", linewidth=1)
-    axes.set_ylabel("entropy, nats per token")
+    axes.set_ylabel(y_label)
 
 
 def _curves(

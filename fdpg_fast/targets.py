@@ -310,6 +310,16 @@ class Target:
         return {s.name: goal for s, goal in {**self._conditions, **self.goals}.items()}
 
     @property
+    def verdicts(self) -> tuple[str, ...]:
+        """Names of the features that a sample passes with 1 and fails with 0: those that are
+        boolean, in a condition, a reward or a factor. (A moment is wanted of all samples.)"""
+        return tuple(
+            s.name
+            for s in self._scorers
+            if s.kind == "boolean" and s not in self.goals and self._conditions.get(s) != 0
+        )
+
+    @property
     def needs_fit(self) -> bool:
         """Whether there are moments without lambdas."""
         return bool(self.goals) and not self.lambdas

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 
@@ -371,3 +372,82 @@ def test_kl_far_from_that_of_the_target_is_a_runaway():
     assert metrics.runaway({"kl_to_base": 4.5, "kl_target_base": 3.7}) is None
     assert "learning rate" in metrics.runaway({"kl_to_base": 300.0, "kl_target_base": 3.7})
     assert metrics.runaway({"kl_to_base": 300.0, "kl_target_base": math.nan}) is None
+
+
+# -- pass@k ----------------------------------------------------------------------------------------
+
+
+def test_pass_at_k_is_the_share_of_subsets_with_a_sample_that_passes() -> None:
+    """Of every number that can pass of 7, and all subsets."""
+    n = 7
+    for k in range(1, n + 1):
+        rows = [[float(i < c) for i in range(n)] for c in range(n + 1)]
+        shares = [
+            sum(any(subset) for subset in itertools.combinations(row, k)) / math.comb(n, k)
+            for row in rows
+        ]
+        passed = torch.tensor(rows).flatten()
+        prompt = torch.arange(n + 1).repeat_interleave(n)
+        value, _ = metrics.pass_at_k(passed, prompt, n + 1, k)
+        assert value.dtype == torch.float64
+        assert value.item() == pytest.approx(sum(shares) / len(shares), rel=1e-14)
+        # Prompts need not have equally many samples.
+        uneven = torch.cat([passed[-n:], torch.zeros(n + 3)])
+        prompt = torch.tensor([0] * n + [1] * (n + 3))
+        assert metrics.pass_at_k(uneven, prompt, 2, k)[0].item() == 0.5
+
+
+def test_pass_at_k_is_unbiased_over_all_outcomes_of_n_samples() -> None:
+    rate, n = 0.2, 5
+    for k in (1, 2, 4, 5):
+        expected = 0.0
+        for outcome in itertools.product([0, 1], repeat=n):
+            chance = rate ** sum(outcome) * (1 - rate) ** (n - sum(outcome))
+            one = torch.zeros(n, dtype=torch.int64)
+            expected += chance * metrics.pass_at_k(torch.tensor(outcome), one, 1, k)[0].item()
+        assert expected == pytest.approx(1 - (1 - rate) ** k, rel=1e-13)
+
+
+def test_pass_at_k_is_exact_where_it_is_small() -> None:
+    """One of 4,096 passes: k/n. Quotients of factorials are out of range, differences of their
+    logs lose what is left."""
+    passed = torch.zeros(4096)
+    passed[7] = 1
+    zeros = torch.zeros(4096, dtype=torch.int64)
+    for k in (1, 16, 1024):
+        value, _ = metrics.pass_at_k(passed, zeros, 1, k)
+        assert value.item() == pytest.approx(k / 4096, rel=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 4])
+def test_the_error_of_pass_at_k_is_its_spread(k: int) -> None:
+    rates, n, draws = torch.tensor([0.05, 0.3, 0.0]), 16, 4000
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.arange(3).repeat_interleave(n)
+    found = torch.stack(
+        [
+            torch.stack(metrics.pass_at_k(batch, prompt, 3, k))
+            for batch in torch.rand(draws, 3 * n, generator=generator) < rates[prompt]
+        ]
+    )
+    spread, claimed = found[:, 0].std(), found[:, 1].square().mean().sqrt()
+    assert 0.97 < claimed / spread < (1.03 if k == 1 else 1.15)
+    assert metrics.pass_at_k(torch.ones(4), torch.arange(4) // 2, 2, 2)[1].isnan()
+
+
+def test_pass_at_powers_of_what_a_sample_can_pass() -> None:
+    base = Base(toy_model(2, seed=1))
+    target = base.constrain({DOG: 1.0, contains("she", name="she"): 0.5}).reward(WORDS, beta=1.0)
+    target.load_state_dict({"she": 0.0})
+    assert target.verdicts == ("dog",)
+    assert base.reward(DOG, beta=0.1).verdicts == ("dog",)
+    assert base.constrain({DOG: 0.0}).verdicts == ()
+    rollout = base.model.draw(16, seed=0, prompts=2)
+    found = metrics.pass_at_powers(rollout, target.score(rollout), target.verdicts)
+    ks = ["pass@1: dog", "pass@1_se: dog", "pass@4: dog", "pass@4_se: dog", "pass@16: dog"]
+    assert list(found) == ks
+    dogs = torch.tensor(["dog" in text for text in rollout.texts])
+    assert found["pass@1: dog"].item() == pytest.approx(dogs.double().mean().item())
+    assert found["pass@16: dog"].item() == dogs.view(2, 16).any(1).double().mean().item()
+    for one in (base.model.draw(16, seed=0), base.model.draw(1, seed=0, prompts=2)):
+        assert metrics.pass_at_powers(one, target.score(one), target.verdicts) == {}

@@ -463,6 +463,8 @@ def test_what_cannot_be_loaded_says_what_to_do(
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(ModelError, match=r"no/such-model.*local folder, set HF_HOME.*embedded"):
         LanguageModel.load("no/such-model")
+    with pytest.raises(ModelError, match=r"model 'no:such-model': no such folder here"):
+        LanguageModel.load("no:such-model")
     with pytest.raises(ModelError, match=r"runs/dogs/model': no such folder"):
         LanguageModel.load("runs/dogs/model")
     (tmp_path / "empty").mkdir()

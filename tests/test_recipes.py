@@ -16,7 +16,8 @@ from fdpg_fast.building import model_of, prompts_of
 from fdpg_fast.config import Config, describe, recipes
 from fdpg_fast.run_directory import RunDirectory
 
-WITH_PROMPTS = [name for name in recipes() if Path(Config.read(name).prompts.source).is_file()]
+SOURCES = {name: Config.read(name).prompts.source for name in recipes()}
+WITH_PROMPTS = [name for name, at in SOURCES.items() if isinstance(at, str) and Path(at).is_file()]
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -30,17 +31,19 @@ def test_it_runs_for_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("fdpg_fast.trainer.write_report", lambda runs, path: path)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    model, out = write_tiny_model(tmp_path / "model"), tmp_path / "run"
+    out = tmp_path / "run"
     words = [
-        *("train", name, "--model.name", str(model), "--out", str(out)),
+        *("train", name, "--out", str(out)),
         *("--run.steps", "2", "--run.evaluation_samples", "16"),
         *("--sampling.max_new_tokens", "6", "--sampling.samples_per_prompt", "16"),
         *("--target.fit_samples", "512"),
     ]
+    if name != "arithmetic":  # whose own model is as tiny
+        words += ["--model.name", str(write_tiny_model(tmp_path / "model"))]
     if name == "character":  # its names are no words of this model
         prompts = '["there was named dog", "once named cat"]'
         words += ["--prompts.source", prompts, "--prompts.prompts_per_step", "2"]
-    elif name not in WITH_PROMPTS:
+    elif isinstance(SOURCES[name], str) and name not in WITH_PROMPTS:
         words += ["--prompts.source", "once there"]
     assert cli.main(words) == 0
     torch.set_num_threads(threads)

@@ -28,6 +28,8 @@ EVALUATION: dict[str, Any] = {
         "kl": [0.2, 0.1],
         "reverse_kl": ["inf", None],
         "kl_to_base": [3.9, 0.1],
+        "pass@4: contains 'dog'": [0.95, 0.02],
+        "distinct_3": [float("nan"), None],
     },
     "texts": {
         "prompt": ["Once"],
@@ -176,6 +178,8 @@ def test_the_table_has_goals_where_there_are_any() -> None:
     assert table["contains 'dog'"] == ("0.030 ± 0.010", "0.900 ± 0.020", "1")
     assert table["KL(π‖a), to the base"] == ("", "3.900 ± 0.100", "3.700")
     assert table["KL(p‖π), to the target"][2] == "0"
+    assert table["pass@4: contains 'dog'"] == ("", "0.950 ± 0.020", "")
+    assert table["distinct-3"] == ("", "", "")
 
 
 def test_the_card_is_markdown_that_a_hub_reads(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from fdpg_fast.scorers import (
     classifier,
     compiles,
     contains,
+    equation,
     from_spec,
     function,
     length,
@@ -392,6 +393,43 @@ def test_compiles_and_does_not_run(tmp_path):
     assert whole != compiles()
     with pytest.raises(ScorerError, match="compiles: `language` expected python, got 'rust'"):
         compiles("rust")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "true"),
+    [
+        ("12+35=", "47", 1),
+        ("12+35=", "48", 0),
+        ("12+35=", " 47 ", 1),
+        ("12+35=", "047", 1),  # a number is a number
+        ("12+35=", "47.", 0),
+        ("12+35=", "47\n", 1),
+        ("12+35=", "", 0),
+        ("12+35=", "47=47", 0),
+        ("12+35=", "40+7", 1),
+        ("47=", "12+35", 1),
+        ("47=", "12+36", 0),
+        ("2+3*4=", "14", 1),  # not 20
+        ("2-3-4=", "1-6", 1),
+        ("7=", "+7", 0),
+        ("7=", "9--2", 0),
+        ("7=", "\u0667", 0),  # a digit, but not of this alphabet
+        ("what is 7", "=7", 0),
+        ("", "1=1", 1),
+    ],
+)
+def test_equation_is_true_of_prompt_and_sample_together(prompt, text, true):
+    assert equation()([text], [prompt]).tolist() == [true]
+
+
+def test_equation_knows_the_operators_it_is_given():
+    prompts, texts = ["47=", "47=", "47="], ["40+7", "50-3", "47*1"]
+    assert equation("+")(texts, prompts).tolist() == [1, 0, 0]
+    assert equation("-*")(texts, prompts).tolist() == [0, 1, 1]
+    assert equation("*-") == equation("-*") != equation("+")
+    for wrong in ("", "/", "+/", None):
+        with pytest.raises(ScorerError, match="`operators` expected some of"):
+            equation(wrong)
 
 
 def test_every_scorer_can_be_specified():

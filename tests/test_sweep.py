@@ -343,6 +343,22 @@ def test_the_report_is_one_file_with_all_of_it(swept: Path, measured: dict[str, 
         assert sample.strip() in page.words
 
 
+def test_with_many_prompts_it_says_how_often_one_of_several_samples_passes(
+    model: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "dogs"
+    more = ("--divergences", "kl,tv", "--prompts.source", "[once there, a cat]", "--run.steps", "1")
+    assert sweep(model, out, *more) == 0
+    measured = json.loads((out / "measured.json").read_text())
+    dog = "contains 'dog'"
+    for numbers in (measured["base"], measured["runs"]["kl"]["0"]):
+        assert numbers[f"pass@1: {dog}"] == pytest.approx(numbers[f"moment: {dog}"])
+        assert numbers[f"pass@1: {dog}"][0] < numbers[f"pass@4: {dog}"][0]
+    page = Page((out / "report.html").read_text(encoding="utf-8"))
+    assert f"pass@16: {dog}" in page.words
+    assert len(page.links) == 2 + 1 + 1 + 3 + 5  # one more plot: pass@1 against pass@16
+
+
 def test_the_csv_has_every_number(swept: Path, measured: dict[str, Any]) -> None:
     with (swept / "measured.csv").open(encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
