@@ -175,8 +175,8 @@ def test_every_way_of_scoring_agrees(case: Case, way: str, monkeypatch: pytest.M
 
 
 # Unlike each other in positions, masks and attention: learned, rotary, counted by the model itself;
-# windows in every second layer, and a soft cap; a bias by distance, and another text to attend to.
-@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gemma2", "t5", "bart"])
+# windows in every second layer, and a soft cap.
+@pytest.mark.parametrize("family", ["gpt2", "llama", "opt", "gemma2"])
 def test_a_compiled_model_agrees(family: str) -> None:
     """Traced by dynamo, which is where masks and positions could be taken for constants; what a
     compiler then makes of the graph is its own affair, and takes it ten seconds a family."""
@@ -187,14 +187,10 @@ def test_a_compiled_model_agrees(family: str) -> None:
         traced.append(graph)
         return graph
 
-    plain = case.model.model
-    two = family in ENCODER_DECODER
-    parts = (plain.get_encoder(), plain.get_decoder()) if two else (plain.base_model,)
-    for part in parts:
-        part.compile(backend=backend, dynamic=True, fullgraph=True)
+    case.model.model.base_model.compile(backend=backend, dynamic=True, fullgraph=True)
     for micro_batch in (None, 5):
         case.check(accumulate(case, micro_batch), micro_batch)
-    assert len(traced) == len(parts)  # for all shapes
+    assert len(traced) == 1  # for all shapes
 
 
 def test_packing_that_does_not_keep_sequences_apart_is_found(
