@@ -44,6 +44,7 @@ __all__ = [
     "attention_report",
     "flash_attn_fits",
     "packed_kernel",
+    "rounded_reach",
     "slot_attention",
     "slot_mask",
     "span_mask",
@@ -63,6 +64,11 @@ REACH_STEP = 32
 
 # Up to this many keys, attention on the CPU is faster as plain matrix products than as sdpa.
 SHORT = 64
+
+
+def rounded_reach(needed: int) -> int:
+    """``needed`` keys, or some more."""
+    return -(-needed // REACH_STEP) * REACH_STEP
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -139,7 +145,7 @@ class SlotCache(Cache):
 
     def set_reach(self, needed: int) -> None:
         """Attend to the first ``needed`` keys, rounded up."""
-        self.reach = min(self.length, -(-needed // REACH_STEP) * REACH_STEP)
+        self.reach = min(self.length, rounded_reach(needed))
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         return self.positions  # a row of numbers where transformers has one: slot_mask knows

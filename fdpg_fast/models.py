@@ -34,7 +34,6 @@ from transformers.activations import NewGELUActivation
 
 from fdpg_fast import adapters, ops
 from fdpg_fast.attention import (
-    REACH_STEP,
     SLOTS,
     Decoder,
     RecomputeDecoder,
@@ -42,6 +41,7 @@ from fdpg_fast.attention import (
     SlotDecoder,
     attention_report,
     packed_kernel,
+    rounded_reach,
 )
 from fdpg_fast.ops.linear_head import rounded_products
 from fdpg_fast.packing import Packing, announced
@@ -540,7 +540,7 @@ class LanguageModel:
         if not self.has_cache:
             return RecomputeDecoder(self, slots, length)
         # Few lengths, so that prompts of another width at every step find memory that fits.
-        length = min(self.context_length, -(-length // REACH_STEP) * REACH_STEP)
+        length = min(self.context_length, rounded_reach(length))
         cache = reuse.cache if isinstance(reuse, SlotDecoder) else None
         if cache is None or not (
             cache.slots == slots

@@ -5,6 +5,9 @@ sample at a time; when a sample ends its slot takes the next one. The random num
 function of (key, sample id, place in the sample), so samples depend neither on the slot nor on the
 batch size, beyond ties that floating-point rounding decides.
 
+On a GPU a step is replayed as a CUDA graph: it is a function of memory that is there before it and
+of the number of keys that it attends to, rounded up.
+
 Samples are draws from the model itself: temperature 1, nothing truncated. A sample ends with its
 first end-of-text token, which belongs to it, or at the first prefix that a stop function is true
 of, or at ``max_new_tokens``. Where it ends is a function of its tokens, so its log-prob is still
@@ -15,13 +18,16 @@ Shape legend: B samples, G prompts, P longest prompt, S ``max_new_tokens``, T = 
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fdpg_fast import ops
-from fdpg_fast.attention import Decoder
+from fdpg_fast.attention import Decoder, SlotDecoder, rounded_reach
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.rollout import Finish, PromptBatch, Rollout
 
@@ -109,6 +115,9 @@ class Sampler:
         row = torch.full((slots,), idle, dtype=torch.int64, device=device)  # which sample, or idle
         last = work.last_position.tolist()
         occupant, position = [idle] * slots, [0] * slots
+        step: Callable[[int], None] = functools.partial(work.step, decoder, row)
+        if _captures(decoder):
+            step = _Graphs(step)
         begun = 0
         while True:
             free = [slot for slot in range(slots) if occupant[slot] == idle]
@@ -130,8 +139,8 @@ class Sampler:
             steps = min(
                 self.check_every, max(last[occupant[slot]] - position[slot] + 1 for slot in live)
             )
-            for step in range(steps):
-                work.step(decoder, row, min(reach + step, work.width))
+            for at in range(steps):
+                step(min(reach + at, work.width))
             if (stop := self.stop) is not None:
                 work.cut(row, [occupant[slot] for slot in live], model, stop)
             occupant, position = torch.stack((row, decoder.positions)).tolist()
@@ -160,6 +169,62 @@ class Sampler:
                     f"draw: prompt {text!r} has token id {outside[0]}, expected "
                     f"0..{model.vocab_size - 1}. Is it encoded with the tokenizer of {model.name}?"
                 )
+
+
+def _captures(decoder: Decoder) -> bool:
+    """Whether its steps can be CUDA graphs: they have few shapes, and the GPU is asked nothing."""
+    return isinstance(decoder, SlotDecoder) and decoder.positions.device.type == "cuda"
+
+
+def _capture(step: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
+    """What ``step`` does on the GPU, which it does not yet do; temporary memory is in ``pool``."""
+    graph = torch.cuda.CUDAGraph()
+    # The outer one, because torch stays on the stream of a capture that fails.
+    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
+        step()
+    return graph
+
+
+class _Graphs:
+    """A step as CUDA graphs, one for each number of keys that it attends to.
+
+    The first step of a reach runs as usual and makes what must outlive a graph (buffers, handles of
+    libraries, weights rounded to 16 bits); the second is captured, which shows whether there is
+    memory for it; all but the first are replayed. Graphs live as long as a draw does, because the
+    memory they name does. No two run at once and nothing in a step outlives it, so that their
+    temporary memory is one pool.
+    """
+
+    def __init__(self, step: Callable[[int], None]) -> None:
+        self.step = step
+        self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
+        self.pool: Any = None
+        self.refused = False
+
+    def __call__(self, reach: int) -> None:
+        reach = rounded_reach(reach)
+        if reach in self.graphs and self.graphs[reach] is None and not self.refused:
+            self.graphs[reach] = self._captured(reach)
+        graph = self.graphs.setdefault(reach, None)
+        if graph is None:
+            self.step(reach)
+        else:
+            graph.replay()
+
+    def _captured(self, reach: int) -> torch.cuda.CUDAGraph | None:
+        try:
+            graph = _capture(functools.partial(self.step, reach), self.pool)
+        except RuntimeError as error:  # no memory, or an operation that no graph can hold
+            self.refused = True
+            reason = str(error).partition("\n")[0]
+            warnings.warn(
+                f"sampling without CUDA graphs, which is right but slower: {reason}",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+            return None
+        self.pool = graph.pool()
+        return graph
 
 
 class _Work:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
 from fdpg_fast import sampler as sampler_module
-from fdpg_fast.attention import SlotCache, SlotDecoder
+from fdpg_fast.attention import SLOT, SLOT_MASKED, SlotCache, SlotDecoder, rounded_reach
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.rollout import Finish, Rollout
 from fdpg_fast.sampler import Sampler, SamplingError
@@ -229,6 +230,112 @@ def test_a_step_asks_the_device_nothing_and_keeps_no_memory(
     assert all((taken, calls) == first[reach] for reach, taken, calls in seen)
     # A look every four steps, a refill now and then, and what the draw needs to begin and to end.
     assert len(asked) <= len(seen) / 4 + 20
+
+
+class _Tape(TorchDispatchMode):
+    """A CUDA graph on the CPU: the operations that a step calls, with the very tensors that it
+    gives them. Like one, it does not do them when they are recorded; and only they are done again,
+    none of the Python around them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, list[Tensor]]] = []
+        self.before: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        for argument, value in zip(op._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                self.before.setdefault(id(value), (value, value.clone()))
+        out = op(*args, **(kwargs or {}))
+        self.calls.append((op, args, kwargs or {}, self._tensors(out)))
+        return out
+
+    def _tensors(self, tree: Any) -> list[Tensor]:
+        return [x for x in pytree.tree_leaves(tree) if isinstance(x, Tensor)]
+
+    def undo(self) -> None:
+        for tensor, value in reversed(self.before.values()):
+            tensor.copy_(value)
+
+    def replay(self) -> None:
+        for op, args, kwargs, recorded in self.calls:
+            for old, new in zip(recorded, self._tensors(op(*args, **kwargs)), strict=True):
+                if old.data_ptr() != new.data_ptr():  # else a view, or written in place
+                    old.copy_(new)
+
+    def pool(self) -> None: ...
+
+
+@pytest.mark.parametrize("device", ["recorded", "cuda"])
+@pytest.mark.parametrize("attention", [SLOT, SLOT_MASKED])
+def test_graphs_draw_the_same_tokens(
+    device: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step is a function of memory that is there before it, and of its reach."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    model = language_model(
+        "llama",
+        eos_ids=(0,),
+        device="cpu" if device == "recorded" else device,
+        attention=attention,
+        changes={"max_position_embeddings": 80},
+    )
+    replays = []
+
+    def recorded(step: Callable[[], None], pool: Any) -> _Tape:
+        with _Tape() as tape:
+            step()
+        tape.undo()
+        return tape
+
+    class Counted(sampler_module._Graphs):
+        def __call__(self, reach: int) -> None:
+            before = self.graphs.get(rounded_reach(reach))
+            super().__call__(reach)
+            replays.append((rounded_reach(reach), before is not None))
+
+    def stop(text: str) -> bool:
+        return text.split()[-1:] == ["30"]
+
+    for prompts in (PROMPTS, [list(range(1, 30)), [5]]):
+        sampler = Sampler(40, batch_size=8, stop=stop)
+        with monkeypatch.context() as patch:
+            patch.setattr(sampler_module, "_captures", lambda decoder: False)
+            eager = sampler.draw(model, batch(*prompts), 8, key=7)
+        with monkeypatch.context() as patch:
+            patch.setattr(sampler_module, "_Graphs", Counted)
+            if device == "recorded":
+                patch.setattr(sampler_module, "_captures", lambda decoder: True)
+                patch.setattr(sampler_module, "_capture", recorded)
+            graphs = sampler.draw(model, batch(*prompts), 8, key=7)
+        assert set(eager.finish.tolist()) == set(Finish)
+        assert samples(graphs) == samples(eager)
+        for name in ("token_logprob", "lse", "lengths", "finish", "tokens"):
+            assert torch.equal(getattr(graphs, name), getattr(eager, name)), name
+    reaches = {reach for reach, _ in replays}
+    assert reaches == {32, 64, 96}
+    assert sum(replayed for _, replayed in replays) >= len(replays) - 2 * 2 * len(reaches)
+
+
+def test_a_graph_that_cannot_be_captured_is_done_without(
+    model: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    eager = Sampler(12, batch_size=8).draw(model, batch(*PROMPTS), 8, key=7)
+    tried = []
+
+    def refused(step: Callable[[], None], pool: Any) -> None:
+        tried.append(step)
+        raise torch.OutOfMemoryError("CUDA out of memory.\nAnd more")
+
+    monkeypatch.setattr(sampler_module, "_captures", lambda decoder: True)
+    monkeypatch.setattr(sampler_module, "_capture", refused)
+    with pytest.warns(RuntimeWarning, match=r"without CUDA graphs, .*slower: CUDA out of memory.$"):
+        plain = Sampler(12, batch_size=8).draw(model, batch(*PROMPTS), 8, key=7)
+    assert len(tried) == 1
+    assert samples(plain) == samples(eager)
 
 
 def test_short_samples_do_not_wait_for_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
