@@ -399,11 +399,15 @@ def _names() -> dict[str, Path]:
     return configuration.recipes()
 
 
+def _listed_recipes() -> str:
+    width = max(map(len, _names()))
+    return "\n".join(f"  {n:<{width}}  {configuration.describe(p)}" for n, p in _names().items())
+
+
 def _train_help() -> str:
     from fdpg_fast.baselines import describe_baselines
     from fdpg_fast.divergences import describe_divergences
 
-    listed = "\n".join(f"  {n:<14} {configuration.describe(p)}" for n, p in _names().items())
     return f"""usage: fdpg train RECIPE|FILE.yaml [--part.key value ...] --out DIR [--resume]
 
 A run: draws samples, weighs them by the target, moves the model; ends with a comparison of before
@@ -414,7 +418,7 @@ and after, a model that transformers loads, and a report. Ctrl-C saves first.
   --resume          go on with the run in DIR from its newest checkpoint
 
 recipes:
-{listed}
+{_listed_recipes()}
 
 divergences (--objective.divergence), between policy pi and target p:
 {_indent(describe_divergences())}
@@ -430,7 +434,6 @@ keys, with their defaults:
 def _sweep_help() -> str:
     from fdpg_fast.divergences import describe_divergences
 
-    listed = "\n".join(f"  {n:<14} {configuration.describe(p)}" for n, p in _names().items())
     return f"""usage: fdpg sweep [RECIPE|FILE.yaml] [--divergences kl,tv,js] [--seeds N]
                   [--part.key value ...] --out DIR
 
@@ -447,7 +450,7 @@ without a recipe, goes on where it was stopped; more divergences or seeds add to
                     --run.evaluation_samples are the fresh samples of each model
 
 recipes:
-{listed}
+{_listed_recipes()}
 
 divergences, between policy pi and target p:
 {_indent(describe_divergences())}"""
@@ -501,9 +504,18 @@ def _show_cross_table(measured: dict[str, Any]) -> None:
 def _show_table(
     console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    # Without lines between columns, so that five of value ± error go into 80 characters.
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for name in header:
         table.add_column(name, justify="left" if name == header[0] else "right")
     for row in rows:

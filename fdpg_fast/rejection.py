@@ -384,11 +384,11 @@ def show_beta(log_beta: float) -> str:
 
 def curve_table(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
     """Header and rows: one beta each."""
-    header = ["beta", "accepted", *LABELS.values()]
+    header = ["beta", "accepted, %", *LABELS.values()]
     return header, [
         [
             show_beta(point.log_beta),
-            f"{point.accept[0]:.1%} ± {point.accept[1]:.1%}",
+            "{:.3g} ± {:.1g}".format(*[100 * share for share in point.accept]),
             *[page.show(point.divergences[f]) for f in LABELS],
         ]
         for point in points
