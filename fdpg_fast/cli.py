@@ -225,10 +225,11 @@ def _sample_by_rejection(known: argparse.Namespace, run: RunDirectory) -> int:
         log_beta = wish.log_beta(curve)
         found = {point.log_beta: point for point in (*curve.points(), curve.at(log_beta))}
         points = [found[at] for at in sorted(found)]
-        title = f"quasi-rejection sampling: {run.path.resolve().name}"
+        title = f"quasi-rejection sampling: {'/'.join(run.path.resolve().parts[-2:])}"
         law = drawn.law(log_beta)
         run.write_text(run.curve, rejection.curve_page(title, law, curve, points, log_beta))
-        _show_table(console, f"from {curve.samples} proposals", *rejection.curve_table(points))
+        table = rejection.curve_table(points, log_beta)
+        _show_table(console, f"from {curve.samples} proposals (* chosen)", *table)
         print(f"curve   {run.curve}", file=sys.stderr)
     print(f"law     {drawn.law(log_beta)}", file=sys.stderr)
 
