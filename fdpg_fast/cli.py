@@ -471,19 +471,15 @@ def _resumed(config: Config, overrides: Sequence[str]) -> Config:
 def _show_evaluation(evaluation: dict[str, Any]) -> None:
     """The table of before and after, and three samples of each."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from fdpg_fast.progress import joined, one_line
     from fdpg_fast.report import evaluation_table
 
     console = Console()
-    table = Table(title=f"{evaluation['samples']} fresh samples", title_justify="left")
-    for name in ("", "base", "tuned", "goal"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for row in evaluation_table(evaluation):
-        table.add_row(*row)
-    console.print(table)
+    header = ("", "base", "tuned", "goal")
+    title = f"{evaluation['samples']} fresh samples"
+    _show_table(console, title, header, evaluation_table(evaluation))
     for name in ("base", "tuned"):
         console.print(Text(f"{name}:", style="bold"))
         for prompt, text in list(
