@@ -225,10 +225,11 @@ def _sample_by_rejection(known: argparse.Namespace, run: RunDirectory) -> int:
         log_beta = wish.log_beta(curve)
         found = {point.log_beta: point for point in (*curve.points(), curve.at(log_beta))}
         points = [found[at] for at in sorted(found)]
-        title = f"quasi-rejection sampling: {run.path.resolve().name}"
+        title = f"quasi-rejection sampling: {'/'.join(run.path.resolve().parts[-2:])}"
         law = drawn.law(log_beta)
         run.write_text(run.curve, rejection.curve_page(title, law, curve, points, log_beta))
-        _show_table(console, f"from {curve.samples} proposals", *rejection.curve_table(points))
+        table = rejection.curve_table(points, log_beta)
+        _show_table(console, f"from {curve.samples} proposals (* chosen)", *table)
         print(f"curve   {run.curve}", file=sys.stderr)
     print(f"law     {drawn.law(log_beta)}", file=sys.stderr)
 
@@ -399,11 +400,15 @@ def _names() -> dict[str, Path]:
     return configuration.recipes()
 
 
+def _listed_recipes() -> str:
+    width = max(map(len, _names()))
+    return "\n".join(f"  {n:<{width}}  {configuration.describe(p)}" for n, p in _names().items())
+
+
 def _train_help() -> str:
     from fdpg_fast.baselines import describe_baselines
     from fdpg_fast.divergences import describe_divergences
 
-    listed = "\n".join(f"  {n:<14} {configuration.describe(p)}" for n, p in _names().items())
     return f"""usage: fdpg train RECIPE|FILE.yaml [--part.key value ...] --out DIR [--resume]
 
 A run: draws samples, weighs them by the target, moves the model; ends with a comparison of before
@@ -414,7 +419,7 @@ and after, a model that transformers loads, and a report. Ctrl-C saves first.
   --resume          go on with the run in DIR from its newest checkpoint
 
 recipes:
-{listed}
+{_listed_recipes()}
 
 divergences (--objective.divergence), between policy pi and target p:
 {_indent(describe_divergences())}
@@ -430,7 +435,6 @@ keys, with their defaults:
 def _sweep_help() -> str:
     from fdpg_fast.divergences import describe_divergences
 
-    listed = "\n".join(f"  {n:<14} {configuration.describe(p)}" for n, p in _names().items())
     return f"""usage: fdpg sweep [RECIPE|FILE.yaml] [--divergences kl,tv,js] [--seeds N]
                   [--part.key value ...] --out DIR
 
@@ -447,7 +451,7 @@ without a recipe, goes on where it was stopped; more divergences or seeds add to
                     --run.evaluation_samples are the fresh samples of each model
 
 recipes:
-{listed}
+{_listed_recipes()}
 
 divergences, between policy pi and target p:
 {_indent(describe_divergences())}"""
@@ -467,19 +471,15 @@ def _resumed(config: Config, overrides: Sequence[str]) -> Config:
 def _show_evaluation(evaluation: dict[str, Any]) -> None:
     """The table of before and after, and three samples of each."""
     from rich.console import Console
-    from rich.table import Table
     from rich.text import Text
 
     from fdpg_fast.progress import joined, one_line
     from fdpg_fast.report import evaluation_table
 
     console = Console()
-    table = Table(title=f"{evaluation['samples']} fresh samples", title_justify="left")
-    for name in ("", "base", "tuned", "goal"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
-    for row in evaluation_table(evaluation):
-        table.add_row(*row)
-    console.print(table)
+    header = ("", "base", "tuned", "goal")
+    title = f"{evaluation['samples']} fresh samples"
+    _show_table(console, title, header, evaluation_table(evaluation))
     for name in ("base", "tuned"):
         console.print(Text(f"{name}:", style="bold"))
         for prompt, text in list(
@@ -501,9 +501,18 @@ def _show_cross_table(measured: dict[str, Any]) -> None:
 def _show_table(
     console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    # Without lines between columns, so that five of value ± error go into 80 characters.
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
     for name in header:
         table.add_column(name, justify="left" if name == header[0] else "right")
     for row in rows:

@@ -10,7 +10,7 @@ import html
 import io
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fdpg_fast.progress import joined
 
@@ -46,17 +46,22 @@ def note(text: str) -> str:
     return f"<p class=note>{html.escape(text)}</p>"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, escape: bool = True) -> str:
-    """Numbers, right-aligned; or with ``escape=False`` texts that are HTML already."""
+def table(
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    kind: Literal["numbers", "facts", "samples"] = "numbers",
+) -> str:
+    """Numbers, right-aligned; facts in words; or samples, in columns of one width, that are HTML
+    already."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join(
         "<tr>"
-        + "".join(f"<td>{html.escape(cell) if escape else cell}</td>" for cell in row)
+        + "".join(f"<td>{cell if kind == 'samples' else html.escape(cell)}</td>" for cell in row)
         + "</tr>"
         for row in rows
     )
-    kind = "numbers" if escape else "texts"
-    return f"<div class=wide><table class={kind}><tr>{head}</tr>{body}</table></div>"
+    first = f"<tr>{head}</tr>" if any(header) else ""
+    return f"<div class=wide><table class={kind}>{first}{body}</table></div>"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -122,10 +127,11 @@ def show(pair: Sequence[Any] | None) -> str:
         return ""
     if not math.isfinite(value):
         return "∞" if value > 0 else "-∞"
-    value = round(value, 3) + 0.0  # no minus before a zero
+    digits = 3 if abs(value) < 10 else 2 if abs(value) < 100 else 1
+    value = round(value, digits) + 0.0  # no minus before a zero
     if error is None:
-        return f"{value:.3f}"
-    return f"{value:.3f} ± {float(error):.3f}"
+        return f"{value:.{digits}f}"
+    return f"{value:.{digits}f} ± {float(error):.{digits}f}"
 
 
 _PAGE = """<!doctype html>
@@ -139,7 +145,8 @@ table {{ border-collapse: collapse; }}
 th, td {{ padding: .25rem .8rem; border-bottom: 1px solid #ddd; vertical-align: top; }}
 th {{ text-align: left; }}
 .numbers td + td, .numbers th + th {{ text-align: right; font-variant-numeric: tabular-nums; }}
-.texts {{ table-layout: fixed; width: 100%; }} .texts em {{ color: #888; font-style: normal; }}
+.samples {{ table-layout: fixed; width: 100%; }}
+.samples em {{ color: #888; font-style: normal; }}
 .wide {{ overflow-x: auto; }}
 img {{ width: 380px; max-width: 100%; margin: .3rem; vertical-align: top; }}
 .note {{ color: #666; font-size: .9rem; }}

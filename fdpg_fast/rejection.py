@@ -160,15 +160,14 @@ class Curve:
         named = {str(f): (value, error) for f, (value, error) in zip(which, found, strict=True)}
         return Point(log_beta, (accept[0], accept[1]), named)
 
-    def points(self, most: int = 12) -> list[Point]:
-        """From beta = 0 on, each with half the acceptance rate, to the largest P/q seen."""
-        points = [self.at(-math.inf)]
-        while len(points) < most - 1:
-            log_beta = self.for_acceptance(points[0].accept[0] / 2 ** len(points))
-            if log_beta >= self.top:
-                break
-            points.append(self.at(log_beta))
-        return [*points, self.at(self.top)]
+    def points(self, count: int = 12) -> list[Point]:
+        """beta = 0, and then from where one in fifty is rejected to the largest P/q seen."""
+        everything = self.at(-math.inf)
+        low = self.for_acceptance(0.98 * everything.accept[0])
+        if low >= self.top:  # they hardly differ
+            return [everything, self.at(self.top)]
+        step = (self.top - low) / (count - 1)
+        return [everything, *[self.at(self.top - step * n) for n in reversed(range(count))]]
 
     def for_acceptance(self, rate: float) -> float:
         """The largest log beta with an acceptance rate of ``rate``; -inf if there is none."""
@@ -382,13 +381,13 @@ def show_beta(log_beta: float) -> str:
     return f"exp({log_beta:.2f})"
 
 
-def curve_table(points: Sequence[Point]) -> tuple[list[str], list[list[str]]]:
-    """Header and rows: one beta each."""
-    header = ["beta", "accepted", *LABELS.values()]
+def curve_table(points: Sequence[Point], chosen: float) -> tuple[list[str], list[list[str]]]:
+    """Header and rows: one beta each, a star at the chosen one, which is given as its log."""
+    header = ["beta", "accepted, %", *LABELS.values()]
     return header, [
         [
-            show_beta(point.log_beta),
-            f"{point.accept[0]:.1%} ± {point.accept[1]:.1%}",
+            show_beta(point.log_beta) + (" *" if point.log_beta == chosen else ""),
+            "{:.3g} ± {:.1g}".format(*[100 * share for share in point.accept]),
             *[page.show(point.divergences[f]) for f in LABELS],
         ]
         for point in points
@@ -399,12 +398,12 @@ def curve_page(title: str, law: str, curve: Curve, points: Sequence[Point], log_
     """The HTML page of a curve, with the chosen beta marked."""
     note = page.note(
         f"From {curve.samples} samples of q, worth {curve.ess:.0f} of the target's own. ± and "
-        "bands: one standard error. beta = 0 accepts all that the target allows. The last row is "
-        "at the largest P/q seen, where p_beta would be p if none were larger: what a larger one "
-        "would add is not known. Divergences in nats (TV: a share)."
+        "bands: one standard error; * the chosen one. beta = 0 accepts all that the target allows. "
+        f"{show_beta(curve.top)} is the largest P/q seen, where p_beta would be p if none were "
+        "larger: what a larger one would add is not known. Divergences in nats (TV: a share)."
     )
     draw = partial(partial, _draw, points=points, log_beta=log_beta)
-    plots = [page.plot("acceptance rate", draw(value=lambda p: p.accept, log=True), x="beta")]
+    plots = [page.plot("acceptance rate", draw(value=_log_rate, log=True), x="beta")]
     plots += [
         page.plot(label, draw(value=lambda p, f=f: p.divergences[f]), x="beta")
         for f, label in LABELS.items()
@@ -415,9 +414,15 @@ def curve_page(title: str, law: str, curve: Curve, points: Sequence[Point], log_
         [
             page.section("", law),
             page.section("What a beta costs and gives", "".join(plots)),
-            page.section("In numbers", page.table(*curve_table(points)) + note),
+            page.section("In numbers", page.table(*curve_table(points, log_beta)) + note),
         ],
     )
+
+
+def _log_rate(point: Point) -> tuple[float, float]:
+    """log10 of the acceptance rate and its standard error."""
+    rate, error = point.accept
+    return math.log10(rate), error / rate / LOG_10
 
 
 def _draw(
@@ -428,14 +433,15 @@ def _draw(
     value: Callable[[Point], tuple[float, float]],
     log: bool = False,
 ) -> None:
-    shown = [point for point in points if point.log_beta > -math.inf]  # the axis is logarithmic
-    # By log10 beta, and not by beta on a logarithmic axis, which ends at 1e308.
+    # The axes are logarithmic: of beta, and of the acceptance rate, which is 0 far beyond all P/q.
+    shown = [point for point in points if point.log_beta > -math.inf and point.accept[0] > 0]
+    # By log10 beta, as a logarithmic axis of beta itself ends at 1e308.
     at, values = [point.log_beta / LOG_10 for point in shown], [value(point) for point in shown]
     axes.plot(at, [v for v, _ in values], ".-")
     axes.fill_between(at, [v - e for v, e in values], [v + e for v, e in values], alpha=0.2)
     axes.xaxis.set_major_formatter(lambda x, _: show_beta(x * LOG_10))
     if log:
-        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(lambda y, _: f"{100 * 10**y:.3g} %")
     else:
         axes.set_ylim(bottom=0)
     if log_beta > -math.inf:

@@ -307,7 +307,7 @@ def _summary(runs: Sequence[_Run]) -> str:
         ("device", [str(run.facts.get("device", "?")) for run in runs]),
     ]
     return page.section(
-        "", page.table(["", *[run.name for run in runs]], [[k, *v] for k, v in rows])
+        "", page.table(["", *[run.name for run in runs]], [[k, *v] for k, v in rows], "facts")
     )
 
 
@@ -348,7 +348,7 @@ def _side_by_side(runs: Sequence[_Run]) -> str:
         rows.append([page.prompted(prompt, cell) for cell in cells])
     header = ["base", *[run.name if len(measured) > 1 else "tuned" for run in measured]]
     note = page.note("Each row was drawn with the same random numbers.")
-    return page.section("Samples side by side", note + page.table(header, rows, escape=False))
+    return page.section("Samples side by side", note + page.table(header, rows, "samples"))
 
 
 def _settings(runs: Sequence[_Run]) -> str:

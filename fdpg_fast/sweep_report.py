@@ -248,7 +248,7 @@ def _sections(
     notes = _notes(measured)
     spread = "± one standard error over seeds" if _seeds(measured) > 1 else "one seed"
     return [
-        page.section("", page.table(["", ""], _summary(measured, facts))),
+        page.section("", page.table(["", ""], _summary(measured, facts), "facts")),
         page.section(
             "Trained on f, measured by g",
             page.table(*cross_table(measured)) + page.note(notes["cross"]),
@@ -281,7 +281,7 @@ def _sections(
         page.section(
             "Samples side by side",
             page.note("Each row was drawn with the same random numbers; of the first seed.")
-            + page.table(*_texts(measured), escape=False),
+            + page.table(*_texts(measured), "samples"),
         ),
         f"<details><summary>sweep.yaml</summary><pre>{html.escape(measured['plan'])}</pre>"
         "</details>",

@@ -133,7 +133,10 @@ def test_train_ends_with_a_table_samples_and_the_report(
     for word in ("samples/s (sample", "goal 1", "KL to base", "entropy/token", "ESS", "gap", "±"):
         assert word in text
     assert "samples of step 2: log a | log P | log pi | weight" in text
-    assert re.search(r"contains 'dog'.*±.*│ +1 │", text)
+    assert re.search(r"^contains .dog. .*±.* ±.* +1$", text, re.M)
+    table = text.partition("fresh samples ")[2].partition("base:\n")[0]
+    assert "distinct-1" in table
+    assert "…" not in table  # numbers are whole
     before, after = text.index("base:\n"), text.index("tuned:\n")
     assert text[before:after].count("once there") == 3
     assert text[after:].count("once there") == 3

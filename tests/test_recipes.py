@@ -48,10 +48,7 @@ def test_it_runs_for_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.Mo
     assert cli.main(words) == 0
     torch.set_num_threads(threads)
     run = RunDirectory.open(out)
-    records = run.read("metrics.jsonl")
-    assert [record["step"] for record in records] == [1, 2]
-    prompts_per_step = run.config().prompts.prompts_per_step
-    assert all(record["prompts_skipped"] < prompts_per_step for record in records)
+    assert [record["step"] for record in run.read("metrics.jsonl")] == [1, 2]
     run.require_model()
 
 

@@ -203,9 +203,11 @@ def test_distance_falls_with_beta_and_ends_at_nothing(
         assert distance[0] > 0.05
         assert distance[-1] == pytest.approx(0, abs=1e-9)
     rates = [point.accept[0] for point in points]
-    for before, after in itertools.pairwise(rates[:-1]):
-        assert after == pytest.approx(before / 2, rel=1e-3)
-    assert rates[-1] < rates[-2]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[1] == pytest.approx(0.98 * rates[0], rel=1e-3)  # the curve has both its ends
+    assert points[-1].log_beta == curves[0].top
+    steps = [b.log_beta - a.log_beta for a, b in itertools.pairwise(points[1:])]
+    assert steps == pytest.approx([steps[0]] * 11)
 
 
 @pytest.mark.parametrize("constant", [4000.0, -4000.0])
@@ -240,6 +242,16 @@ def test_the_scale_of_the_target_is_of_no_account(constant: float) -> None:
         drawn = base64.b64decode(link.partition("base64,")[2]).decode()
         assert "nan" not in drawn
         assert "exp(" in drawn
+
+
+def test_a_beta_beyond_everything_accepts_nothing(setting: Setting) -> None:
+    rejection = setting.rejection()
+    curve = rejection.look(100)
+    beyond = Wish.parse("beta=exp(4000)").log_beta(curve)
+    points = [*curve.points(), curve.at(beyond)]
+    assert points[-1].accept[0] == 0
+    assert "exp(4000.00) *" in curve_page("title", "law", curve, points, beyond)
+    assert list(rejection.take(beyond, 1, 100)) == []
 
 
 def test_prompts_of_different_scale_have_one_beta() -> None:
