@@ -37,7 +37,7 @@ demo: install ## tunes the embedded model; ends with a table, samples and a repo
 	$(BIN)/fdpg train demo --out runs/demo
 
 test: install ## every test: C++, emulated CUDA, Python, end to end
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadgroup
 
 check: install ## ruff, mypy --strict, clang-format, import law
 	$(BIN)/ruff check .

@@ -7,9 +7,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+
+# Processes of pytest-xdist share the cores; torch reads this when it is imported.
+if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+
+import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Which tests stay in one process of several: those of a file, for they share fixtures, and all
+    that compile C++, for they share a build folder. Whole runs go to whoever is free."""
+    for item in items:
+        name = item.path.stem
+        if name != "test_end_to_end":
+            group = "compiled" if name in ("test_csrc", "test_simt") else name
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session")
