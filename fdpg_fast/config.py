@@ -43,6 +43,11 @@ __all__ = [
 ]
 
 
+# What a scorer is told. Not Any, of which jsonargparse reads texts as YAML once more (a regex such
+# as [a-z] became a list), and not list[Any], of whose items it does. Text comes first: it stays.
+Value = str | bool | int | float | list | dict | None  # type: ignore[type-arg]
+
+
 class ConfigError(ValueError):
     """A key or value that a run cannot be made from; the message names it and the way out."""
 
@@ -86,7 +91,7 @@ class AdapterConfig:
     rank: int = 16
     alpha: int = 32
     target_modules: str | list[str] = "all-linear"
-    options: dict[str, Any] = field(default_factory=dict)
+    options: dict[str, Value] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -121,10 +126,10 @@ class TargetConfig:
         built_in_python: written by a run whose target is a Python object: what that object was
     """
 
-    constrain: list[dict[str, Any]] = field(default_factory=list)
-    moments: list[dict[str, Any]] = field(default_factory=list)
-    reward: dict[str, Any] | list[dict[str, Any]] | None = None
-    times: list[dict[str, Any]] = field(default_factory=list)
+    constrain: list[dict[str, Value]] = field(default_factory=list)
+    moments: list[dict[str, Value]] = field(default_factory=list)
+    reward: dict[str, Value] | list[dict[str, Value]] | None = None
+    times: list[dict[str, Value]] = field(default_factory=list)
     smooth: float | None = None
     python: str | None = None
     folder: str | None = None
@@ -558,9 +563,9 @@ def _type_name(key: str) -> str:
         "int | None": "a whole number or null",
         "str | None": "text or null",
         "tuple[float, float]": "a list of two numbers",
-        "list[dict[str, Any]]": "a list of `{scorer: argument}`, as in [{contains: dog}]",
-        "dict[str, Any]": "`{setting: value}`",
-        "dict[str, Any] | list[dict[str, Any]] | None": "`{scorer: argument, beta: number}`",
+        "list[dict[str, Value]]": "a list of `{scorer: argument}`, as in [{contains: dog}]",
+        "dict[str, Value]": "`{setting: value}`",
+        "dict[str, Value] | list[dict[str, Value]] | None": "`{scorer: argument, beta: number}`",
     }
     choices = re.fullmatch(r"Literal\[(.*)\]", declared.type)
     if choices:

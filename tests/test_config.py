@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from fdpg_fast.config import Config, ConfigError, argument_parser
 
@@ -71,6 +74,19 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
     path.write_text("run: {steps: 7, seed: 3}\n")
     config = Config.read(path, ["--run.steps", "9"])
     assert (config.run.steps, config.run.seed) == (9, 3)
+
+
+def test_texts_of_scorers_stay_texts(tmp_path: Path) -> None:
+    """However much they look like YAML, and however deep they are."""
+    texts = ["a: b", "1", "yes", "null", "[a-z]", "{x}", "# no"]
+    specs: list[dict[str, Any]] = [{"contains": text, "case": True} for text in texts]
+    specs += [{"words": [*texts, 1, None]}, {"all": [{"not": {"contains": "1"}}], "n": 2, "x": 0.5}]
+    path = tmp_path / "c.yaml"
+    path.write_text(yaml.safe_dump({"target": {"constrain": specs}}))
+    line = ["--target.constrain", json.dumps(specs)]
+    for config in (Config.read(path), Config.read({}, line), Config.read(path).replace(steps=3)):
+        assert config.target.constrain == specs
+        assert Config.read(yaml.safe_load(config.dump())) == config
 
 
 def test_prompts_are_found_beside_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

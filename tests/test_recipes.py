@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import write_tiny_model
+from tiny import write_tiny_model, write_tiny_t5
 
 from fdpg_fast import cli, scorers
 from fdpg_fast.building import model_of, prompts_of
@@ -18,6 +18,12 @@ from fdpg_fast.run_directory import RunDirectory
 
 SOURCES = {name: Config.read(name).prompts.source for name in recipes()}
 WITH_PROMPTS = [name for name, at in SOURCES.items() if isinstance(at, str) and Path(at).is_file()]
+
+# In place of prompts with names that are no words of the tiny model.
+NAMES = {
+    "character": '["there was named dog", "once named cat"]',
+    "summary": '["summarize: dog ran", "summarize: cat sat"]',
+}
 
 
 @pytest.mark.parametrize("name", recipes())
@@ -39,10 +45,10 @@ def test_it_runs_for_two_steps(name: str, tmp_path: Path, monkeypatch: pytest.Mo
         *("--target.fit_samples", "512"),
     ]
     if name != "arithmetic":  # whose own model is as tiny
-        words += ["--model.name", str(write_tiny_model(tmp_path / "model"))]
-    if name == "character":  # its names are no words of this model
-        prompts = '["there was named dog", "once named cat"]'
-        words += ["--prompts.source", prompts, "--prompts.prompts_per_step", "2"]
+        write = write_tiny_t5 if name == "summary" else write_tiny_model
+        words += ["--model.name", str(write(tmp_path / "model"))]
+    if name in NAMES:
+        words += ["--prompts.source", NAMES[name], "--prompts.prompts_per_step", "2"]
     elif isinstance(SOURCES[name], str) and name not in WITH_PROMPTS:
         words += ["--prompts.source", "once there"]
     assert cli.main(words) == 0
