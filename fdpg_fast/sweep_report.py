@@ -261,8 +261,12 @@ def _sections(
                 "feature under π (dashed: its goal), or the Jensen-Shannon divergence to the "
                 "target (lower is better). Small: a seed. Large: their mean, ± one standard error. "
                 "Cross: the base. Star: the target itself, as the pooled samples tell of it. A "
-                "model that has reached the target is at the star; below it, diversity is lost. "
-                "pass@k: the chance that any of k samples of a prompt passes."
+                "model that has reached the target is at the star; below it, diversity is lost."
+                + (
+                    " pass@k: the chance that any of k samples of a prompt passes."
+                    if _passes(measured)
+                    else ""
+                )
             ),
         ),
         page.section(
@@ -394,4 +398,5 @@ def _draw_curve(
     if key == "reward_std":
         axes.set_yscale("log")
     elif key in FOUR or key in ("kl_to_base", "target_ess", "length"):
-        axes.set_ylim(bottom=0)
+        top = 1.05 * axes.dataLim.ymax  # above a length that is always the longest, too
+        axes.set_ylim(0, top if top > 0 else 1)
