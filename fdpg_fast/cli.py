@@ -12,6 +12,7 @@ import math
 import os
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,6 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command: Callable[[argparse.Namespace], int] = known.run
         return command(known)
     except KeyboardInterrupt:
+        _end_at_once_if_asked_again()
         print("fdpg: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except BrokenPipeError:  # `fdpg sample ... | head`
@@ -82,6 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE_ERROR
     finally:
         warnings.formatwarning = formatwarning
+
+
+def _end_at_once_if_asked_again() -> None:
+    """What remains is the end of the interpreter, whose own work would answer with a traceback."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(128 + number))
 
 
 def _explained(error: Exception) -> str | None:

@@ -193,10 +193,11 @@ def test_resume_needs_only_the_folder(
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("second", [None, "at once", "saved"])
 def test_ctrl_c_saves_and_a_second_one_leaves_at_once(
-    model: Path, tmp_path: Path, times: int
+    model: Path, tmp_path: Path, second: str | None
 ) -> None:
+    """Also a second one that comes when all is saved and the interpreter is ending."""
     out = tmp_path / "run"
     words = ["train", "dog", "--model.name", str(model), *SMALL, "--run.steps", "100000"]
     process = subprocess.Popen(
@@ -211,14 +212,21 @@ def test_ctrl_c_saves_and_a_second_one_leaves_at_once(
     for line in process.stdout:
         if line.startswith("step 3/"):
             break
-    for _ in range(times):
+    process.send_signal(signal.SIGINT)
+    if second == "at once":
+        time.sleep(0.01)  # two signals at once would be one
         process.send_signal(signal.SIGINT)
-        if times > 1:
-            time.sleep(0.01)  # two signals at once would be one
+    elif second == "saved":
+        for line in process.stdout:
+            if line.startswith("saved after step"):
+                break
+        for _ in range(200):
+            process.send_signal(signal.SIGINT)  # none once it has ended
+            time.sleep(0.005)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    if times == 1:
+    if second != "at once":
         run = RunDirectory.open(out)
         newest = checkpoint.latest(run.checkpoints)
         assert newest is not None

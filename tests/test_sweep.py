@@ -218,7 +218,9 @@ def test_stopped_and_gone_on_with_it_is_the_same_sweep(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "step", stop_in_the_second_run)
+        handler = signal.getsignal(signal.SIGINT)
         assert sweep(model, out, *words) == 130
+        signal.signal(signal.SIGINT, handler)  # the command leaves its own: it was to end there
     assert f"fdpg sweep --out {out}" in capsys.readouterr().out
     assert list(weights(out)) == ["kl/0/model/model.safetensors"]
     assert sweep(model, out, *words) == 0
