@@ -1,5 +1,9 @@
 // module.cpp: the Python module fdpg_fast._C. Importing it registers the ops (library.cpp,
 // cpu.cpp); its functions are facts: how it was built, and the lists that kernels and Python share.
+//
+// Nothing of torch is used here but its copy of pybind11, which torch 2.11 refuses to whoever asks
+// for the stable ABI.
+#undef TORCH_TARGET_VERSION
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
