@@ -11,6 +11,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import Contest
+from shapes import NEEDS_CUDA
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -21,7 +22,16 @@ SHAPES = {
     "stories": (256, 16, 16, 44, 8),
     "gpt2": (64, 12, 12, 256, 64),
     "llama3_1b": (16, 32, 8, 1024, 64),
+    "gpt2_1024": (1024, 12, 12, 96, 64),
+    "llama3_1b_256": (256, 32, 8, 1024, 64),
 }
+PLACES = [
+    *((name, "cpu") for name in ("stories", "gpt2", "llama3_1b")),
+    *(
+        pytest.param(name, "cuda", marks=NEEDS_CUDA)
+        for name in ("gpt2_1024", "llama3_1b_256", "llama3_1b")
+    ),
+]
 
 
 def products(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
@@ -33,15 +43,17 @@ def products(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tenso
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name", SHAPES)
-def test_decode_attention(contest: Contest, name: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("name", "device"), PLACES)
+def test_decode_attention(contest: Contest, name: str, device: str, dtype: torch.dtype) -> None:
     b, h, hk, t, d = SHAPES[name]
     torch.manual_seed(0)
-    query = torch.randn(b, h, d).to(dtype)
-    keys, values = (torch.randn(b, hk, t, d).to(dtype) for _ in range(2))
-    end = torch.randint(1, t + 1, (b,))
-    live = torch.arange(t) < end[:, None]
-    mask = torch.zeros(b, 1, 1, t, dtype=dtype).masked_fill(~live[:, None, None], -torch.inf)
+    query = torch.randn(b, h, d).to(device, dtype)
+    keys, values = (torch.randn(b, hk, t, d).to(device, dtype) for _ in range(2))
+    end = torch.randint(1, t + 1, (b,)).to(device)
+    live = torch.arange(t, device=device) < end[:, None]
+    mask = torch.zeros(b, 1, 1, t, dtype=dtype, device=device).masked_fill(
+        ~live[:, None, None], -torch.inf
+    )
 
     def sdpa() -> Tensor:
         out = scaled_dot_product_attention(
@@ -65,6 +77,9 @@ def test_decode_attention(contest: Contest, name: str, dtype: torch.dtype) -> No
         bytes_moved=keys_read * 2 * d * dtype.itemsize,
         flops=keys_read * (h // hk) * 4 * d,
         bars={"sdpa with a mask": 1.0},
+        calls=20 if device == "cuda" else 1,
+        graph=device == "cuda",
         shape=f"B={b} H={h} Hk={hk} T={t} D={d}",
         dtype=str(dtype).removeprefix("torch."),
+        device=device,
     )

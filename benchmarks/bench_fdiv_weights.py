@@ -20,6 +20,7 @@ import peers
 import pytest
 import torch
 from conftest import Contest
+from shapes import NEEDS_CUDA
 from torch import Tensor
 from torch.nn.functional import softplus
 
@@ -30,7 +31,6 @@ from fdpg_fast.divergences import Divergence
 JS, LOO = Divergence.parse("js"), Baseline.parse("loo")
 TOKENS, SAMPLES_PER_PROMPT = 40, 16
 LOG_2 = math.log(2)
-NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 class Batch(NamedTuple):
@@ -212,6 +212,7 @@ def test_weights(contest: Contest, sequences: int, device: str) -> None:
         },
         bytes_moved=4 * int(x.lengths.sum()) + 96 * sequences,
         calls=20,
+        graph=device == "cuda",
         memory_bars={},
         shape=f"{sequences} sequences of {TOKENS} tokens, {SAMPLES_PER_PROMPT} a prompt",
         dtype="fp64",

@@ -18,8 +18,8 @@ from heads import (
     bars,
     contenders,
     exact,
+    floors,
     head,
-    products,
     with_gradients,
 )
 from shapes import SHAPES
@@ -43,7 +43,7 @@ def test_policy_gradient(contest: Contest, name: str, device: str, weight: str, 
     floor = "the three matrix products" if learns else "the two matrix products"
     contest.run(
         ours,
-        {floor: products(x, of_hidden=True, of_weight=learns), **others},
+        {**floors(floor, x, of_hidden=True, of_weight=learns), **others},
         bytes_moved=3 * x.hidden.nbytes + (3 if learns else 2) * x.weight.nbytes,
         flops=(6 if learns else 4) * shape.rows * shape.vocab * shape.hidden,
         bars=bars(name, device, {floor: GRADIENT_BARS[dtype]} if learns else {}),  # none for two

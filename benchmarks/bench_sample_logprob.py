@@ -6,16 +6,20 @@ Bytes, by hand: N V logits read, and a block of 1024 of each row again, from the
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
-from bench_token_logprob import DTYPES, read, rows, warm
+from bench_token_logprob import DTYPES, copies, read, rows, warm
 from conftest import Contest
-from shapes import SHAPES
+from shapes import SHAPES, places
 from torch import Tensor
 
 from fdpg_fast import ops, reference
 
-CPU_SHAPES = ["stories", "gpt2_decode"]
+PLACES = places(cpu=("stories", "gpt2_decode"), cuda=("gpt2_decode", "llama3_decode"))
+# On a GPU a call finds its logits in memory: there are more of them than a cache holds.
+INPUTS, CALLS = {"cpu": 1, "cuda": 8}, {"cpu": 1, "cuda": 80}
 # Name of the way in PyTorch -> shape -> the speed-up asked for, in fp32.
 BARS = {
     "softmax + multinomial + gather": {"stories": 45.0, "gpt2_decode": 80.0},
@@ -32,17 +36,17 @@ def multinomial(logits: Tensor) -> tuple[Tensor, Tensor]:
 def inverse_cdf(logits: Tensor) -> tuple[Tensor, Tensor]:
     p = torch.softmax(logits, -1)
     cumulative = p.cumsum(-1)
-    token = torch.searchsorted(cumulative, torch.rand(len(p), 1, dtype=p.dtype))
+    token = torch.searchsorted(cumulative, torch.rand(len(p), 1, dtype=p.dtype, device=p.device))
     token.clamp_(max=p.shape[1] - 1)  # rounding may leave the total below the uniform
     return token, p.gather(-1, token).log()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CPU_SHAPES)
-def test_sample(contest: Contest, name: str, dtype: str) -> None:
-    logits, _ = rows(name, DTYPES[dtype])
-    seed = torch.tensor([5])
-    ids, position = torch.arange(len(logits)), torch.zeros(len(logits), dtype=torch.long)
+@pytest.mark.parametrize(("name", "device"), PLACES)
+def test_sample(contest: Contest, name: str, device: str, dtype: str) -> None:
+    logits, target = rows(name, DTYPES[dtype], device)
+    seed = torch.tensor([5], device=device)
+    ids, position = torch.arange(len(logits), device=device), torch.zeros_like(target)
 
     got = ops.sample_logprob(logits, seed, ids, position)
     expected = reference.sample_logprob(logits, seed, ids, position)
@@ -50,22 +54,32 @@ def test_sample(contest: Contest, name: str, dtype: str) -> None:
     same = got.token == expected.token
     torch.testing.assert_close(got.logp[same], expected.logp[same], rtol=0, atol=2e-6)
 
+    inputs = [logits, *(logits.clone() for _ in range(INPUTS[device] - 1))]
+    turn = itertools.cycle(inputs)
     others = {
-        "softmax + multinomial + gather": lambda: multinomial(logits),
-        "softmax + cumsum + searchsorted + gather": lambda: inverse_cdf(logits),
+        "softmax + multinomial + gather": lambda: multinomial(next(turn)),
+        "softmax + cumsum + searchsorted + gather": lambda: inverse_cdf(next(turn)),
     }
-    bars = {way: bar[name] for way, bar in BARS.items()}
-    inputs = [logits]
-    if dtype != "fp32":
-        inputs.append(logits.float())
-        others["ours in fp32"] = lambda: ops.sample_logprob(inputs[1], seed, ids, position)
+    if device == "cuda":
+        others |= copies(turn, 1)
+        bars = {"copy": 1 / 1.3}
+    else:
+        others["read"] = lambda: read(logits)
+        bars = {way: bar[name] for way, bar in BARS.items()}
+    warmed = [logits]
+    if dtype != "fp32" and device == "cpu":
+        warmed.append(logits.float())
+        others["ours in fp32"] = lambda: ops.sample_logprob(warmed[1], seed, ids, position)
         bars = {"ours in fp32": 1.0}
     contest.run(
-        lambda: ops.sample_logprob(logits, seed, ids, position),
-        {**others, "read": lambda: read(logits)},
+        lambda: ops.sample_logprob(next(turn), seed, ids, position),
+        others,
         bytes_moved=logits.numel() * logits.element_size(),
         bars=bars,
-        prepare=lambda: warm(*inputs),
+        prepare=lambda: warm(*warmed),
+        calls=CALLS[device],
+        graph=device == "cuda",
         shape=str(SHAPES[name]),
         dtype=dtype,
+        device=device,
     )

@@ -22,8 +22,15 @@ from typing import Any, Literal
 import pytest
 import torch
 from conftest import Contest
+from shapes import NEEDS_CUDA
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+)
 from transformers.pytorch_utils import Conv1D
 
 from fdpg_fast.models import LanguageModel
@@ -42,13 +49,15 @@ class Drawn:
     """A model and the work to be done with it: `samples` of `tokens` after one prompt."""
 
     def __init__(self, plain: Any, prompt: tuple[int, ...], samples: int, tokens: int) -> None:
-        self.plain = plain.eval()
+        self.plain, self.device = plain.eval(), plain.device
         self.prompt, self.samples, self.tokens = prompt, samples, tokens
         self.prompts = PromptBatch(torch.tensor([0]), (prompt,), ("",))
         self.key = 0
 
     def ours(self, compute: Literal["fp32", "bf16"] = "fp32") -> Callable[[], Rollout]:
-        model = LanguageModel.from_model(copy.deepcopy(self.plain), compute=compute, eos_ids=())
+        model = LanguageModel.from_model(
+            copy.deepcopy(self.plain).float(), compute=compute, eos_ids=(), device=self.device
+        )
         sampler = Sampler(self.tokens, self.samples)
 
         def draw() -> Rollout:
@@ -58,7 +67,7 @@ class Drawn:
         return draw
 
     def generate(self, **options: Any) -> Any:
-        rows = torch.tensor([self.prompt]).expand(self.samples, -1)
+        rows = torch.tensor([self.prompt], device=self.device).expand(self.samples, -1)
         return self.plain.generate(
             rows,
             attention_mask=torch.ones_like(rows),
@@ -95,14 +104,22 @@ class Drawn:
         layers = [weight.to(dtype) for weight in _weights_of_layers(self.plain.base_model)]
         head = self.plain.get_output_embeddings().weight.detach().t()
         rows = self.samples
-        inputs = {w.shape[0]: torch.ones(rows, w.shape[0], dtype=dtype) for w in layers}
-        outputs = {w.shape[1]: torch.empty(rows, w.shape[1], dtype=dtype) for w in layers}
-        states, logits = torch.ones(rows, head.shape[0]), torch.empty(rows, head.shape[1])
+        inputs = {
+            w.shape[0]: torch.ones(rows, w.shape[0], dtype=dtype, device=self.device)
+            for w in layers
+        }
+        outputs = {
+            w.shape[1]: torch.empty(rows, w.shape[1], dtype=dtype, device=self.device)
+            for w in layers
+        }
+        states = torch.ones(rows, head.shape[0], dtype=head.dtype, device=self.device)
+        logits = torch.empty(rows, head.shape[1], dtype=head.dtype, device=self.device)
         config = self.plain.config
         heads = config.num_attention_heads
         key_heads = getattr(config, "num_key_value_heads", heads)
         per_token = 2 * config.num_hidden_layers * rows * key_heads * config.hidden_size // heads
-        cache = torch.zeros((len(self.prompt) + self.tokens) * per_token, dtype=dtype)
+        tokens = len(self.prompt) + self.tokens
+        cache = torch.zeros(tokens * per_token, dtype=dtype, device=self.device)
         rounded = dtype == torch.bfloat16
 
         def run() -> None:
@@ -190,4 +207,53 @@ def test_gpt2(contest: Contest, compute: Literal["fp32", "bf16"]) -> None:
         dtype=compute,
         least_rounds=3,
         tokens=drawn.samples * drawn.tokens,
+    )
+
+
+# Config -> samples, tokens, and the tokens per second that were asked for of an H100.
+GPU = {
+    "gpt2": (GPT2Config(), 1024, 64, 450_000),
+    "llama3_1b": (
+        LlamaConfig(
+            hidden_size=2048,
+            intermediate_size=8192,
+            num_hidden_layers=16,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=128256,
+            max_position_embeddings=8192,
+            tie_word_embeddings=True,
+        ),
+        1024,
+        256,
+        80_000,
+    ),
+}
+
+
+@NEEDS_CUDA
+@pytest.mark.parametrize("name", GPU)
+def test_gpu(contest: Contest, name: str) -> None:
+    """In bf16. Weights are random, which speed does not depend on."""
+    config, samples, tokens, wanted = GPU[name]
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    drawn = Drawn(plain, (464,), samples, tokens)
+    ours = drawn.ours("bf16")
+    assert (ours().lengths == tokens).all()
+    contest.run(
+        ours,
+        {
+            "roofline": drawn.hardware(torch.bfloat16, reads=True),
+            "generate": drawn.generate,
+            "generate, static cache": lambda: drawn.generate(cache_implementation="static"),
+        },
+        bars={"generate": 10.0} if name == "gpt2" else {},
+        shape=f"{samples} samples x {tokens} tokens",
+        dtype="bf16",
+        device="cuda",
+        least_rounds=2,
+        tokens=samples * tokens,
+        tokens_per_second_bar=wanted,
     )

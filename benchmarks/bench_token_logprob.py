@@ -8,16 +8,21 @@ backward; on the CPU neither memory nor arithmetic waits much for the other.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
+
 import peers
 import pytest
 import torch
 from conftest import Contest
-from shapes import SHAPES
+from shapes import SHAPES, places
 from torch import Tensor
 
 from fdpg_fast import ops, reference
 
-CPU_SHAPES = ["stories", "gpt2_chunk", "gpt2_decode", "gpt2"]
+PLACES = places(
+    cpu=("stories", "gpt2_chunk", "gpt2_decode", "gpt2"), cuda=("gpt2_8k", "llama3_8b", "gemma2")
+)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # In fp32; of the time to read the logits, how much of it ours may be spending.
 BARS = {
@@ -26,16 +31,20 @@ BARS = {
     "gpt2_decode": {"log_softmax + gather": 6.0, "read": 0.6},
     "gpt2": {"log_softmax + gather": 6.0, "read": 0.6},
 }
+# On a GPU: of the time to copy as many bytes as ours moves; and nobody is faster.
+CUDA_BARS = {"copy": 0.92, "torch.compile": 1.0}
+CALLS = {"cpu": 1, "cuda": 10}
 BACKWARD_BARS = {"stories": 1.8, "gpt2_chunk": 1.8, "gpt2_decode": 5.0, "gpt2": 5.0}
 OP = torch.ops.fdpg.token_logprob
 BACKWARD_ = torch.ops.fdpg.token_logprob_backward_
 
 
-def rows(name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rows(name: str, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor]:
     shape = SHAPES[name]
-    generator = torch.Generator().manual_seed(0)
-    logits = 3 * torch.randn(shape.rows, shape.vocab, generator=generator)
-    return logits.to(dtype), torch.randint(shape.vocab, (shape.rows,), generator=generator)
+    generator = torch.Generator(device).manual_seed(0)
+    logits = torch.randn(shape.rows, shape.vocab, generator=generator, device=device).mul_(3)
+    target = torch.randint(shape.vocab, (shape.rows,), generator=generator, device=device)
+    return logits.to(dtype), target
 
 
 def assert_right(got: Tensor, logits: Tensor, target: Tensor, atol: float) -> None:
@@ -45,31 +54,38 @@ def assert_right(got: Tensor, logits: Tensor, target: Tensor, atol: float) -> No
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CPU_SHAPES)
-def test_forward(contest: Contest, name: str, dtype: str) -> None:
-    logits, target = rows(name, DTYPES[dtype])
+@pytest.mark.parametrize(("name", "device"), PLACES)
+def test_forward(contest: Contest, name: str, device: str, dtype: str) -> None:
+    logits, target = rows(name, DTYPES[dtype], device)
     assert_right(ops.token_logprob(logits, target).logp, logits, target, 2e-6)
     others = {
         other: lambda function=function: function(logits, target)
         for other, function in peers.TOKEN_LOGPROB.items()
     }
+    if device == "cpu":
+        others["read"] = lambda: read(logits)
+    else:
+        others |= copies(itertools.repeat(logits), 1)
     inputs = [logits]
-    if dtype == "fp32":
+    if dtype == "fp32" or device == "cuda":
         others["torch.compile"] = lambda: compiled(logits, target)
         compiled = peers.compiled(peers.log_softmax_and_gather)
-        bars = BARS[name]
+        bars = BARS.get(name, CUDA_BARS)
     else:
         others["ours in fp32"] = lambda: ops.token_logprob(inputs[1], target)
         inputs.append(logits.float())
         bars = {"ours in fp32": 1.0}
     contest.run(
         lambda: ops.token_logprob(logits, target),
-        {**others, "read": lambda: read(logits)},
+        others,
         bytes_moved=logits.numel() * logits.element_size(),
         bars=bars,
         prepare=lambda: warm(*inputs),
+        calls=CALLS[device],
+        graph=device == "cuda",
         shape=str(SHAPES[name]),
         dtype=dtype,
+        device=device,
     )
 
 
@@ -104,9 +120,23 @@ def test_softcap(contest: Contest, name: str) -> None:
     )
 
 
+def copies(inputs: Iterator[Tensor], moves: int) -> dict[str, Callable[[], object]]:
+    """An entry that copies, so reads and writes, as many bytes as ``moves`` reads of an input."""
+    rooms: dict[int, Tensor] = {}
+
+    def copy() -> None:
+        x = next(inputs)
+        half = x.view(-1)[: x.numel() // 2]
+        room = rooms.setdefault(x.data_ptr(), torch.empty_like(half))
+        for _ in range(moves):
+            room.copy_(half)
+
+    return {"copy": copy}
+
+
 def warm(*inputs: Tensor) -> None:
     """Brings inputs as near as they fit: a last-level cache keeps them after three reads."""
-    for x in inputs:
+    for x in inputs if inputs[0].device.type == "cpu" else ():
         for _ in range(3):
             read(x)
 
@@ -117,11 +147,11 @@ def read(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", CPU_SHAPES)
-def test_forward_and_backward(contest: Contest, name: str, dtype: str) -> None:
-    original, target = rows(name, DTYPES[dtype])
+@pytest.mark.parametrize(("name", "device"), PLACES)
+def test_forward_and_backward(contest: Contest, name: str, device: str, dtype: str) -> None:
+    original, target = rows(name, DTYPES[dtype], device)
     logits = original.clone()
-    weight = torch.randn(len(target), generator=torch.Generator().manual_seed(1))
+    weight = torch.randn(len(target), generator=torch.Generator().manual_seed(1)).to(device)
 
     def ours() -> None:
         _, lse, _ = OP(logits, target)
@@ -138,12 +168,17 @@ def test_forward_and_backward(contest: Contest, name: str, dtype: str) -> None:
     (exact,) = torch.autograd.grad(logp, leaf, weight[:8].double())
     tolerance = {"rtol": 1e-2, "atol": 1e-6} if dtype == "bf16" else {"rtol": 0, "atol": 1e-6}
     torch.testing.assert_close(logits[:8].double(), exact, **tolerance)
+    bars = {"autograd of log_softmax + gather": BACKWARD_BARS.get(name, 1.0)}
     contest.run(
         ours,
-        {"autograd of log_softmax + gather": autograd},
+        {"autograd of log_softmax + gather": autograd}
+        | (copies(itertools.repeat(logits), 3) if device == "cuda" else {}),
         bytes_moved=3 * logits.numel() * logits.element_size(),
-        bars={"autograd of log_softmax + gather": BACKWARD_BARS[name]},
+        bars=bars if device == "cpu" else bars | {"copy": CUDA_BARS["copy"]},
         prepare=lambda: logits.copy_(original),
+        calls=CALLS[device],
+        graph=device == "cuda",
         shape=str(SHAPES[name]),
         dtype=dtype,
+        device=device,
     )

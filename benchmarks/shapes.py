@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-__all__ = ["SHAPES", "Shape"]
+import pytest
+import torch
+
+__all__ = ["NEEDS_CUDA", "SHAPES", "Shape", "places"]
+
+
+NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 @dataclass(frozen=True)
@@ -27,7 +34,17 @@ SHAPES = {
     "gpt2_decode": Shape(256, 50257, 768),
     "gpt2": Shape(1024, 50257, 768),
     # For machines with an accelerator.
+    "gpt2_8k": Shape(8192, 50257, 768),
+    "llama3_decode": Shape(256, 128256, 2048),
     "llama3_1b": Shape(2048, 128256, 2048),
     "llama3_8b": Shape(4096, 128256, 4096),
     "gemma2": Shape(2304, 256000, 2304),
 }
+
+
+def places(cpu: Sequence[str], cuda: Sequence[str]) -> list[object]:
+    """Parameters ``(name, device)``; those of a GPU are skipped without one."""
+    return [
+        *(pytest.param(name, "cpu") for name in cpu),
+        *(pytest.param(name, "cuda", marks=NEEDS_CUDA) for name in cuda),
+    ]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-from fdpg_fast.models import LanguageModel
+from fdpg_fast.models import Compute, LanguageModel
 from fdpg_fast.rollout import PromptBatch, Rollout
 
 VOCAB = 61  # prime: nothing is aligned by luck
@@ -132,11 +132,15 @@ def language_model(
     *,
     eos_ids: Sequence[int] = (0,),
     changes: dict[str, Any] | None = None,
+    device: str = "cpu",
+    compute: Compute = "fp32",
     **options: Any,
 ) -> LanguageModel:
-    """The same, wrapped; ``changes`` are the config's, ``options`` the wrapper's."""
+    """The same, wrapped; ``changes`` are the config's, the rest the wrapper's."""
     model = tiny(family, **(changes or {}))
-    return LanguageModel.from_model(model, name=family, eos_ids=eos_ids, **options)
+    return LanguageModel.from_model(
+        model, name=family, eos_ids=eos_ids, device=device, compute=compute, **options
+    )
 
 
 def batch(*prompts: Sequence[int]) -> PromptBatch:

@@ -124,7 +124,7 @@ def test_only_the_head_of_bf16_compute_rounds_its_products(
 
 
 def test_auto_compute_is_fp32_on_the_cpu() -> None:
-    assert language_model("gpt2", device="cpu").compute == "fp32"
+    assert language_model("gpt2", compute="auto").compute == "fp32"
 
 
 def test_copies_have_weights_of_their_own() -> None:
