@@ -35,8 +35,12 @@ def test_policy_gradient(contest: Contest, name: str, device: str, weight: str, 
     truth = exact(name, dtype, device)
 
     def ours() -> ops.PolicyGradient:
-        return ops.policy_gradient(x.hidden, x.weight, x.target, x.coefficient, need_weight=learns)
+        return ops.policy_gradient(
+            x.hidden, x.weight, x.target, x.coefficient, lse_hint=hint, need_weight=learns
+        )
 
+    hint = None
+    hint = ours().lse  # as a sampler has recorded it
     got = ours()
     assert_close([got.logp, got.hidden, got.weight], x, truth)
     others, out = contenders(x, truth, lambda way: with_gradients(way, x, of_weight=learns))
