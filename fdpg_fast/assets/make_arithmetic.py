@@ -17,19 +17,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import (
-    AutoModelForCausalLM,
-    GenerationConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    PreTrainedTokenizerFast,
-)
+from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-END, UNKNOWN = "<|endoftext|>", "<|unknown|>"
+from fdpg_fast.assets.make_model import END, new_model, save
+
+UNKNOWN = "<|unknown|>"
 VOCABULARY = [END, UNKNOWN, *"0123456789", "+", "="]
 CONTEXT = 16  # "999+999=1998" and the end are 13
 DIGITS = (1, 2, 3)
@@ -74,21 +69,7 @@ def train(args: argparse.Namespace) -> None:
     rng = random.Random(args.seed)
     tokenizer = make_tokenizer()
     end: int = tokenizer.eos_token_id
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(VOCABULARY),
-            n_positions=CONTEXT,
-            n_embd=args.width,
-            n_layer=args.layers,
-            n_head=args.heads,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=end,
-            eos_token_id=end,
-        )
-    )
-    print(f"{model.num_parameters()} parameters")
+    model = new_model(args, vocabulary=len(VOCABULARY), context=CONTEXT, end=end)
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.rate, weight_decay=0.01)
     mean = 0.0
     for step in range(args.steps):
@@ -106,19 +87,8 @@ def train(args: argparse.Namespace) -> None:
             print(f"step {step + 1}: loss {mean:.4f}", flush=True)
             mean = 0.0
     save(model, tokenizer, args.out)
-
-
-def save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    end = tokenizer.eos_token_id
-    model.generation_config = GenerationConfig(
-        bos_token_id=end, eos_token_id=end, pad_token_id=end, do_sample=True, top_k=0
-    )
-    model.save_pretrained(folder)
-    weights = {k: v.half() for k, v in load_file(folder / "model.safetensors").items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    tokenizer.save_pretrained(folder)
     # What is written is JSON with blanks for people; the files are read by programs.
-    path = folder / "tokenizer.json"
+    path = args.out / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text())), encoding="utf-8")
 
 

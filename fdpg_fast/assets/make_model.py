@@ -166,6 +166,28 @@ def make_tokenizer(stories: Iterable[str], vocabulary: int) -> PreTrainedTokeniz
     )
 
 
+def new_model(
+    args: argparse.Namespace, *, vocabulary: int, context: int, end: int
+) -> GPT2LMHeadModel:
+    """A GPT-2 with random weights and the layers, width and heads of the command line."""
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=vocabulary,
+            n_positions=context,
+            n_embd=args.width,
+            n_layer=args.layers,
+            n_head=args.heads,
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=end,
+            eos_token_id=end,
+        )
+    )
+    print(f"{model.num_parameters()} parameters")
+    return model
+
+
 def make_rows(
     stories: Sequence[list[int]], end: int, length: int, rng: random.Random
 ) -> np.ndarray:
@@ -196,21 +218,7 @@ def train(args: argparse.Namespace, stories: Sequence[str], held_out: Sequence[s
     rng = random.Random(args.seed)
     tokenizer = make_tokenizer(stories, args.vocabulary)
     end: int = tokenizer.eos_token_id
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=args.vocabulary,
-            n_positions=args.context,
-            n_embd=args.width,
-            n_layer=args.layers,
-            n_head=args.heads,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=end,
-            eos_token_id=end,
-        )
-    )
-    print(f"{model.num_parameters()} parameters")
+    model = new_model(args, vocabulary=args.vocabulary, context=args.context, end=end)
 
     matrices = [p for p in model.transformer.h.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if not any(p is q for q in matrices)]
