@@ -6,6 +6,7 @@
 #include <random>
 #include <vector>
 
+#include "attention.h"
 #include "check.h"
 #include "fdpg/cpu.h"
 #include "fdpg/types.h"
@@ -20,100 +21,65 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 // A cache with room between its rows, and everything that is not live NaN.
 template <class T>
 struct Problem {
-  int64_t sequences, heads, key_heads, tokens, size, value_size;
-  double softcap = 0;
+  Shape s;
   std::vector<int64_t> begin, end;
   std::vector<accumulate_t<T>> sinks;
   std::vector<T> query, keys, values, out;
 
   static constexpr int64_t kRoom = 3;
 
-  Problem(int64_t sequences, int64_t heads, int64_t key_heads, int64_t tokens, int64_t size,
-          int64_t value_size)
-      : sequences(sequences),
-        heads(heads),
-        key_heads(key_heads),
-        tokens(tokens),
-        size(size),
-        value_size(value_size) {
-    std::mt19937 engine(static_cast<unsigned>(tokens));
+  explicit Problem(const Shape& s) : s(s) {
+    std::mt19937 engine(static_cast<unsigned>(s.tokens));
     std::normal_distribution<double> normal(0, 1.5);
-    for (int64_t b = 0; b < sequences; ++b) {
-      end.push_back(b + 1 == sequences ? tokens : static_cast<int64_t>(engine() % (tokens + 1)));
+    for (int64_t b = 0; b < s.sequences; ++b) {
+      end.push_back(b + 1 == s.sequences ? s.tokens
+                                         : static_cast<int64_t>(engine() % (s.tokens + 1)));
       begin.push_back(end.back() == 0 ? 0 : static_cast<int64_t>(engine() % end.back()));
     }
     auto number = [&](bool live) {
       return store<T>(static_cast<accumulate_t<T>>(live ? normal(engine) : kNan));
     };
-    for (int64_t i = 0; i < sequences * heads * (size + kRoom); ++i) {
-      query.push_back(number(i % (size + kRoom) < size));
+    for (int64_t i = 0; i < s.sequences * s.heads * (s.size + kRoom); ++i) {
+      query.push_back(number(i % (s.size + kRoom) < s.size));
     }
-    for (int64_t b = 0; b < sequences; ++b) {
-      for (int64_t i = 0; i < key_heads * tokens; ++i) {
-        const int64_t t = i % tokens;
+    for (int64_t b = 0; b < s.sequences; ++b) {
+      for (int64_t i = 0; i < s.key_heads * s.tokens; ++i) {
+        const int64_t t = i % s.tokens;
         const bool live = begin[b] <= t && t < end[b];
-        for (int64_t d = 0; d < size + kRoom; ++d) keys.push_back(number(live && d < size));
-        for (int64_t e = 0; e < value_size + kRoom; ++e) {
-          values.push_back(number(live && e < value_size));
+        for (int64_t d = 0; d < s.size + kRoom; ++d) keys.push_back(number(live && d < s.size));
+        for (int64_t e = 0; e < s.value_size + kRoom; ++e) {
+          values.push_back(number(live && e < s.value_size));
         }
       }
     }
-    for (int64_t h = 0; h < heads; ++h) sinks.push_back(static_cast<float>(normal(engine)));
-    out.resize(sequences * heads * value_size, number(true));
+    for (int64_t h = 0; h < s.heads; ++h) sinks.push_back(static_cast<float>(normal(engine)));
+    out.resize(s.sequences * s.heads * s.value_size, number(true));
   }
 
-  DecodeAttentionParams params(Dtype dtype, bool with_sinks) {
-    DecodeAttentionParams p{};
-    p.query = query.data();
-    p.keys = keys.data();
-    p.values = values.data();
-    p.out = out.data();
-    p.dtype = dtype;
-    p.sequences = sequences;
-    p.heads = heads;
-    p.key_heads = key_heads;
-    p.tokens = tokens;
-    p.size = size;
-    p.value_size = value_size;
-    p.query_stride[1] = size + kRoom;
-    p.query_stride[0] = heads * p.query_stride[1];
-    p.key_stride[2] = size + kRoom;
-    p.value_stride[2] = value_size + kRoom;
-    for (int i = 1; i >= 0; --i) {
-      const int64_t times = i == 1 ? tokens : key_heads;
-      p.key_stride[i] = p.key_stride[i + 1] * times;
-      p.value_stride[i] = p.value_stride[i + 1] * times;
-    }
-    p.begin = begin.data();
-    p.end = end.data();
-    p.sinks = with_sinks ? sinks.data() : nullptr;
-    p.scale = 0.4;
-    p.softcap = softcap;
-    return p;
-  }
+  DecodeAttentionParams params(Dtype dtype) { return params_of(*this, dtype, kRoom, kRoom); }
 
-  long double truth(int64_t b, int64_t h, int64_t e, bool with_sinks) const {
-    const int64_t row = (b * key_heads + h / (heads / key_heads)) * tokens;
+  long double truth(int64_t b, int64_t h, int64_t e) const {
+    const int64_t row = (b * s.key_heads + h / (s.heads / s.key_heads)) * s.tokens;
     std::vector<long double> score;
     long double most = -INFINITY;
     for (int64_t t = begin[b]; t < end[b]; ++t) {
       long double sum = 0;
-      for (int64_t d = 0; d < size; ++d) {
-        sum += static_cast<long double>(load(query[(b * heads + h) * (size + kRoom) + d])) *
-               load(keys[(row + t) * (size + kRoom) + d]);
+      for (int64_t d = 0; d < s.size; ++d) {
+        sum += static_cast<long double>(load(query[(b * s.heads + h) * (s.size + kRoom) + d])) *
+               load(keys[(row + t) * (s.size + kRoom) + d]);
       }
-      sum *= 0.4L;
-      if (softcap > 0) sum = softcap * std::tanh(sum / softcap);
+      sum *= kScale;
+      if (s.softcap > 0) sum = s.softcap * std::tanh(sum / s.softcap);
       score.push_back(sum);
       most = std::max(most, sum);
     }
     if (score.empty()) return 0;
-    long double norm = with_sinks ? std::exp(sinks[h] - most) : 0, out = 0;
+    long double norm = s.sinks ? std::exp(sinks[h] - most) : 0, out = 0;
     for (size_t i = 0; i < score.size(); ++i) {
       const long double w = std::exp(score[i] - most);
       const int64_t t = begin[b] + static_cast<int64_t>(i);
       norm += w;
-      out += w * load(values[(row + t) * (value_size + kRoom) + e]);
+      out += w * load(values[(row + t) * (s.value_size + kRoom) + e]);
     }
     return out / norm;
   }
@@ -128,25 +94,19 @@ template <>
 constexpr double kTolerance<BFloat16> = 1.6e-2;
 
 void test_against_long_double(const std::string& isa) {
-  struct Shape {
-    int64_t sequences, heads, key_heads, tokens, size, value_size;
-    double softcap;
-    bool sinks;
-  };
   for (const Shape& s :
        {Shape{1, 1, 1, 1, 1, 1, 0, false}, Shape{6, 4, 2, 37, 8, 8, 0, false},
         Shape{3, 20, 2, 300, 17, 33, 0, true}, Shape{4, 3, 3, 257, 64, 16, 2, true},
         Shape{2, 2, 1, 129, 40, 128, 0.5, false}}) {
     for_each_dtype([&](Dtype dtype, auto tag) {
       using T = decltype(tag);
-      Problem<T> problem(s.sequences, s.heads, s.key_heads, s.tokens, s.size, s.value_size);
-      problem.softcap = s.softcap;
-      const auto p = problem.params(dtype, s.sinks);
+      Problem<T> problem(s);
+      const auto p = problem.params(dtype);
       CHECK(cpu::decode_attention(p, 0, s.sequences * s.key_heads) == kOk);
       double worst = 0;
       for (int64_t i = 0; i < static_cast<int64_t>(problem.out.size()); ++i) {
         const int64_t e = i % s.value_size, h = i / s.value_size % s.heads;
-        const long double truth = problem.truth(i / s.value_size / s.heads, h, e, s.sinks);
+        const long double truth = problem.truth(i / s.value_size / s.heads, h, e);
         const double error = std::fabs(static_cast<double>(load(problem.out[i]) - truth));
         worst = error <= worst ? worst : error;  // NaN is worst
       }
@@ -157,19 +117,19 @@ void test_against_long_double(const std::string& isa) {
 }
 
 void test_reports_the_first_bad_span_and_does_the_rest(const std::string&) {
-  Problem<float> problem(3, 2, 2, 5, 8, 4);
+  Problem<float> problem({3, 2, 2, 5, 8, 4});
   problem.begin = {0, 0, 0};
   problem.end = {0, 6, 0};
-  CHECK(cpu::decode_attention(problem.params(Dtype::kFloat32, false), 0, 6) == 2);
+  CHECK(cpu::decode_attention(problem.params(Dtype::kFloat32), 0, 6) == 2);
   CHECK(problem.out[0] == 0 && problem.out[7] == 0);
   for (int i = 8; i < 16; ++i) CHECK(std::isnan(problem.out[i]));
   CHECK(problem.out[16] == 0 && problem.out[23] == 0);
 }
 
 void test_a_range_touches_only_its_items(const std::string&) {
-  Problem<float> problem(2, 2, 2, 5, 8, 4);
+  Problem<float> problem({2, 2, 2, 5, 8, 4});
   std::fill(problem.out.begin(), problem.out.end(), -7.0f);
-  CHECK(cpu::decode_attention(problem.params(Dtype::kFloat32, false), 3, 4) == kOk);
+  CHECK(cpu::decode_attention(problem.params(Dtype::kFloat32), 3, 4) == kOk);
   for (int i = 0; i < 12; ++i) CHECK(problem.out[i] == -7.0f);
   CHECK(problem.out[12] != -7.0f);
 }

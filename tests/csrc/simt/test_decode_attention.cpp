@@ -9,6 +9,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "attention.h"
 #include "fdpg/cpu.h"
 #include "fdpg/types.h"
 #include "harness.h"
@@ -20,10 +21,7 @@ using namespace fdpg;
 
 namespace {
 
-struct Shape {
-  int64_t sequences, heads, key_heads, tokens, size, value_size;
-  double softcap = 0;
-  bool sinks = false;
+struct Placed : Shape {
   int64_t room = 0;  // elements behind each row of the cache
   int offset = 0;    // of the cache, in elements past a 16-byte boundary
   int64_t live = 0;  // spans end by then; 0: by `tokens`
@@ -31,12 +29,12 @@ struct Shape {
 
 template <class T>
 struct Problem {
-  Shape s;
+  Placed s;
   Buffer<int64_t> begin, end;
   Buffer<T> query, keys, values, out;
   Buffer<accumulate_t<T>> sinks;
 
-  explicit Problem(const Shape& s)
+  explicit Problem(const Placed& s)
       : s(s),
         begin(s.sequences),
         end(s.sequences),
@@ -80,35 +78,7 @@ struct Problem {
     }
   }
 
-  DecodeAttentionParams params(Dtype dtype) {
-    DecodeAttentionParams p{};
-    p.query = query.data();
-    p.keys = keys.data();
-    p.values = values.data();
-    p.out = out.data();
-    p.dtype = dtype;
-    p.sequences = s.sequences;
-    p.heads = s.heads;
-    p.key_heads = s.key_heads;
-    p.tokens = s.tokens;
-    p.size = s.size;
-    p.value_size = s.value_size;
-    p.query_stride[0] = s.heads * s.size;
-    p.query_stride[1] = s.size;
-    p.key_stride[2] = s.size + s.room;
-    p.value_stride[2] = s.value_size + s.room;
-    for (int i = 1; i >= 0; --i) {
-      const int64_t times = i == 1 ? s.tokens : s.key_heads;
-      p.key_stride[i] = p.key_stride[i + 1] * times;
-      p.value_stride[i] = p.value_stride[i + 1] * times;
-    }
-    p.begin = begin.data();
-    p.end = end.data();
-    p.sinks = s.sinks ? sinks.data() : nullptr;
-    p.scale = 0.3;
-    p.softcap = s.softcap;
-    return p;
-  }
+  DecodeAttentionParams params(Dtype dtype) { return params_of(*this, dtype, 0, s.room); }
 
   std::vector<T> on_cpu(Dtype dtype) {
     CHECK(cpu::decode_attention(params(dtype), 0, s.sequences * s.key_heads) == kOk);
@@ -137,7 +107,7 @@ template <>
 constexpr double kTolerance<BFloat16> = 1.6e-2;
 
 template <class T>
-void check(Dtype dtype, const Shape& shape) {
+void check(Dtype dtype, const Placed& shape) {
   Problem<T> problem(shape);
   const std::vector<T> expected = problem.on_cpu(dtype);
   problem.forbid(problem.keys, shape.size);
@@ -158,7 +128,7 @@ void check(Dtype dtype, const Shape& shape) {
   });
 
   // More room for tokens, and rows that lie elsewhere.
-  Shape other = shape;
+  Placed other = shape;
   other.live = shape.tokens;
   other.tokens += 9;
   other.room = shape.room == 0 ? 1 : 0;
@@ -169,13 +139,13 @@ void check(Dtype dtype, const Shape& shape) {
 
 template <class T>
 void every_shape(Dtype dtype) {
-  for (const Shape& s : {
-           Shape{1, 1, 1, 1, 1, 1},
-           Shape{5, 4, 2, 37, 8, 8},                   // a lane per key, two heads share it
-           Shape{4, 5, 1, 40, 17, 33, 0, true, 2, 1},  // five share: a block of four, one of one
-           Shape{4, 3, 3, 160, 64, 64, 2.0},           // 8 lanes per key
-           Shape{3, 2, 1, 37, 200, 256, 0, true},      // a warp per key
-           Shape{3, 4, 2, 37, 300, 40, 0.5, false, 0, 3},  // the large sizes
+  for (const Placed& s : {
+           Placed{1, 1, 1, 1, 1, 1},
+           Placed{5, 4, 2, 37, 8, 8},                   // a lane per key, two heads share it
+           Placed{4, 5, 1, 40, 17, 33, 0, true, 2, 1},  // five share: a block of four, one of one
+           Placed{4, 3, 3, 160, 64, 64, 2.0},           // 8 lanes per key
+           Placed{3, 2, 1, 37, 200, 256, 0, true},      // a warp per key
+           Placed{3, 4, 2, 37, 300, 40, 0.5, false, 0, 3},  // the large sizes
        }) {
     check<T>(dtype, s);
   }
