@@ -364,9 +364,21 @@ class Config:
         return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
 
     def difference(self, other: Config) -> list[str]:
-        """Keys whose values differ, as ``part.key``."""
-        theirs = {(part, key): value for part, key, value in other._items()}
-        return [f"{part}.{key}" for part, key, value in self._items() if value != theirs[part, key]]
+        """Keys whose values differ, as ``part.key``; not by where the files they name lie now."""
+        theirs = {(part, key): value for part, key, value in other._without_folder()._items()}
+        ours = self._without_folder()._items()
+        return [f"{part}.{key}" for part, key, value in ours if value != theirs[part, key]]
+
+    def _without_folder(self) -> Config:
+        """The same run, with names of files as its YAML file has them, wherever that is."""
+        folder, source = self.target.folder, self.prompts.source
+        if folder and isinstance(source, str):
+            source = source.removeprefix(os.path.join(folder, ""))
+        return dataclasses.replace(
+            self,
+            prompts=dataclasses.replace(self.prompts, source=source),
+            target=dataclasses.replace(self.target, folder=None),
+        )
 
 
 # ---------------------------------------------------------------------------------------------

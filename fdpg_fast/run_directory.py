@@ -93,8 +93,8 @@ class RunDirectory:
     def resume(cls, path: str | Path, config: Config | None) -> tuple[RunDirectory, Path | None]:
         """A run to go on with: its folder and its newest complete checkpoint.
 
-        ``config`` may differ from the saved one in the part ``run`` only (more steps, say), which
-        is then what the folder says too.
+        ``config`` may differ from the saved one in the part ``run`` only (more steps, say), and in
+        where the files it names lie, which is then what the folder says too.
 
         Raises:
             RunDirectoryError: no run there, it cannot be written, or ``config`` is another run's.

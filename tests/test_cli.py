@@ -193,6 +193,33 @@ def test_resume_needs_only_the_folder(
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
+def test_resume_goes_on_where_the_recipe_has_moved_to(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder of a recipe is not a setting; what the recipe says is."""
+    here, there, out = tmp_path / "here", tmp_path / "there", tmp_path / "run"
+    here.mkdir()
+    (here / "mine.py").write_text("def dog(texts):\n    return ['dog' in x for x in texts]\n")
+    (here / "prompts.txt").write_text("once there\n")
+    recipe = {
+        "target": {"constrain": [{"python": "mine.py:dog", "kind": "boolean"}]},
+        "prompts": {"source": "prompts.txt"},
+        "sampling": {"max_new_tokens": 6, "samples_per_prompt": 32},
+        "run": {"evaluation_samples": 0, "steps": 2},
+    }
+    (here / "mine.yaml").write_text(json.dumps(recipe))
+    words = ("--model.name", str(model), "--out", str(out))
+    assert cli.main(["train", str(here / "mine.yaml"), *words, "--run.steps", "1"]) == 0
+    here.rename(there)
+    capsys.readouterr()
+    moved = ("train", str(there / "mine.yaml"), *words, "--resume")
+    for key, value in [("prompts.source", "a cat"), ("target.smooth", "1e-6")]:
+        assert f"another {key}. Way out" in refused(capsys, *moved, f"--{key}", value)
+    assert cli.main(list(moved)) == 0
+    assert "step 2/2" in capsys.readouterr().out
+    assert RunDirectory.open(out).config().target.folder == str(there)
+
+
 @pytest.mark.parametrize("second", [None, "at once", "saved"])
 def test_ctrl_c_saves_and_a_second_one_leaves_at_once(
     model: Path, tmp_path: Path, second: str | None

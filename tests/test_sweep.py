@@ -279,6 +279,24 @@ def test_other_settings_are_refused_by_name(
     assert not (swept / "kl" / "2").exists()
 
 
+def test_it_goes_on_where_its_recipe_has_moved_to(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    here, there, out = tmp_path / "here", tmp_path / "there", tmp_path / "out"
+    here.mkdir()
+    (here / "prompts.txt").write_text("once there\n")
+    target = {"constrain": [{"contains": "dog"}]}
+    recipe = {"target": target, "prompts": {"source": "prompts.txt"}}
+    (here / "mine.yaml").write_text(json.dumps(recipe))
+    words = ["--model.name", str(model), "--sampling.max_new_tokens", "6", "--run.steps", "1"]
+    words += ["--run.evaluation_samples", str(SAMPLES), "--divergences", "kl", "--out", str(out)]
+    assert cli.main(["sweep", str(here / "mine.yaml"), *words]) == 0
+    here.rename(there)
+    capsys.readouterr()
+    assert cli.main(["sweep", str(there / "mine.yaml"), *words, "--seeds", "2"]) == 0
+    assert "run 1 of 1: kl, seed 1" in capsys.readouterr().out
+
+
 def test_what_is_infinite_on_the_target_is_refused_before_anything(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
