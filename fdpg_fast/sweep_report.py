@@ -138,7 +138,7 @@ def _over_seeds(measured: Mapping[str, Any], name: str, key: str) -> Pair:
 # Words that belong to the tables
 
 
-def _notes(measured: Mapping[str, Any]) -> dict[str, str]:
+def _notes(measured: Mapping[str, Any], facts: Mapping[str, Any]) -> dict[str, str]:
     seeds = _seeds(measured)
     spread = (
         f"± standard error over {seeds} seeds (of the base: of its samples)"
@@ -162,6 +162,14 @@ def _notes(measured: Mapping[str, Any]) -> dict[str, str]:
         "number for all, the mean of P/q over that mixture q: "
         f"{show(measured['target']['log_z'])} (mean over prompts)."
     )
+    skipped, _ = measured["base"]["prompts_skipped"]
+    if skipped:
+        prompts = min(facts["prompts"], measured["samples"])  # fewer samples: the first prompts
+        cross += (
+            f" For {skipped} of {prompts} prompts no model drew a sample that the target allows: "
+            "their log Z is not known, and divergences, and all that is said of the target, are "
+            "means over the other prompts."
+        )
     infinite = any(
         str(run.get(g, [0])[0]) == "inf"
         for g in measured["columns"]
@@ -224,7 +232,7 @@ def _csv(measured: Mapping[str, Any]) -> str:
 
 
 def _markdown(measured: Mapping[str, Any], facts: Mapping[str, Any]) -> str:
-    notes = _notes(measured)
+    notes = _notes(measured, facts)
     lines = ["# Sweep", ""]
     lines += [f"- {name}: {value}" for name, value in _summary(measured, facts)]
     lines += ["", "## Trained on f, measured by g", ""]
@@ -245,7 +253,7 @@ def _sections(
     facts: Mapping[str, Any],
     logs: Mapping[str, Sequence[Sequence[Mapping[str, Any]]]],
 ) -> list[str]:
-    notes = _notes(measured)
+    notes = _notes(measured, facts)
     spread = "± one standard error over seeds" if _seeds(measured) > 1 else "one seed"
     return [
         page.section("", page.table(["", ""], _summary(measured, facts), "facts")),

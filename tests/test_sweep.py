@@ -377,6 +377,22 @@ def test_with_many_prompts_it_says_how_often_one_of_several_samples_passes(
     page = Page((out / "report.html").read_text(encoding="utf-8"))
     assert f"pass@16: {dog}" in page.words
     assert len(page.links) == 2 + 1 + 1 + 3 + 5  # one more plot: pass@1 against pass@16
+    assert "no model drew" not in page.words
+
+
+def test_it_says_which_prompts_tell_nothing_of_the_target(model: Path, tmp_path: Path) -> None:
+    scorer = tmp_path / "mine.py"
+    scorer.write_text(
+        "def dog(texts, prompts):\n"
+        "    return ['dog' in x and 'cat' not in p for x, p in zip(texts, prompts)]\n"
+    )
+    constrain = json.dumps([{"python": f"{scorer}:dog", "kind": "boolean"}])
+    more = ("--target.constrain", constrain, "--run.steps", "1", "--divergences", "kl")
+    out = tmp_path / "dogs"
+    assert sweep(model, out, *more, "--prompts.source", "[once there, a cat, the moon]") == 0
+    for report in ("report.html", "report.md"):
+        text = (out / report).read_text(encoding="utf-8")
+        assert "For 1 of 3 prompts no model drew a sample that the target allows" in text
 
 
 def test_the_csv_has_every_number(swept: Path, measured: dict[str, Any]) -> None:
