@@ -115,6 +115,13 @@ def model_card(run: RunDirectory) -> str:
         "Sample at temperature 1 without top-k or top-p: the target is a distribution, and "
         "truncated sampling draws from another one.",
     ]
+    stop = config.sampling.stop or config.sampling.stop_in_python
+    if stop is not None:
+        lines += [
+            "",
+            f"Its samples ended where `{stop}` said that the text so far was whole. transformers "
+            "does not know that function: end them there too.",
+        ]
     if told.evaluation:
         lines += [
             "",

@@ -190,4 +190,11 @@ def test_the_card_is_markdown_that_a_hub_reads(tmp_path: Path) -> None:
     assert "# dogs" in body
     assert "| contains 'dog' | 0.030 ± 0.010 | 0.900 ± 0.020 | 1 |" in body
     assert "temperature 1" in body
+    assert "so far was whole" not in body
     json.dumps(card)
+
+
+@pytest.mark.parametrize("key", ["stop", "stop_in_python"])
+def test_the_card_names_what_ended_samples(tmp_path: Path, key: str) -> None:
+    run = make_run(tmp_path / "dogs", **{key: "mine.py:ran"})
+    assert "where `mine.py:ran` said that the text so far was whole" in model_card(run)
