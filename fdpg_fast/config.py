@@ -40,6 +40,7 @@ __all__ = [
     "TargetConfig",
     "nearest",
     "recipes",
+    "to_yaml",
 ]
 
 
@@ -361,7 +362,7 @@ class Config:
         """The whole run as YAML, every default written out."""
         content = dataclasses.asdict(self)
         content["optimiser"]["betas"] = list(self.optimiser.betas)
-        return yaml.safe_dump(content, sort_keys=False, allow_unicode=True, width=100)
+        return to_yaml(content)
 
     def difference(self, other: Config) -> list[str]:
         """Keys whose values differ, as ``part.key``; not by where the files they name lie now."""
@@ -465,11 +466,29 @@ class _Loader(yaml.SafeLoader):
     """YAML's safe loader, which reads 1e-4 as a number (PyYAML alone reads it as text)."""
 
 
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
+class _Dumper(yaml.SafeDumper):
+    """YAML's safe dumper, of which the loader, and YAML's own, read every text as it was."""
+
+
+# Without double quotes the control character NEL would come back as a newline.
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar(
+        "tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None
+    ),
 )
+
+for _kind in (_Loader, _Dumper):  # the latter puts quotes around a text that looks like this
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+        list("-+0123456789"),
+    )
+
+
+def to_yaml(content: Mapping[str, Any]) -> str:
+    """YAML of plain types, in the given order."""
+    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _load(path: Path) -> dict[str, Any]:

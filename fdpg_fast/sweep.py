@@ -23,7 +23,7 @@ from torch import Tensor
 from fdpg_fast import metrics, ops
 from fdpg_fast.baselines import Baseline
 from fdpg_fast.building import prompts_of, sampler_of, target_of, tuned_of
-from fdpg_fast.config import Config, ConfigError, RunConfig
+from fdpg_fast.config import Config, ConfigError, RunConfig, to_yaml
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.evaluation import STREAM, TEXTS, first_prompts, with_errors
 from fdpg_fast.models import LanguageModel
@@ -217,7 +217,7 @@ class Sweep:
             "seeds": len(self.seeds),
             "config": yaml.safe_load(self.config.dump()),
         }
-        return yaml.safe_dump(plan, sort_keys=False, allow_unicode=True, width=100)
+        return to_yaml(plan)
 
     def _write_plan(self) -> None:
         path = self.folder.path

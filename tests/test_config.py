@@ -38,6 +38,18 @@ def test_dump_round_trips(tmp_path: Path) -> None:
     assert Config.read(path) == config
 
 
+def test_dump_keeps_every_text_a_text(tmp_path: Path) -> None:
+    """For this reader of YAML, which knows more numbers than others do, and for theirs."""
+    texts = ["1e-1", "1E5", "-2.e+3", "1.5", "1_0", "0x1", "0o7", "1:30", ".inf", "2024-01-01"]
+    texts += ["yes", "~", "null", "", " ", "a\nb", "a\n", "\n a", "\t", "\r\n", "\x85 a", "\u2028"]
+    texts += ["\ufeffa", "\x00", "é", "😀", "a: b", "- a", "# a", "a #b", "'", '"', "%", "!a", "*a"]
+    config = Config().replace(source=texts, constrain=[{"contains": text} for text in texts])
+    path = tmp_path / "config.yaml"
+    path.write_text(config.dump(), encoding="utf-8")
+    assert Config.read(path) == config
+    assert Config.read(yaml.safe_load(config.dump())) == config
+
+
 def test_dump_writes_every_key() -> None:
     text = Config().dump()
     for part in dataclasses.fields(Config):
