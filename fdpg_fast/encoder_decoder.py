@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Encod
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 
-from fdpg_fast.attention import REACH_STEP, SHARED, Decoder, SlotDecoder, slot_attention
+from fdpg_fast.attention import SHARED, Decoder, SlotDecoder, rounded_reach, slot_attention
 from fdpg_fast.models import Head, LanguageModel, MicroBatch, ModelError, difference
 from fdpg_fast.rollout import Rollout
 
@@ -345,7 +345,7 @@ class _StepLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _reach(self, queries: int) -> int:
-        return -(-(self.written + queries) // REACH_STEP) * REACH_STEP
+        return rounded_reach(self.written + queries)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
