@@ -36,6 +36,7 @@ __all__ = [
     "distinct_n",
     "divergence_estimates",
     "implausible",
+    "log_mean_exp",
     "logprob_gap",
     "measure",
     "measure_target",
@@ -119,6 +120,19 @@ class Mean:
 
     def _sum(self, values: Tensor) -> Tensor:
         return torch.where(self._member[: len(values)], values[:, None], 0.0).sum(0)
+
+
+def log_mean_exp(values: Tensor, prompt: Tensor, prompts: int) -> Tensor:
+    """``(G,)`` fp64: log of the mean of exp(values) within each prompt, however large they are.
+
+    Args:
+        values: ``(B,)`` fp64.
+        prompt: ``(B,)`` int64, 0..G-1.
+        prompts: G.
+    """
+    state = ops.new_log_partition(prompts, values.device)
+    ops.log_partition_(state, values, prompt)
+    return state[:, 0] - state[:, 2].log()
 
 
 # ------------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fdpg_fast import ops
 from fdpg_fast.divergences import Divergence
-from fdpg_fast.metrics import Mean, Measures, measure_target, with_plug_ins
+from fdpg_fast.metrics import Mean, Measures, log_mean_exp, measure_target, with_plug_ins
 from fdpg_fast.rollout import Rollout
 from fdpg_fast.targets import Scores
 
@@ -61,9 +61,7 @@ class Pool:
         self.scores = _joined_scores(scores)
         self._prompt = self.rollout.prompt_index
         log_weight = self.scores.log_score - self.rollout.log_q
-        state = ops.new_log_partition(prompts, log_weight.device)
-        ops.log_partition_(state, log_weight, self._prompt)
-        self.log_z = state[:, 0] - state[:, 2].log()
+        self.log_z = log_mean_exp(log_weight, self._prompt, prompts)
         self._mean = Mean(self._prompt, prompts, use=self.log_z > -math.inf, replicas=models)
         # p/q, whose mean over a prompt is one; a prompt without a target has none.
         ratio = (log_weight - self.log_z[self._prompt]).exp()

@@ -191,10 +191,7 @@ class Curve:
         return low
 
     def _log_mean(self, values: Tensor) -> Tensor:
-        """``(G,)``: log of the mean of exp(values) within each prompt."""
-        state = ops.new_log_partition(len(self._rollout.prompts), values.device)
-        ops.log_partition_(state, values, self._prompt)
-        return state[:, 0] - state[:, 2].log()
+        return metrics.log_mean_exp(values, self._prompt, len(self._rollout.prompts))
 
 
 @dataclass(frozen=True)
