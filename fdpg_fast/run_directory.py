@@ -93,8 +93,8 @@ class RunDirectory:
     def resume(cls, path: str | Path, config: Config | None) -> tuple[RunDirectory, Path | None]:
         """A run to go on with: its folder and its newest complete checkpoint.
 
-        ``config`` may differ from the saved one in the part ``run`` only (more steps, say), and in
-        where the files it names lie, which is then what the folder says too.
+        ``config`` may differ from the saved one in the part ``run`` only (more steps, say; not
+        another seed), and in where the files it names lie, which is then what the folder says too.
 
         Raises:
             RunDirectoryError: no run there, it cannot be written, or ``config`` is another run's.
@@ -102,9 +102,8 @@ class RunDirectory:
         run = cls.open(path)
         run.require_writable()
         if config is not None:
-            saved = run.config()
-            other = [key for key in config.difference(saved) if not key.startswith("run.")]
-            other += [key for key in config.difference(saved) if key == "run.seed"]
+            changed = config.difference(run.config())
+            other = [key for key in changed if not key.startswith("run.") or key == "run.seed"]
             if other:
                 raise RunDirectoryError(
                     f"run: {run.path} was started with another {', '.join(other)}. Way out: "
