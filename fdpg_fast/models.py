@@ -782,8 +782,9 @@ class LanguageModel:
         )
 
     def _check_batches(self, rollout: Rollout, micro_batch: int | None) -> None:
-        """Name a token id that the model does not have. On a GPU this would be a question to the
-        device in the middle of a step; there the sampler and Prompts have looked already."""
+        """Refuse a size that cannot be, and a token id that the model does not have. On a GPU the
+        latter would be a question to the device in the middle of a step; there the sampler and
+        Prompts have looked already."""
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch: expected at least 1 sample, got {micro_batch}")
         if rollout.tokens.device.type != "cpu" or rollout.tokens.numel() == 0:

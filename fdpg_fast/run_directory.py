@@ -1,6 +1,7 @@
 """The folder of one run: what is written, where, and how it is found again.
 
 config.yaml         every key, defaults written out
+run.json            what the run is on and with beyond that: versions, device, checks, lambdas
 metrics.jsonl       one line per step; nothing in it depends on the clock, so two runs of one
                     config can be compared with `diff`
 timing.jsonl        one line per step: seconds spent sampling, scoring, training

@@ -116,7 +116,7 @@ def _moments(measured: Mapping[str, Any]) -> list[str]:
 
 
 def _passes(measured: Mapping[str, Any]) -> list[str]:
-    """``pass@1: NAME``, ``pass@4: NAME``, ...: none where prompts are few."""
+    """``pass@1: NAME``, ``pass@4: NAME``, ...: none for one prompt or one sample of each."""
     return [key for key in measured["base"] if key.startswith("pass@")]
 
 
