@@ -579,7 +579,10 @@ def load_function(reference: str, folder: Path | None = None) -> Callable[..., A
     if source.endswith(".py"):
         path = _find(source, folder)
         if not path.is_file():
-            raise ScorerError(f"python: no file {source!r}" + (f" in {folder}" if folder else ""))
+            where = f"in {folder} (target.folder) or here" if folder else "here"
+            raise ScorerError(
+                f"python: no file {source!r} {where}. Way out: another name or folder"
+            )
         module_name = f"fdpg_user_{path.stem}"
         spec = importlib.util.spec_from_file_location(module_name, path)
         assert spec is not None

@@ -212,6 +212,7 @@ def test_resume_goes_on_where_the_recipe_has_moved_to(
     assert cli.main(["train", str(here / "mine.yaml"), *words, "--run.steps", "1"]) == 0
     here.rename(there)
     capsys.readouterr()
+    assert "(target.folder)" in refused(capsys, "train", "--resume", "--out", str(out))
     moved = ("train", str(there / "mine.yaml"), *words, "--resume")
     for key, value in [("prompts.source", "a cat"), ("target.smooth", "1e-6")]:
         assert f"another {key}. Way out" in refused(capsys, *moved, f"--{key}", value)
