@@ -12,7 +12,7 @@ random numbers, and divergences and log Z on the samples of all of them together
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -241,7 +241,7 @@ class Sweep:
                     "folder), or another --out"
                 )
 
-    def _models(self) -> Any:
+    def _models(self) -> Iterator[LanguageModel]:
         """Base and tuned models, one after the other: they need not fit into memory together.
 
         Adapters are put on the weights of the base, which are loaded once.
