@@ -11,7 +11,7 @@ import torch
 
 from fdpg_fast._build import load
 from fdpg_fast._version import __version__
-from fdpg_fast.models import attention_report
+from fdpg_fast.attention import attention_report
 
 __all__ = ["describe", "device_name", "versions"]
 
