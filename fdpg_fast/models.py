@@ -39,7 +39,6 @@ from fdpg_fast.attention import (
     RecomputeDecoder,
     SlotCache,
     SlotDecoder,
-    attention_report,
     packed_kernel,
     rounded_reach,
 )
@@ -47,7 +46,7 @@ from fdpg_fast.ops.linear_head import rounded_products
 from fdpg_fast.packing import Packing, announced
 from fdpg_fast.rollout import Rollout
 
-__all__ = ["Head", "LanguageModel", "ModelError", "attention_report"]
+__all__ = ["Head", "LanguageModel", "MicroBatch", "ModelError", "difference"]
 
 Compute = Literal["auto", "fp32", "bf16", "fp16"]
 
