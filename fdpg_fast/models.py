@@ -42,7 +42,7 @@ from fdpg_fast.attention import (
     packed_kernel,
     rounded_reach,
 )
-from fdpg_fast.ops.linear_head import rounded_products
+from fdpg_fast.ops.linear_head import project, rounded_products
 from fdpg_fast.packing import Packing, announced
 from fdpg_fast.rollout import Rollout
 
@@ -90,15 +90,10 @@ class Head:
     scale: float
     softcap: float | None
 
-    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+    def logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """``(N, D)`` to ``(N, V)`` before the soft cap, which is the kernels', without gradient, in
-        ``out`` if given."""
-        columns = self.weight.t()
-        if self.scale != 1.0:
-            hidden = hidden * self.scale
-        if self.bias is None:
-            return torch.mm(hidden, columns, out=out)
-        return torch.addmm(self.bias, hidden, columns, beta=self.scale, out=out)
+        ``out``."""
+        return project(hidden, self.weight, self.bias, self.scale, out)
 
 
 @dataclass(frozen=True)

@@ -116,8 +116,21 @@ def keep_bf16(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
         product = a.to(out_dtype) @ b.to(out_dtype)
         return product if out is None else out.copy_(product)
 
+    def addmm(
+        sum_: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype, alpha: float, out: Tensor
+    ) -> Tensor:
+        assert sum_ is out
+        return out.add_(mm(a, b, out_dtype=out_dtype), alpha=alpha)
+
+    split_vocabulary(monkeypatch, 16)
     monkeypatch.setattr(head, "has_wide_products", lambda _: True)
     monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "addmm", addmm)
+
+
+def split_vocabulary(monkeypatch: pytest.MonkeyPatch, granule: int) -> None:
+    """Take the path of a GPU, whose products over the vocabulary are in two parts."""
+    monkeypatch.setitem(sys.modules["fdpg_fast.ops.linear_head"]._GRANULE, "cpu", granule)
 
 
 def widen_bf16(monkeypatch: pytest.MonkeyPatch) -> None:

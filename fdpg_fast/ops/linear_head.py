@@ -28,6 +28,7 @@ __all__ = [
     "multiplies_as_they_are",
     "new_rows",
     "pick",
+    "project",
     "require_in_range",
     "rounded_products",
     "spread",
@@ -38,9 +39,13 @@ __all__ = [
 # ms by rows of a chunk; its three products alone take 154 and 682:
 #   V 14019, D 128, N 4096:   64: 184   128: 171   256: 158   512: 147
 #   V 50257, D 768, N 1024:   128: 921   256: 858   341: 820   512: 825   1024: 797
-# A GPU wants products large enough to fill it.
-_CHUNK_BYTES = {"cpu": 28 << 20, "cuda": 256 << 20}
+# On an H200 in bf16, V 128256, D 4096, N 4096 (products and bytes: 20.6), by MB of a chunk:
+#   256: 26.8   512: 22.6   1024: 22.7   4096: 20.8
+_CHUNK_BYTES = {"cpu": 28 << 20, "cuda": 512 << 20}
 _LEAST_ROWS = 320
+# Products over a vocabulary that is no multiple of so many are slow there, by 7 over GPT-2's 50257
+# (H200, bf16): so they are made of one that is over most of it, and one over the rest.
+_GRANULE = {"cuda": 16}
 # Rows of the logits buffer start at multiples of this many bytes: one cache line, one AVX-512 load.
 _ALIGNMENT = 64
 # Of a CPU: whether bf16 products are much faster than fp32's, and how many rows of a bf16 weight
@@ -129,7 +134,7 @@ class LinearHead:
 
     def logits(self, rows: slice, out: Tensor | None = None) -> Tensor:
         """``[n, V]`` in ``out``, or in the buffer, which the next call overwrites."""
-        hidden, weight = self.hidden[rows], self.weight
+        hidden = self.hidden[rows]
         out = self.buffer[: rows.stop - rows.start] if out is None else out
         if self.low_precision:
             self._wide_logits(hidden, out)
@@ -137,11 +142,8 @@ class LinearHead:
                 out += self.bias
             if self.scale != 1.0:
                 out *= self.scale
-        elif self.bias is None:
-            torch.addmm(out, hidden, weight.t(), beta=0.0, alpha=self.scale, out=out)
         else:
-            scale = self.scale
-            torch.addmm(self.bias, hidden, weight.t(), beta=scale, alpha=scale, out=out)
+            project(hidden, self.weight, self.bias, self.scale, out)
         return out
 
     def recall(self, kept: Tensor) -> Tensor:
@@ -165,18 +167,20 @@ class LinearHead:
             numerators = numerators.to(hidden.dtype)
         if grad_hidden.numel():
             product = grad_hidden[rows]
-            self._product(numerators, weight, out=product)
+            first, *rest = spans(weight)
+            self._product(numerators[:, first], weight[first], out=product)
+            for span in rest:
+                self._add_product(product, numerators[:, span], weight[span])
             product *= scale if row_scale is None else (scale * row_scale)[:, None]
         if row_scale is not None and (grad_weight.numel() or grad_bias.numel()):
             hidden = (hidden * row_scale[:, None]).to(hidden.dtype)
         if grad_weight.numel():
-            if self.low_precision:
+            if self.low_precision and not has_wide_products(hidden):
                 for tile in self._tiles():
-                    part = numerators[:, tile].t()
-                    product = grad_weight.new_empty(len(part), hidden.shape[1])
-                    grad_weight[tile].add_(self._product(part, hidden, out=product), alpha=scale)
+                    product = torch.mm(numerators[:, tile].t(), hidden)
+                    grad_weight[tile].add_(product, alpha=scale)
             else:
-                grad_weight.addmm_(numerators.t(), hidden, alpha=scale)
+                self._add_product(grad_weight, numerators.t(), hidden, alpha=scale)
         if grad_bias.numel():
             if row_scale is None:
                 grad_bias.add_(numerators.sum(0, dtype=self.dtype), alpha=scale)
@@ -190,10 +194,18 @@ class LinearHead:
             return torch.mm(a, b, out_dtype=self.dtype, out=out)
         return out.copy_(torch.mm(a, b))
 
+    def _add_product(self, to: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
+        if self.low_precision:
+            torch.addmm(to, a, b, out_dtype=self.dtype, alpha=alpha, out=to)
+        else:
+            to.addmm_(a, b, alpha=alpha)
+
     def _wide_logits(self, hidden: Tensor, out: Tensor) -> None:
         """``hidden`` times the weight in fp32, of 16-bit inputs."""
         if has_wide_products(hidden):
-            torch.mm(hidden, self.weight.t(), out_dtype=self.dtype, out=out)
+            for span in spans(self.weight):
+                part = out[:, span]
+                torch.mm(hidden, self.weight[span].t(), out_dtype=self.dtype, out=part)
             return
         # torch's CPU has no product of bf16 with an fp32 result, but one of fp32 numbers that may
         # be rounded to bf16 on the way in, which these have been already.
@@ -206,8 +218,7 @@ class LinearHead:
     def _tiles(self) -> Iterator[slice]:
         """Of the vocabulary, where a product is followed by a pass over its result."""
         vocab = len(self.weight)
-        step = vocab if has_wide_products(self.weight) else _TILE
-        return (slice(i, min(i + step, vocab)) for i in range(0, vocab, step))
+        return (slice(i, min(i + _TILE, vocab)) for i in range(0, vocab, _TILE))
 
     def gradients(self, of_hidden: bool, of_weight: bool, of_bias: bool) -> list[Tensor]:
         """Accumulators of hidden, weight and bias; of size 0 where not wanted."""
@@ -218,6 +229,26 @@ class LinearHead:
         )
         zeros = self.hidden.new_zeros
         return [zeros(shape if want else (0,), dtype=self.dtype) for want, shape in wanted]
+
+
+def project(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor
+) -> Tensor:
+    """``scale * (hidden W^T + bias)``, ``[n, V]``, in ``out``; one dtype, no gradient."""
+    for span in spans(weight):
+        part, columns = out[:, span], weight[span].t()
+        if bias is None:
+            torch.addmm(part, hidden, columns, beta=0.0, alpha=scale, out=part)
+        else:
+            torch.addmm(bias[span], hidden, columns, beta=scale, alpha=scale, out=part)
+    return out
+
+
+def spans(weight: Tensor) -> list[slice]:
+    """The vocabulary, in stretches that matrix products are fast over, the longest first."""
+    vocab = len(weight)
+    even = vocab - vocab % _GRANULE.get(weight.device.type, 1)
+    return [slice(a, b) for a, b in ((0, even), (even, vocab)) if a < b]
 
 
 def new_rows(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from head_cases import CASES, Case, Inputs, keep_bf16, make, options, plain, worst
+from head_cases import (
+    CASES,
+    Case,
+    Inputs,
+    keep_bf16,
+    make,
+    options,
+    plain,
+    split_vocabulary,
+    worst,
+)
 from torch import Tensor
 
 from fdpg_fast import ops
@@ -44,8 +54,12 @@ def test_values(case: Case, dtype: torch.dtype) -> None:
 
 
 @KEPT
+@pytest.mark.parametrize("granule", [1, 8])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_gradients(case: Case, keep_bytes: int | None) -> None:
+def test_gradients(
+    case: Case, granule: int, keep_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split_vocabulary(monkeypatch, granule)
     x = make(case)
     c = torch.randn(3, case.n)
 

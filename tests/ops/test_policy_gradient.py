@@ -7,7 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from head_cases import CASES, Case, Inputs, keep_bf16, make, options, plain, widen_bf16, worst
+from head_cases import (
+    CASES,
+    Case,
+    Inputs,
+    keep_bf16,
+    make,
+    options,
+    plain,
+    split_vocabulary,
+    widen_bf16,
+    worst,
+)
 from torch import Tensor
 
 from fdpg_fast import ops, reference
@@ -40,12 +51,14 @@ def by_autograd(case: Case, x: Inputs, coefficient: Tensor) -> list[Tensor]:
     return [logp.detach(), lse.detach(), *torch.autograd.grad(loss, x.leaves())]
 
 
+@pytest.mark.parametrize("granule", [1, 8])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_value_and_gradients(
-    case: Case, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    case: Case, dtype: torch.dtype, granule: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Within twice plain PyTorch's distance from fp64; fp32 even for bf16 inputs."""
+    split_vocabulary(monkeypatch, granule)
     widen_bf16(monkeypatch)
     x = make(case, dtype)
     c = torch.randn(case.n)
