@@ -17,6 +17,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -61,6 +62,9 @@ SHARED = "fdpg_shared"
 # Attended and stored lengths are rounded up to this: few shapes, and above 50 keys of 8 numbers
 # torch's batched product goes to MKL (64 keys took 0.78 ms, 48 took 1.0 ms: B=256, H=16, 2 cores).
 REACH_STEP = 32
+
+# torch 2.11's takes as many key heads as query heads.
+_VARLEN_SHARES_HEADS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
 
 # Up to this many keys, attention on the CPU is faster as plain matrix products than as sdpa.
 SHORT = 64
@@ -321,17 +325,11 @@ def _varlen(
         raise ValueError(
             f"torch's kernel for packed sequences has no soft cap; flash-attn's has, but {why_not}"
         )
+    if (shared := query.shape[1] // key.shape[1]) > 1 and not _VARLEN_SHARES_HEADS:
+        k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
+    grouped: Any = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
     attended = varlen.varlen_attn(
-        q,
-        k,
-        v,
-        ends,
-        ends,
-        longest,
-        longest,
-        scale=scaling,
-        window_size=window,
-        enable_gqa=query.shape[1] != key.shape[1],
+        q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window, **grouped
     )
     assert isinstance(attended, Tensor)  # nothing beside it was asked for
     return attended[None]

@@ -93,7 +93,7 @@ def test_slot_attention(
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 2])
-@pytest.mark.parametrize("kernel", ["none", "torch", "flash_attn"])
+@pytest.mark.parametrize("kernel", ["none", "torch", "torch 2.11", "flash_attn"])
 def test_packed_sequences_do_not_see_each_other(
     kernel: str, window: int | None, softcap: float | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,10 +126,15 @@ def test_packed_sequences_do_not_see_each_other(
     ) -> Tensor:
         assert torch.equal(ends, also)
         assert (ends.dtype, ends.tolist(), longest, other) == (torch.int32, [0, 3, 4, 9], 5, 5)
-        assert options in (
-            {"scale": None, "enable_gqa": True},
-            {"softmax_scale": None, "causal": True},
+        assert (
+            options
+            == {
+                "torch": {"scale": None, "enable_gqa": True},
+                "torch 2.11": {"scale": None},
+                "flash_attn": {"softmax_scale": None, "causal": True},
+            }[kernel]
         )
+        assert (q.shape[1] == k.shape[1]) == (kernel == "torch 2.11")
         left, right = window_size
         outs = []
         for begin, end in itertools.pairwise(ends.tolist()):
@@ -143,6 +148,7 @@ def test_packed_sequences_do_not_see_each_other(
         return torch.cat(outs)
 
     monkeypatch.setattr(attention.varlen, "varlen_attn", documented)
+    monkeypatch.setattr(attention, "_VARLEN_SHARES_HEADS", kernel == "torch")
     fake = ModuleType("flash_attn")
     fake.flash_attn_varlen_func = documented  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
@@ -153,7 +159,7 @@ def test_packed_sequences_do_not_see_each_other(
         out, _ = slot_attention(
             module, query, key, value, packing, softcap=softcap, sliding_window=window
         )
-    elif kernel == "torch" and softcap:
+    elif kernel in ("torch", "torch 2.11") and softcap:
         with pytest.raises(ValueError, match="no soft cap"):
             attention._varlen(query, key, value, packing, None, softcap, None)
         return
