@@ -66,8 +66,10 @@ gpu: venv ## on a machine with a GPU: the CUDA extension, every test, compute-sa
 	cmake --build build/gpu --target gpu_tests
 	ctest --test-dir build/gpu -L gpu --output-on-failure
 	for test in build/gpu/tests/gpu_*; do for tool in memcheck racecheck synccheck; do \
-	  compute-sanitizer --error-exitcode 1 --tool $$tool $$test; done; done
-	$(BIN)/python -m pytest
+	  compute-sanitizer --error-exitcode 1 --report-api-errors no --tool $$tool $$test; done; done
+	$(BIN)/python -m pytest -n auto --dist loadgroup
+	FDPG_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
+	FDPG_TEST_GPU=1 $(BIN)/python -m pytest tests/test_end_to_end.py
 	$(MAKE) bench
 
 clean: ## build products; keeps .venv and runs

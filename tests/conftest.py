@@ -1,4 +1,8 @@
-"""What every test may ask for."""
+"""What every test may ask for.
+
+Tests run on the CPU, whatever the machine has, but for those marked `gpu`: `make gpu` says
+FDPG_TEST_GPU=1, and without it there is no GPU to be seen.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,9 @@ import pytest
 # Processes of pytest-xdist share the cores; torch reads this when it is imported.
 if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
+
+if not os.environ.get("FDPG_TEST_GPU"):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
 
@@ -26,6 +33,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if name != "test_end_to_end":
             group = "compiled" if name in ("test_csrc", "test_simt") else name
             item.add_marker(pytest.mark.xdist_group(group))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU: make gpu"))
 
 
 @pytest.fixture(scope="session")

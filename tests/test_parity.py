@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,10 +88,8 @@ def case_of(model: LanguageModel, rollout: Rollout) -> Case:
     return Case(model, rollout, weights, logp.detach(), gradient)
 
 
-@pytest.fixture(scope="module", params=["cpu", "cuda"])
+@pytest.fixture(scope="module", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     name: str = request.param
     return name
 
@@ -105,7 +104,11 @@ def model(request: pytest.FixtureRequest, device: str) -> LanguageModel:
 def drawn(model: LanguageModel, case: str) -> Case:
     """24 samples on 10 slots: slots are refilled while others are in the middle of a sample."""
     prompts, model.eos_ids = CASES[case]
-    rollout = Sampler(12, batch_size=10, check_every=3).draw(model, prompts, 24 // len(prompts), 5)
+    with warnings.catch_warnings():
+        if model.name == "gpt_oss":  # a graph cannot hold how transformers groups its experts
+            warnings.filterwarnings("ignore", "sampling without CUDA graphs", RuntimeWarning)
+        sampler = Sampler(12, batch_size=10, check_every=3)
+        rollout = sampler.draw(model, prompts, 24 // len(prompts), 5)
     assert len(set(rollout.lengths.tolist())) > 2
     return case_of(model, rollout)
 
@@ -210,7 +213,7 @@ def test_a_compiled_model_agrees(family: str) -> None:
     assert len(traced) == len(parts)  # for all shapes
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen3", "gpt_neox"])
 def test_packed_kernels_agree_with_padded_ones(family: str) -> None:
     """On a GPU, in half precision: the same samples, and the same gradient, within its rounding."""

@@ -268,14 +268,12 @@ class _Tape(TorchDispatchMode):
     def pool(self) -> None: ...
 
 
-@pytest.mark.parametrize("device", ["recorded", "cuda"])
+@pytest.mark.parametrize("device", ["recorded", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("attention", [SLOT, SLOT_MASKED])
 def test_graphs_draw_the_same_tokens(
     device: str, attention: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A step is a function of memory that is there before it, and of its reach."""
-    if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a GPU")
     model = language_model(
         "llama",
         eos_ids=(0,),

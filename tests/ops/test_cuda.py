@@ -15,14 +15,13 @@ from fdpg_fast import ops
 from fdpg_fast.baselines import Baseline
 from fdpg_fast.divergences import Divergence
 
+pytestmark = pytest.mark.gpu
+
 N, V = 9, 50257
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def cuda() -> torch.device:
-    if not torch.cuda.is_available():
-        reason = "torch has no CUDA" if torch.version.cuda is None else "there is no CUDA device"
-        pytest.skip(f"needs a CUDA device: {reason}")
     return torch.device("cuda")
 
 

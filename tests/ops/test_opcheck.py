@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fdpg_fast import _build, ops
+from fdpg_fast import ops
 from fdpg_fast.baselines import BASELINES
 from fdpg_fast.divergences import DIVERGENCES
 
@@ -205,13 +205,7 @@ def moved(sample: Sample, device: str) -> Sample:
     )
 
 
-NEEDS_GPU = pytest.mark.skipif(
-    not (torch.cuda.is_available() and _build.load().build_info()["cuda"]),
-    reason="needs a GPU and the CUDA extension",
-)
-
-
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_GPU)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("op", registered())
 def test_opcheck(op: str, device: str) -> None:
     assert op in SAMPLES, f"torch.ops.fdpg.{op} has no samples in {__file__}"
