@@ -61,7 +61,8 @@ SHARED = "fdpg_shared"
 
 # Attended and stored lengths are rounded up to this: few shapes, and above 50 keys of 8 numbers
 # torch's batched product goes to MKL (64 keys took 0.78 ms, 48 took 1.0 ms: B=256, H=16, 2 cores).
-REACH_STEP = 32
+# On a GPU each shape is a graph to be captured, and decode_attention reads live keys alone.
+REACH_STEP = {"cpu": 32, "cuda": 128}
 
 # torch 2.11's takes as many key heads as query heads.
 _VARLEN_SHARES_HEADS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
@@ -70,9 +71,10 @@ _VARLEN_SHARES_HEADS = "enable_gqa" in inspect.signature(varlen.varlen_attn).par
 SHORT = 64
 
 
-def rounded_reach(needed: int) -> int:
+def rounded_reach(needed: int, device: torch.device) -> int:
     """``needed`` keys, or some more."""
-    return -(-needed // REACH_STEP) * REACH_STEP
+    step = REACH_STEP.get(device.type, 1)
+    return -(-needed // step) * step
 
 
 class _SlotLayer(CacheLayerMixin):
@@ -149,7 +151,7 @@ class SlotCache(Cache):
 
     def set_reach(self, needed: int) -> None:
         """Attend to the first ``needed`` keys, rounded up."""
-        self.reach = min(self.length, rounded_reach(needed))
+        self.reach = min(self.length, rounded_reach(needed, self.positions.device))
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:
         return self.positions  # a row of numbers where transformers has one: slot_mask knows

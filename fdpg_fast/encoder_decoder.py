@@ -331,9 +331,9 @@ class _StepLayer(CacheLayerMixin):
     is_compileable = True
     is_sliding = False
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.written = 0
+        self.written, self.device = 0, device
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         # Zeros, not empty: a masked key has weight 0, and 0 * NaN from old memory would be NaN.
@@ -345,7 +345,7 @@ class _StepLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def _reach(self, queries: int) -> int:
-        return rounded_reach(self.written + queries)
+        return rounded_reach(self.written + queries, self.device)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
@@ -405,7 +405,8 @@ class StepDecoder:
         ]
         self.states, self.mask, *self.cross = (torch.cat(part) for part in zip(*parts, strict=True))
         if len(self.own) != len(self.cross) // 2:
-            self.own = [_StepLayer() for _ in range(len(self.cross) // 2)]
+            device = self.positions.device
+            self.own = [_StepLayer(device) for _ in range(len(self.cross) // 2)]
 
     def _read(self, prompts: Sequence[Sequence[int]], width: int) -> list[Tensor]:
         """States ``(N, P, D)`` and mask of N prompts, and of each layer the keys and the values

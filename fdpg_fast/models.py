@@ -534,7 +534,7 @@ class LanguageModel:
         if not self.has_cache:
             return RecomputeDecoder(self, slots, length)
         # Few lengths, so that prompts of another width at every step find memory that fits.
-        length = min(self.context_length, rounded_reach(length))
+        length = min(self.context_length, rounded_reach(length, self.device))
         cache = reuse.cache if isinstance(reuse, SlotDecoder) else None
         if cache is None or not (
             cache.slots == slots

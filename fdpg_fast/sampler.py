@@ -113,37 +113,32 @@ class Sampler:
         device, idle = model.device, work.count
         decoder.prefill(work.prompts.tokens)
         row = torch.full((slots,), idle, dtype=torch.int64, device=device)  # which sample, or idle
-        last = work.last_position.tolist()
-        occupant, position = [idle] * slots, [0] * slots
+        occupant, position = torch.full((slots,), idle), torch.zeros(slots, dtype=torch.int64)
         step: Callable[[int], None] = functools.partial(work.step, decoder, row)
         if _captures(decoder):
-            step = _Graphs(step)
+            step = _Graphs(step, device)
         begun = 0
         while True:
-            free = [slot for slot in range(slots) if occupant[slot] == idle]
-            if not decoder.refills and len(free) < slots:
-                free = []
-            fresh = range(begun, min(begun + len(free), work.count))
-            if fresh:
-                taken = torch.tensor(free[: len(fresh)])
-                rows = torch.tensor(fresh)
-                decoder.assign(taken, work.prompt_index[rows])
-                row[taken.to(device)] = rows.to(device)
-                for slot, sample in zip(free, fresh, strict=False):
-                    occupant[slot], position[slot] = sample, work.prompt_length[sample] - 1
+            free = (occupant == idle).nonzero()[:, 0]
+            if decoder.refills or len(free) == slots:
+                fresh = torch.arange(begun, min(begun + len(free), work.count))
                 begun += len(fresh)
-            live = [slot for slot in range(slots) if occupant[slot] != idle]
-            if not live:
+                taken = free[: len(fresh)]
+                occupant[taken], position[taken] = fresh, work.prompt_length[fresh] - 1
+                if len(fresh):
+                    decoder.assign(taken, work.prompt_index[fresh])
+                    row[taken.to(device)] = fresh.to(device)
+            live = (occupant != idle).nonzero()[:, 0]
+            if len(live) == 0:
                 return
-            reach = 1 + max(position[slot] for slot in live)
-            steps = min(
-                self.check_every, max(last[occupant[slot]] - position[slot] + 1 for slot in live)
-            )
-            for at in range(steps):
-                step(min(reach + at, work.width))
+            samples, at = occupant[live], position[live]
+            reach = 1 + int(at.max())
+            left = int((work.last_position[samples] - at).max()) + 1
+            for step_of in range(min(self.check_every, left)):
+                step(min(reach + step_of, work.width))
             if (stop := self.stop) is not None:
-                work.cut(row, [occupant[slot] for slot in live], model, stop)
-            occupant, position = torch.stack((row, decoder.positions)).tolist()
+                work.cut(row, samples.tolist(), model, stop)
+            occupant, position = torch.stack((row, decoder.positions)).cpu()
 
     def _check(self, model: LanguageModel, prompts: PromptBatch, samples_per_prompt: int) -> None:
         if samples_per_prompt < 1:
@@ -195,14 +190,14 @@ class _Graphs:
     temporary memory is one pool.
     """
 
-    def __init__(self, step: Callable[[int], None]) -> None:
-        self.step = step
+    def __init__(self, step: Callable[[int], None], device: torch.device) -> None:
+        self.step, self.device = step, device
         self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         self.pool: Any = None
         self.refused = False
 
     def __call__(self, reach: int) -> None:
-        reach = rounded_reach(reach)
+        reach = rounded_reach(reach, self.device)
         if reach in self.graphs and self.graphs[reach] is None and not self.refused:
             self.graphs[reach] = self._captured(reach)
         graph = self.graphs.setdefault(reach, None)
@@ -249,7 +244,7 @@ class _Work:
         self.prompt_index = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
         self.count = len(self.prompt_index)
         lengths = torch.tensor([len(tokens) for tokens in prompts.tokens])
-        self.prompt_length: list[int] = lengths[self.prompt_index].tolist()
+        self.prompt_length = lengths[self.prompt_index]
         self.width = int(lengths.max()) + max_new_tokens
         # The last token that is read stands here: the one after it predicts nothing.
         self.last_position = lengths[self.prompt_index] + max_new_tokens - 2
@@ -297,7 +292,7 @@ class _Work:
         lengths, finish, tokens = (x[at].tolist() for x in (self.lengths, self.finish, self.tokens))
         ends: dict[int, int] = {}
         for sample, length, why, text in zip(samples, lengths, finish, tokens, strict=True):
-            start, first = self.prompt_length[sample], self.judged[sample] + 1
+            start, first = int(self.prompt_length[sample]), self.judged[sample] + 1
             self.judged[sample] = length
             for end in range(first, length + (why != Finish.EOS)):
                 if stop(model.decode([text[start : start + end]])[0]):
@@ -329,8 +324,9 @@ class _Work:
             )
         lengths = self.lengths[:n]
         words = self.tokens[:n].tolist()
-        ends = [p + s for p, s in zip(self.prompt_length, lengths.tolist(), strict=True)]
-        samples = [w[p:e] for w, p, e in zip(words, self.prompt_length, ends, strict=True)]
+        starts = self.prompt_length.tolist()
+        ends = [p + s for p, s in zip(starts, lengths.tolist(), strict=True)]
+        samples = [w[p:e] for w, p, e in zip(words, starts, ends, strict=True)]
         return Rollout(
             tokens=self.tokens[:n],
             prompt_lengths=self.start[:n],

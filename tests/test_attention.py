@@ -284,8 +284,9 @@ def test_the_cache_writes_each_slot_at_its_own_position() -> None:
 
 
 def test_reach_is_rounded_up_and_bounded() -> None:
-    cache = SlotCache(1, slots=2, length=REACH_STEP + 5, device=torch.device("cpu"))
-    for needed, reach in ((1, REACH_STEP), (REACH_STEP, REACH_STEP), (REACH_STEP + 1, 37)):
+    step = REACH_STEP["cpu"]
+    cache = SlotCache(1, slots=2, length=step + 5, device=torch.device("cpu"))
+    for needed, reach in ((1, step), (step, step), (step + 1, 37)):
         cache.set_reach(needed)
         assert cache.reach == reach == cache.get_mask_sizes(1, 0)[0]
     key = torch.ones(2, 1, 1, 3)
