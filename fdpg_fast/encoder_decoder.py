@@ -272,6 +272,12 @@ class EncoderDecoderModel(LanguageModel):
     def _settle_packing(self) -> str:
         return "padded, each prompt encoded once; all slots sample in step, without refill"
 
+    def _use_attention(self, name: str) -> None:
+        super()._use_attention(name)
+        # Before 5.20 transformers passed over parts whose config is a copy of the model's, as T5's.
+        for part in (self.model.get_encoder(), self.model.get_decoder()):
+            part.set_attn_implementation(name)
+
     def _texts(self) -> list[list[int]]:
         return [[self.start_id, *row[1:]] for row in super()._texts()]
 
