@@ -372,8 +372,10 @@ class _StepLayer(CacheLayerMixin):
         self.written = end
         return self.keys[:, :, :reach], self.values[:, :, :reach]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._reach(query_length), 0
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        # Before transformers 5.4 it is given the positions of the queries.
+        queries = len(query_length) if isinstance(query_length, Tensor) else query_length
+        return self._reach(queries), 0
 
     def get_seq_length(self) -> int:
         return self.written

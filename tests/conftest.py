@@ -13,8 +13,23 @@ if (processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // processes))
 
 import torch
+from versions import TRANSFORMERS, UNFIT
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for kind in set(UNFIT.values()):
+        warning = f"ignore:.*which is right but slow. {kind}:RuntimeWarning"
+        config.addinivalue_line("filterwarnings", warning)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if UNFIT:
+        terminalreporter.write_line(
+            f"transformers {TRANSFORMERS} does not fit our attention in {', '.join(UNFIT)}, as "
+            "expected: these were tested with its own"
+        )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
