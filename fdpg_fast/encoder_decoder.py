@@ -11,7 +11,9 @@ In a :class:`fdpg_fast.rollout.Rollout` nothing is different: a row is the promp
 All that is different is here. Each distinct prompt is encoded once, and its keys and values for the
 decoder's cross-attention are computed once and read by all of its samples, which
 :func:`shared_attention` takes for so many queries of one text. Positions of samples count from the
-start token, so all slots decode in step, and a slot waits for new work until all are free.
+start token, so all slots decode in step, and a slot waits for new work until all are free. Sharing
+needs transformers 5.6 for BART and 5.15 for T5; with earlier ones each sample has its prompt's keys
+for itself, and the model says so at load.
 
 Shape legend: G prompts, P prompt tokens (longest), B samples or slots, K most samples of a prompt,
 W decoder tokens, H heads, D head size or hidden size, V vocabulary.
