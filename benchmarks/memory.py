@@ -21,7 +21,9 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or every profile says on stde
 
 def peak_extra_bytes(function: Callable[[], object]) -> int:
     """Calls the function once. A first call, which may fill caches, is not the one to measure."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    cpu = [ProfilerActivity.CPU]
+    # acc_events: or torch 2.11 warns that only the last cycle's are kept; there is one.
+    with profile(activities=cpu, profile_memory=True, acc_events=True) as recorded:
         held = function()  # until all is recorded, so that results are the blocks never freed
     del held
     tree = recorded.profiler.kineto_results.experimental_event_tree()

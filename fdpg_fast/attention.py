@@ -5,8 +5,8 @@ must be padded on the left and a finished row cannot be given new work. Here eac
 is a slot with its own position. Three registration points of transformers make any family use it
 without knowing: a :class:`SlotCache` in place of its cache, :func:`slot_mask` in place of its mask
 builder (the model still chooses causal, sliding or per-layer masks), and :func:`slot_attention`.
-Tried on 23 families with transformers 5.4 (but for OPT and BioGPT), 5.12 (the same) and 5.23; on
-5.0 the self-test at load finds that masks are built another way, and samples without a cache.
+Tried on 23 families with transformers 5.4 (but for OPT and BioGPT), 5.12 (the same) and 5.23; up
+to 5.3 the self-test at load finds that masks are built another way, and samples without a cache.
 
 Shape legend: B slots, H query heads, Hk key-value heads, G = H / Hk, D head size, Q queries per
 slot, T stored positions, N prompts, V vocabulary.

@@ -11,7 +11,9 @@ In a :class:`fdpg_fast.rollout.Rollout` nothing is different: a row is the promp
 All that is different is here. Each distinct prompt is encoded once, and its keys and values for the
 decoder's cross-attention are computed once and read by all of its samples, which
 :func:`shared_attention` takes for so many queries of one text. Positions of samples count from the
-start token, so all slots decode in step, and a slot waits for new work until all are free.
+start token, so all slots decode in step, and a slot waits for new work until all are free. Sharing
+needs transformers 5.6 for BART and 5.15 for T5; with earlier ones each sample has its prompt's keys
+for itself, and the model says so at load.
 
 Shape legend: G prompts, P prompt tokens (longest), B samples or slots, K most samples of a prompt,
 W decoder tokens, H heads, D head size or hidden size, V vocabulary.
@@ -272,6 +274,12 @@ class EncoderDecoderModel(LanguageModel):
     def _settle_packing(self) -> str:
         return "padded, each prompt encoded once; all slots sample in step, without refill"
 
+    def _use_attention(self, name: str) -> None:
+        super()._use_attention(name)
+        # Before 5.20 transformers passed over parts whose config is a copy of the model's, as T5's.
+        for part in (self.model.get_encoder(), self.model.get_decoder()):
+            part.set_attn_implementation(name)
+
     def _texts(self) -> list[list[int]]:
         return [[self.start_id, *row[1:]] for row in super()._texts()]
 
@@ -366,8 +374,10 @@ class _StepLayer(CacheLayerMixin):
         self.written = end
         return self.keys[:, :, :reach], self.values[:, :, :reach]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self._reach(query_length), 0
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        # Before transformers 5.4 it is given the positions of the queries.
+        queries = len(query_length) if isinstance(query_length, Tensor) else query_length
+        return self._reach(queries), 0
 
     def get_seq_length(self) -> int:
         return self.written

@@ -20,8 +20,23 @@ if not os.environ.get("FDPG_TEST_GPU"):
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import torch
+from versions import TRANSFORMERS, UNFIT
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for kind in set(UNFIT.values()):
+        warning = f"ignore:.*which is right but slow. {kind}:RuntimeWarning"
+        config.addinivalue_line("filterwarnings", warning)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if UNFIT:
+        terminalreporter.write_line(
+            f"transformers {TRANSFORMERS} does not fit our attention in {', '.join(UNFIT)}, as "
+            "expected: these were tested with its own"
+        )
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks

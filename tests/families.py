@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
 from fdpg_fast.models import Compute, LanguageModel
 from fdpg_fast.rollout import PromptBatch, Rollout
@@ -156,7 +156,9 @@ def double(model: LanguageModel) -> Any:
     """The transformers model alone, in fp64, with the attention it would have without us."""
     plain = copy.deepcopy(model.model)
     if model.attention != model._stock_attention:
-        plain.set_attn_implementation("eager")
+        for part in plain.modules():  # each: see EncoderDecoderModel._use_attention
+            if isinstance(part, PreTrainedModel):
+                part.set_attn_implementation("eager")
     if model.name == "gpt_oss":
         plain.set_experts_implementation("eager")  # the grouped product knows no fp64
     return plain.double()

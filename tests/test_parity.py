@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import ENCODER_DECODER, batch, double, language_model, reference_logprob
 from torch import Tensor
+from versions import TRANSFORMERS, UNFIT
 
 from fdpg_fast import models
 from fdpg_fast.attention import SLOT
@@ -97,7 +98,8 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module", params=FAMILIES)
 def model(request: pytest.FixtureRequest, device: str) -> LanguageModel:
     model = language_model(request.param, device=device)
-    assert model.attention == model.own_attention[0]
+    fits = model.name not in UNFIT
+    assert model.attention == (model.own_attention[0] if fits else model._stock_attention)
     return model
 
 
@@ -157,9 +159,11 @@ WAYS = ("alone", "right", "left", "packed", "eager", "sdpa")
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_scoring_agrees(case: Case, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-probs and gradient, by the model's own attention but where the way names another."""
-    model, rollout = case.model, case.rollout
+    model, rollout, own = case.model, case.rollout, case.model.attention
     if way in ("left", "packed") and model.name in ENCODER_DECODER:
         pytest.skip(f"the prompts of {model.name} are texts of their own, padded on the right")
+    if way == "packed" and model.name in UNFIT:
+        pytest.skip(f"{model.name} is not packed in transformers {TRANSFORMERS}")
     if way == "alone":  # no padding
         case.check(accumulate(case, micro_batch=1))
     elif way == "left":
@@ -184,7 +188,7 @@ def test_every_way_of_scoring_agrees(case: Case, way: str, monkeypatch: pytest.M
         for micro_batch in (None, 5):
             case.check(accumulate(case, micro_batch), micro_batch)
     finally:
-        model._use_attention(model.own_attention[0])
+        model._use_attention(own)
 
 
 # Unlike each other in positions, masks and attention: learned, counted by the model itself, rotary;

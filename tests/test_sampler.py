@@ -78,10 +78,10 @@ def test_samples_follow_the_law_of_the_model(slots: int) -> None:
         seen[tuple(sample)] += 1
     # Texts expected fewer than five times are counted together, as the test requires.
     rare = [text for text in law if law[text] * count < 5]
-    common = [text for text in law if text not in rare]
-    observed = [seen[text] for text in common] + [sum(seen[text] for text in rare)]
-    expected = [law[text] * count for text in common] + [sum(law[text] for text in rare) * count]
-    assert len(common) > 20
+    groups = [[text] for text in law if text not in rare] + ([rare] if rare else [])
+    observed = [sum(seen[text] for text in group) for group in groups]
+    expected = [sum(law[text] for text in group) * count for group in groups]
+    assert len(groups) > 21
     assert scipy.stats.chisquare(observed, expected).pvalue > 1e-3
 
 

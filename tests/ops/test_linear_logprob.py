@@ -105,7 +105,8 @@ def test_no_gradient_is_computed_that_nobody_needs(
 
 def allocated(run: Callable[[], object]) -> int:
     """The largest thing that ``run`` allocates, in bytes."""
-    with torch.profiler.profile(profile_memory=True, record_shapes=False) as profile:
+    # acc_events: or torch 2.11 warns that only the last cycle's are kept; there is one.
+    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
         run()
     return max(event.cpu_memory_usage for event in profile.events())
 
