@@ -17,7 +17,7 @@ Status sample_logprob(const SampleLogprobParams& p, void* workspace, Stream stre
   return with_cut(p.dtype, p.vocab, [&](const Cut& cut, auto tag) {
     using T = decltype(tag);
     auto* partial = static_cast<OnlineLogSumExp<accumulate_t<T>>*>(workspace);
-    const std::size_t stage = cut.stage_bytes<T>();
+    const std::size_t stage = cut.stage_bytes<T>(cut.part);
     return with_softcap(p.softcap, [&](auto capped) {
       constexpr bool kCapped = decltype(capped)::value;
       const cudaError_t status =

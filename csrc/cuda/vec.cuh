@@ -55,8 +55,10 @@ __device__ __forceinline__ const T* stage_in_shared(T* stage, const T* from, int
   T* to = stage + misalignment(from);
   const Stretch s(from, n);
   const int t = threadIdx.x, threads = blockDim.x;
-  for (int v = t; v < s.vectors; v += threads) {
-    const int i = s.head + v * kPerVector<T>;
+  const int first = s.head + t * kPerVector<T>, end = s.head + s.vectors * kPerVector<T>;
+  const int step = threads * kPerVector<T>;
+#pragma unroll 4
+  for (int i = first; i < end; i += step) {
     __pipeline_memcpy_async(to + i, from + i, kVectorBytes);
   }
   __pipeline_commit();
