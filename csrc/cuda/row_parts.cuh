@@ -27,6 +27,7 @@ struct Cut {
   int64_t part;   // elements of a part; the last one may be shorter
   int64_t parts;  // of a row
   int threads;    // of a block
+  int64_t span;   // elements of a part that a warp has, where each has a run of them
 
   Cut(int64_t vocab, int64_t element_bytes, int most_threads = kMaxThreads) {
     const int64_t limit = kPartBytes / element_bytes;
@@ -35,6 +36,7 @@ struct Cut {
     // A thread for every 16 elements of a small vocabulary: the others would only wait at barriers.
     threads = static_cast<int>(round_up(divide_up(part, 16), kWarp));
     if (threads > most_threads) threads = most_threads;
+    span = round_up(divide_up(part, threads / kWarp), 2 * kWarp);
   }
 
   // Dynamic shared memory for so many elements, wherever they start.
