@@ -474,6 +474,7 @@ int main() {
     backward<BFloat16>({2, 50257, 0, 1}, true, Place::kInPlace);
     same_in_any_batch<float>(1000);
     same_in_any_batch<BFloat16>(33001);
+    same_in_any_batch<Float16>(1537);
     far_apart();
     rows_without_an_answer<float>();
     rows_without_an_answer<BFloat16>();
