@@ -4,6 +4,8 @@
 
 #include "device.cuh"
 //
+#include <type_traits>
+
 #include "fdpg/types.h"
 
 #ifdef __CUDACC__
@@ -27,11 +29,19 @@ __device__ __forceinline__ float exp2_or_zero(float x) {
 #endif
 }
 
+// The exponential to the base that is cheapest: e^x is power(x * kPowerRate).
+template <class A>
+inline constexpr A kPowerRate = static_cast<A>(1.4426950408889634);
+template <>
+inline constexpr double kPowerRate<double> = 1;
+__device__ __forceinline__ float power(float x) { return exp2_or_zero(x); }
+__device__ __forceinline__ double power(double x) { return std::exp(x); }
+
 // e^x, 0 where it would be subnormal (fp32).
-__device__ __forceinline__ float exponential(float x) {
-  return exp2_or_zero(x * 1.4426950408889634f);
+template <class A>
+__device__ __forceinline__ A exponential(A x) {
+  return power(x * kPowerRate<A>);
 }
-__device__ __forceinline__ double exponential(double x) { return std::exp(x); }
 
 // The larger; a number before NaN.
 __device__ __forceinline__ float larger_number(float a, float b) { return fmaxf(a, b); }
@@ -60,6 +70,22 @@ __device__ __forceinline__ BFloat16 narrow<BFloat16>(float x) {
   return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 }
 #endif
+
+// Both elements of a word, the first of them in its low half.
+template <class T>
+__device__ __forceinline__ void widen_both(uint32_t word, accumulate_t<T>* first,
+                                           accumulate_t<T>* second) {
+  if constexpr (std::is_same_v<T, BFloat16>) {  // nvcc 13.0 takes the upper half out, and shifts it
+    *first = float_of(word << 16);
+    *second = float_of(word & 0xffff0000u);
+  } else {
+    T both[2];
+    static_assert(sizeof(both) == sizeof(word));
+    memcpy(both, &word, sizeof(both));
+    *first = widen(both[0]);
+    *second = widen(both[1]);
+  }
+}
 
 }  // namespace
 }  // namespace fdpg::cuda

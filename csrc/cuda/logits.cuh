@@ -33,11 +33,16 @@ struct Logits {
       : inv_softcap(static_cast<A>(kCapped ? 1 / p.softcap : 0)),
         scale(static_cast<A>(kCapped ? p.softcap * p.inv_temperature : p.inv_temperature)) {}
 
+  __device__ __forceinline__ A capped(A x) const {
+    if constexpr (!kCapped) return x;
+    return std::tanh(x * inv_softcap);
+  }
   template <class T>
   __device__ __forceinline__ A u(T x) const {
-    if constexpr (!kCapped) return widen(x);
-    return std::tanh(widen(x) * inv_softcap);
+    return capped(widen(x));
   }
+  // e^z is power(u rate).
+  __device__ __forceinline__ A rate() const { return scale * kPowerRate<A>; }
   // z - offset in one rounding.
   __device__ __forceinline__ A relative(A u, A offset) const { return std::fma(u, scale, -offset); }
   // From the derivative by softcap u, at u, to that by x.

@@ -4,6 +4,8 @@
 #pragma once
 
 #include "device.cuh"
+//
+#include "instructions.cuh"
 
 namespace fdpg::cuda {
 namespace {
@@ -20,6 +22,24 @@ __device__ __forceinline__ S shuffle_down(const S& mine, int delta) {
   S theirs;
   memcpy(&theirs, words, sizeof(S));
   return theirs;
+}
+
+// All lanes get the largest number, and the sum, of the warp's; fp32 or fp64.
+template <class A>
+__device__ __forceinline__ A warp_max(A mine) {
+#pragma unroll
+  for (int reach = 1; reach < kWarp; reach *= 2) {
+    mine = larger_number(mine, __shfl_xor_sync(0xffffffffu, mine, reach));
+  }
+  return mine;
+}
+template <class A>
+__device__ __forceinline__ A warp_sum(A mine) {
+#pragma unroll
+  for (int reach = 1; reach < kWarp; reach *= 2) {
+    mine += __shfl_xor_sync(0xffffffffu, mine, reach);
+  }
+  return mine;
 }
 
 // Lane 0 gets all 32 values, merged as a balanced tree over neighbours.

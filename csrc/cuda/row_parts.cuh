@@ -27,29 +27,35 @@ struct Cut {
   int64_t part;   // elements of a part; the last one may be shorter
   int64_t parts;  // of a row
   int threads;    // of a block
+  int64_t span;   // elements of a part that a warp has, where each has a run of them
 
-  Cut(int64_t vocab, int64_t element_bytes) {
+  Cut(int64_t vocab, int64_t element_bytes, int most_threads = kMaxThreads) {
     const int64_t limit = kPartBytes / element_bytes;
     part = round_up(divide_up(vocab, divide_up(vocab, limit)), 128);
     parts = divide_up(vocab, part);
     // A thread for every 16 elements of a small vocabulary: the others would only wait at barriers.
     threads = static_cast<int>(round_up(divide_up(part, 16), kWarp));
-    if (threads > kMaxThreads) threads = kMaxThreads;
+    if (threads > most_threads) threads = most_threads;
+    span = round_up(divide_up(part, threads / kWarp), 2 * kWarp);
   }
 
-  // Dynamic shared memory for one part, wherever it starts.
+  // Dynamic shared memory for so many elements, wherever they start.
   template <class T>
-  std::size_t stage_bytes() const {
-    return part * sizeof(T) + kVectorBytes;
+  static std::size_t stage_bytes(int64_t elements) {
+    return elements * sizeof(T) + kVectorBytes;
   }
 };
+
+// Threads of a block that folds and does no more. What a thread does before and after costs as much
+// as folding 40 logits, so few threads have many logits each.
+inline constexpr int kFoldThreads = 128;
 
 // Calls fn(cut, T{}) with the storage type of the logits, and returns what it returns.
 template <class Fn>
 cudaError_t with_cut(Dtype dtype, int64_t vocab, Fn&& fn) {
   cudaError_t status = cudaErrorInvalidValue;  // no vocabulary, or a dtype that there is not
   if (vocab <= 0) return status;
-  visit_dtype(dtype, [&](auto tag) { status = fn(Cut(vocab, sizeof(tag)), tag); });
+  visit_dtype(dtype, [&](auto tag) { status = fn(Cut(vocab, sizeof(tag), kFoldThreads), tag); });
   return status;
 }
 
@@ -82,57 +88,165 @@ struct PartOfRow {
         size(static_cast<int>(min(static_cast<int64_t>(part), vocab - begin))) {}
 };
 
-// What a thread has seen of its elements: those at `threads` apart, eight at a time, so that the
-// running sum is rescaled once per eight.
-template <bool kEntropy, class T, class L, class A = accumulate_t<T>>
-__device__ state_t<A, kEntropy> fold(const T* elements, int n, const L& logits) {
-  constexpr int kGroup = 8;
-  constexpr A kNothing = -static_cast<A>(INFINITY);
-  const int threads = blockDim.x;
-  A max = kNothing, sum = 0, weighted = 0;
-  for (int first = threadIdx.x; first < n; first += kGroup * threads) {
-    A u[kGroup], top = kNothing;
+// Logits of a thread that are loaded before the first is used; the running sum is rescaled once for
+// them all.
+inline constexpr int kGroup = 16;
+inline constexpr int kWarpGroup = kWarp * kGroup;  // side by side in the row
+
+// Some logits, seen relative to the largest. In u, not in z (logits.cuh): the maximum is exact, and
+// so all but is the distance from it.
+template <class A, bool kEntropy>
+struct Seen {
+  static constexpr A kNothing = -static_cast<A>(INFINITY);
+
+  A top = kNothing;
+  A sum = 0;       // of e^(scale (u - top))
+  A weighted = 0;  // of (u - top) e^(scale (u - top)); 0 without entropy
+
+  // u - top; where there is nothing but -inf, each of them is -inf from here too, not NaN.
+  struct Distance {
+    A origin;
+    __device__ explicit Distance(A top) : origin(top == kNothing ? A{0} : top) {}
+    __device__ A operator()(A u) const { return u - origin; }
+  };
+  // So that 0 times it is 0. NaN is lost: it has already made a NaN of the weight.
+  __device__ static A finite(A distance) { return larger_number(distance, static_cast<A>(-1e30)); }
+
+  // `rate`: Logits::rate. `to` is no smaller than `top`.
+  __device__ void move(A to, A rate) {
+    const A distance = Distance(to)(top), factor = power(distance * rate);
+    if constexpr (kEntropy) weighted = std::fma(sum, finite(distance), weighted) * factor;
+    sum *= factor;
+    top = to;
+  }
+
+  __device__ void add(const A (&u)[kGroup], A rate) {
+    A largest[kGroup], weights[kGroup], products[kGroup];
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) largest[k] = u[k];
+    move(larger_number(top, tree(largest, [](A a, A b) { return larger_number(a, b); })), rate);
+    const Distance distance(top);
 #pragma unroll
     for (int k = 0; k < kGroup; ++k) {
-      const int i = first + k * threads;
-      u[k] = i < n ? logits.u(elements[i]) : kNothing;
-      top = larger_number(top, u[k]);
+      const A d = distance(u[k]);
+      weights[k] = power(d * rate);
+      if constexpr (kEntropy) products[k] = weights[k] * finite(d);
     }
-    top = larger_number(max, top * logits.scale);
-    if (top == kNothing) {
-      // All -inf so far, but NaN has no maximum and must be kept.
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k) sum += u[k] == kNothing ? A{0} : u[k];
-      continue;
-    }
-    const A shift = max - top;  // -inf for the first group, whose `sum` is 0
-    const A scale = exponential(shift);
-    if constexpr (kEntropy) weighted = max == kNothing ? A{0} : (weighted + sum * shift) * scale;
-    sum *= scale;
-    max = top;
-#pragma unroll
-    for (int k = 0; k < kGroup; ++k) {
-      // One rounding, of a number that is small where it matters.
-      const A distance = logits.relative(u[k], max);
-      const A weight = exponential(distance);
-      sum += weight;
-      if constexpr (kEntropy) weighted += weight > 0 ? weight * distance : A{0};
+    const auto plus = [](A a, A b) { return a + b; };
+    if constexpr (kEntropy) weighted += tree(products, plus);
+    sum += tree(weights, plus);
+  }
+
+  // All lanes get what the warp has seen.
+  __device__ void meet(A rate) {
+    move(warp_max(top), rate);
+    sum = warp_sum(sum);
+    if constexpr (kEntropy) weighted = warp_sum(weighted);
+  }
+
+  // The same in z. The rounding of the maximum goes into the sums.
+  template <class L>
+  __device__ state_t<A, kEntropy> state(const L& logits) const {
+    if (sum != sum) return {sum, sum};
+    const A max = top * logits.scale;
+    if (max == kNothing) return {};
+    const A rest = logits.relative(top, max), factor = exponential(rest);
+    if constexpr (kEntropy) {
+      return {max, sum * factor, std::fma(logits.scale, weighted, sum * rest) * factor};
+    } else {
+      return {max, sum * factor};
     }
   }
-  if constexpr (kEntropy) {
-    return {max, sum, weighted};
-  } else {
-    return {max, sum};
+
+ private:
+  // Neighbours first; the values are lost.
+  template <class Op>
+  __device__ static A tree(A (&values)[kGroup], const Op& op) {
+#pragma unroll
+    for (int reach = 1; reach < kGroup; reach *= 2) {
+#pragma unroll
+      for (int k = 0; k < kGroup; k += 2 * reach) values[k] = op(values[k], values[k + reach]);
+    }
+    return values[0];
   }
+};
+
+// Which logits of a kWarpGroup a lane takes, from its first one on: pairs where two make a word,
+// else single ones, the lanes' side by side.
+template <class T>
+inline constexpr int kPack = sizeof(T) == 2 ? 2 : 1;
+template <class T>
+__host__ __device__ constexpr int place(int k) {
+  return k / kPack<T> * kPack<T> * kWarp + k % kPack<T>;
 }
 
-// What the block makes of part `index` of a row; thread 0 gets it. `stage`: Cut::stage_bytes.
+// `words`: whether `mine` is aligned to a word, so that one load brings two; the same for all
+// lanes.
+template <class T, class A>
+__device__ __forceinline__ void load_group(const T* mine, bool words, A (&x)[kGroup]) {
+  if constexpr (kPack<T> == 2) {
+    if (words) {
+#pragma unroll
+      for (int k = 0; k < kGroup; k += 2) {
+        widen_both<T>(*reinterpret_cast<const uint32_t*>(mine + place<T>(k)), &x[k], &x[k + 1]);
+      }
+      return;
+    }
+  }
+#pragma unroll
+  for (int k = 0; k < kGroup; ++k) x[k] = widen(mine[place<T>(k)]);
+}
+
+// What a warp has seen of n elements in shared memory: its kWarpGroups are those that begin at
+// `begin`, begin + step, ... All lanes get it. Seven to eight instructions a logit (sm_90), where
+// an H200 has time for 15 while it loads one in bf16.
+template <bool kEntropy, class T, class L, class A = accumulate_t<T>>
+__device__ Seen<A, kEntropy> fold(const T* elements, int n, int begin, int step, const L& logits) {
+  const A rate = logits.rate();
+  const bool words = reinterpret_cast<uintptr_t>(elements) % sizeof(uint32_t) == 0;
+  const int first = threadIdx.x % kWarp * kPack<T>;
+  Seen<A, kEntropy> seen;
+#pragma unroll 1  // more would only be more code
+  for (; begin < n; begin += step) {
+    const T* mine = elements + begin + first;
+    const int left = n - begin;
+    A u[kGroup];
+    if (left >= kWarpGroup) {
+      load_group(mine, words, u);
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) u[k] = logits.capped(u[k]);
+    } else {
+#pragma unroll
+      for (int k = 0; k < kGroup; ++k) {
+        u[k] = first + place<T>(k) < left ? logits.u(mine[place<T>(k)]) : seen.kNothing;
+      }
+    }
+    seen.add(u, rate);
+  }
+  seen.meet(rate);
+  return seen;
+}
+
+// What the block makes of part `index` of a row; thread 0 gets it. `stage`: Cut::stage_bytes. Ends
+// with a barrier.
 template <bool kEntropy, class T, class L, class A = accumulate_t<T>>
 __device__ state_t<A, kEntropy> fold_part(const T* row, int64_t vocab, int64_t index, int part,
                                           const L& logits, T* stage) {
+  using S = Seen<A, kEntropy>;
+  alignas(16) __shared__ unsigned char storage[kWarp * sizeof(S)];  // bytes: S has a constructor
+  S* all = reinterpret_cast<S*>(storage);
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
   const PartOfRow here(index, part, vocab);
   const T* elements = stage_in_shared(stage, row + here.begin, here.size);
-  return block_merge(fold<kEntropy>(elements, here.size, logits));
+  S seen = fold<kEntropy>(elements, here.size, warp * kWarpGroup, warps * kWarpGroup, logits);
+  if (lane == 0) all[warp] = seen;
+  __syncthreads();
+  if (warp == 0) {
+    seen = lane < warps ? all[lane] : S{};
+    seen.meet(logits.rate());
+  }
+  __syncthreads();  // `storage` and `stage` may be written again
+  return seen.state(logits);
 }
 
 // The whole row from its parts, in order.

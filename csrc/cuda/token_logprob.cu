@@ -14,7 +14,7 @@ cudaError_t run_forward(const TokenLogprobParams& p, const Cut& cut, void* works
   State* partial = static_cast<State*>(workspace);
   const cudaError_t status =
       launch(token_logprob_parts<T, kEntropy, kCapped>, p.rows * cut.parts, cut.threads,
-             cut.stage_bytes<T>(), stream, p, cut.part, cut.parts, partial);
+             cut.stage_bytes<T>(cut.part), stream, p, cut.part, cut.parts, partial);
   if (status != cudaSuccess || cut.parts == 1) return status;
   return launch(token_logprob_rows<T, kCapped, State>, divide_up(p.rows, kRowThreads), kRowThreads,
                 0, stream, p, cut.parts, partial);

@@ -53,7 +53,7 @@ __device__ void zero_row(const TokenLogprobParams& p, int64_t row) {
 // Block b folds part b % parts of row b / parts. A row of one part is finished here; else its parts
 // go to `partial` (N, parts).
 template <class T, bool kEntropy, bool kCapped>
-__global__ void __launch_bounds__(Cut::kMaxThreads)
+__global__ void __launch_bounds__(kFoldThreads)
     token_logprob_parts(TokenLogprobParams p, int part, int parts,
                         state_t<accumulate_t<T>, kEntropy>* partial) {
   FDPG_DYNAMIC_SHARED(T, stage);

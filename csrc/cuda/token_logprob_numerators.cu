@@ -34,7 +34,7 @@ bool uses_hint(const TokenLogprobNumeratorsParams& p) {
 template <class T, class U, bool kCapped>
 cudaError_t run_with_hint(const TokenLogprobNumeratorsParams& p, const Cut& cut, void* workspace,
                           cudaStream_t stream) {
-  const std::size_t shared = cut.stage_bytes<T>() + cut.stage_bytes<U>();
+  const std::size_t shared = cut.stage_bytes<T>(cut.part) + cut.stage_bytes<U>(cut.part);
   T* partial = static_cast<T*>(workspace);
   cudaError_t status = launch(numerators_hint_parts<T, U, kCapped>, p.rows * cut.parts, cut.threads,
                               shared, stream, p, cut.part, cut.parts, partial);
@@ -49,10 +49,11 @@ cudaError_t run_with_hint(const TokenLogprobNumeratorsParams& p, const Cut& cut,
 template <class T, class U, bool kCapped>
 cudaError_t run_without_hint(const TokenLogprobNumeratorsParams& p, const Cut& cut, void* workspace,
                              cudaStream_t stream) {
-  const std::size_t shared = cut.stage_bytes<T>() + cut.stage_bytes<U>();
+  const std::size_t shared = cut.stage_bytes<T>(cut.part) + cut.stage_bytes<U>(cut.part);
   auto* partial = static_cast<OnlineLogSumExp<T>*>(workspace);
-  cudaError_t status = launch(numerators_fold_parts<T, kCapped>, p.rows * cut.parts, cut.threads,
-                              cut.stage_bytes<T>(), stream, p, cut.part, cut.parts, partial);
+  cudaError_t status =
+      launch(numerators_fold_parts<T, kCapped>, p.rows * cut.parts, cut.threads,
+             cut.stage_bytes<T>(cut.part), stream, p, cut.part, cut.parts, partial);
   if (status != cudaSuccess) return status;
   status = launch(numerators_fold_rows<T, kCapped>, divide_up(p.rows, kRowThreads), kRowThreads, 0,
                   stream, p, cut.parts, partial);

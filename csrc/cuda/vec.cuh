@@ -55,10 +55,15 @@ __device__ __forceinline__ const T* stage_in_shared(T* stage, const T* from, int
   T* to = stage + misalignment(from);
   const Stretch s(from, n);
   const int t = threadIdx.x, threads = blockDim.x;
-  for (int v = t; v < s.vectors; v += threads) {
-    const int i = s.head + v * kPerVector<T>;
-    __pipeline_memcpy_async(to + i, from + i, kVectorBytes);
+  const int end = s.head + s.vectors * kPerVector<T>, step = threads * kPerVector<T>;
+  int i = s.head + t * kPerVector<T>;
+  for (; i + 3 * step < end; i += 4 * step) {  // half the instructions of one at a time
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      __pipeline_memcpy_async(to + i + k * step, from + i + k * step, kVectorBytes);
+    }
   }
+  for (; i < end; i += step) __pipeline_memcpy_async(to + i, from + i, kVectorBytes);
   __pipeline_commit();
   if (t < s.head) to[t] = from[t];
   const int tail = s.head + s.vectors * kPerVector<T>;

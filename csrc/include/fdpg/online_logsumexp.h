@@ -74,6 +74,7 @@ struct OnlineEntropy {
   FDPG_HOST_DEVICE OnlineEntropy shifted_to(T other_max) const {
     if (max == -static_cast<T>(INFINITY)) return {other_max, T{0}, T{0}};
     const T factor = exp_difference(max, other_max);
+    if (factor == 0) return {other_max, sum * factor, sum * factor};  // so far that 0 times inf
     return {other_max, sum * factor, (weighted + sum * (max - other_max)) * factor};
   }
 };

@@ -133,14 +133,14 @@ void every_size() {
   }
 }
 
-// A part, a run and a token are chosen; and the same whatever lies beside the row.
+// A span, a run and a token are chosen; and the same whatever lies beside the row.
 template <class T>
-void rows_of_several_parts() {
-  Case<T> c(4, 50257, 0, 1);
+void rows_of_several_parts(int64_t vocab) {
+  Case<T> c(4, vocab, 0, 1);
   c.run();
   c.check();
   for (int64_t row = 0; row < 4; ++row) {
-    Case<T> alone(1, 50257, 0, 0);
+    Case<T> alone(1, vocab, 0, 0);
     for (int64_t j = 0; j < c.vocab; ++j) alone.logits[j] = c.logits[row * c.stride + j];
     alone.sample_id[0] = c.sample_id[row];
     alone.position[0] = c.position[row];
@@ -148,6 +148,26 @@ void rows_of_several_parts() {
     CHECK(alone.token[0] == c.token[row]);
     CHECK(alone.logp[0] == c.logp[row] && alone.lse[0] == c.lse[row]);
   }
+}
+
+// A token that has nearly all the probability is drawn, wherever in the row it stands: at either
+// side of an edge of runs, spans and parts.
+template <class T>
+void every_token(int64_t vocab) {
+  constexpr int64_t kRows = 40;
+  Case<T> c(kRows, vocab, 0, 1);
+  for (int64_t row = 0; row < kRows; ++row) {
+    const int64_t edge = (row / 2) * (vocab / (kRows / 2)) / 64 * 64;
+    const int64_t likely = row == 0 ? vocab - 1 : row % 2 ? edge : std::max<int64_t>(edge - 1, 0);
+    for (int64_t j = 0; j < vocab; ++j) {
+      c.logits[row * vocab + j] = store<T>(j == likely ? 60 : row % 3 ? 0 : -INFINITY);
+    }
+    c.token[row] = likely;
+  }
+  const std::vector<int64_t> likely(c.token.data(), c.token.data() + kRows);
+  c.run();
+  CHECK(same_bits(c.token, likely));
+  for (int64_t row = 0; row < kRows; ++row) CHECK(c.logp[row] == 0 && c.lse[row] == 60);
 }
 
 // 2000 draws of one distribution: chi-squared, and a token without probability is never drawn.
@@ -176,12 +196,13 @@ void law() {
 
 void rows_without_an_answer() {
   constexpr int64_t kVocab = 20000;
-  Case<float> c(4, kVocab, 0, 0);
+  Case<float> c(5, kVocab, 0, 0);
   for (int64_t j = 0; j < kVocab; ++j) c.logits[j] = -INFINITY;
   c.logits[1 * kVocab + 19000] = NAN;
   c.logits[2 * kVocab + 3] = INFINITY;
+  for (int64_t j = 0; j < kVocab; ++j) c.logits[4 * kVocab + j] = j == 5 ? NAN : -INFINITY;
   c.run();
-  for (int64_t row = 0; row < 3; ++row) {
+  for (const int64_t row : {0, 1, 2, 4}) {
     CHECK(c.token[row] == 0);
     CHECK(std::isnan(c.logp[row]) && std::isnan(c.lse[row]));
   }
@@ -196,8 +217,11 @@ int main() {
     every_size<BFloat16>();
     every_size<Float16>();
     every_size<double>();
-    rows_of_several_parts<float>();
-    rows_of_several_parts<BFloat16>();
+    rows_of_several_parts<float>(50257);
+    rows_of_several_parts<BFloat16>(50257);
+    rows_of_several_parts<BFloat16>(16385);  // warps without a span in the second part
+    every_token<float>(2100);
+    every_token<BFloat16>(16600);
     law();
     rows_without_an_answer();
   });

@@ -2,6 +2,7 @@
 // batch, on sizes that cut rows into heads, tails and parts.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -353,6 +354,44 @@ void rows_without_an_answer() {
   CHECK_NEAR(sum, 0.0, 1e-3);
 }
 
+// Whole parts without a number, or with the least one there is.
+template <class T>
+void extremes() {
+  using A = accumulate_t<T>;
+  constexpr int64_t kVocab = 40000;  // several parts
+  const A least = sizeof(T) == 4 ? -std::numeric_limits<float>::max() : A{-3.3895313892515355e38f};
+  Case<T> c({5, kVocab});
+  c.logits.allow(0, c.logits.size());
+  auto fill = [&](int64_t row, A x) {
+    for (int64_t j = 0; j < kVocab; ++j) c.logits[row * kVocab + j] = store<T>(x);
+    c.mask[row] = true;
+    c.target[row] = 12345;
+  };
+  fill(0, -65504);
+  fill(1, least);  // a uniform distribution at any level
+  fill(2, -INFINITY);
+  c.logits[2 * kVocab + 12345] = store<T>(7);
+  fill(3, -INFINITY);
+  c.logits[3 * kVocab + 39000] = store<T>(NAN);
+  fill(4, least);
+  c.logits[4 * kVocab + 12345] = store<T>(7);
+  typename Case<T>::Results out(5);
+  for (const bool entropy : {false, true}) {
+    c.forward(out, entropy);
+    for (const int64_t row : {0, 1}) {
+      CHECK_NEAR(out.logp[row], -std::log(40000.0), 1e-5);
+      CHECK(out.lse[row] < -6e4);
+      if (entropy) CHECK_NEAR(out.entropy[row], std::log(40000.0), 1e-5);
+    }
+    for (const int64_t row : {2, 4}) {
+      CHECK(out.logp[row] == 0 && out.lse[row] == 7);
+      if (entropy) CHECK(out.entropy[row] == 0);
+    }
+    CHECK(std::isnan(out.logp[3]) && std::isnan(out.lse[3]));
+    if (entropy) CHECK(std::isnan(out.entropy[3]));
+  }
+}
+
 // Offsets beyond 2^31 elements: two rows, far apart, at the ends of 4 GiB of which little is
 // touched.
 void far_apart() {
@@ -408,6 +447,9 @@ void every_size() {
            {6, 8003, 0, 3, 0.7},  // misaligned, odd
            {6, 31, 0, 1, 1, 3},   // with a softcap, some logits far beyond it
            {6, 8003, 0, 3, 0.7, 8},
+           {3, 511, 0, 1},  // a warp's group of 512, all but one
+           {3, 512, 0, 1},
+           {5, 1537, 0, 1},
            {0, 1000},  // nobody
        }) {
     forward<T>(shape);
@@ -432,8 +474,11 @@ int main() {
     backward<BFloat16>({2, 50257, 0, 1}, true, Place::kInPlace);
     same_in_any_batch<float>(1000);
     same_in_any_batch<BFloat16>(33001);
+    same_in_any_batch<Float16>(1537);
     far_apart();
     rows_without_an_answer<float>();
     rows_without_an_answer<BFloat16>();
+    extremes<float>();
+    extremes<BFloat16>();
   });
 }
