@@ -144,10 +144,46 @@ void every_shape(Dtype dtype) {
            Placed{5, 4, 2, 37, 8, 8},                   // a lane per key, two heads share it
            Placed{4, 5, 1, 40, 17, 33, 0, true, 2, 1},  // five share: a block of four, one of one
            Placed{4, 3, 3, 160, 64, 64, 2.0},           // 8 lanes per key
+           Placed{4, 3, 3, 160, 64, 64, 0, true, 8},    // and padded rows that begin on 16 bytes
+           Placed{3, 8, 2, 70, 80, 48},                 // four share; lanes without a share
            Placed{3, 2, 1, 37, 200, 256, 0, true},      // a warp per key
            Placed{3, 4, 2, 37, 300, 40, 0.5, false, 0, 3},  // the large sizes
        }) {
     check<T>(dtype, s);
+  }
+}
+
+// Every number of keys up to more than two rounds of a warp's teams.
+void test_every_length() {
+  const int64_t tokens = 70;
+  for (const Placed& s : {Placed{tokens + 1, 1, 1, tokens, 32, 32},
+                          Placed{tokens + 1, 4, 1, tokens, 64, 32, 0, false, 8}}) {
+    Problem<float> problem(s);
+    for (int64_t b = 0; b <= tokens; ++b) problem.begin[b] = 0, problem.end[b] = b;
+    for (int64_t i = 0; i < problem.keys.size(); ++i) problem.keys[i] = i % 7 * 0.25f - 0.75f;
+    for (int64_t i = 0; i < problem.values.size(); ++i) problem.values[i] = i % 5 - 1.5f;
+    const std::vector<float> expected = problem.on_cpu(Dtype::kFloat32);
+    problem.forbid(problem.keys, s.size);
+    problem.forbid(problem.values, s.value_size);
+    const std::vector<float> got = problem.on_device(Dtype::kFloat32);
+    for (size_t i = 0; i < got.size(); ++i) CHECK_NEAR(got[i], expected[i], 3e-6);
+  }
+}
+
+// Scores that rise by a hundred from key to key, of one head or of all but one: each overflows what
+// is relative to an earlier one.
+void test_scores_that_rise() {
+  for (int heads : {1, 4}) {
+    for (int falls = 0; falls < heads; ++falls) {
+      Problem<float> problem({1, heads, 1, 700, 8, 8});
+      for (int64_t i = 0; i < problem.query.size(); ++i) {
+        problem.query[i] = i % 8 > 0 ? 0 : heads > 1 && i / 8 == falls ? -1 : 1;
+      }
+      for (int64_t i = 0; i < problem.keys.size(); ++i) problem.keys[i] = i / 8 * 100 / kScale;
+      const std::vector<float> expected = problem.on_cpu(Dtype::kFloat32);
+      const std::vector<float> got = problem.on_device(Dtype::kFloat32);
+      for (size_t i = 0; i < got.size(); ++i) CHECK_NEAR(got[i], expected[i], 0.0);
+    }
   }
 }
 
@@ -165,8 +201,8 @@ void test_bad_spans_are_nan_and_empty_ones_zero() {
 
 void test_what_is_not_finite_is_seen() {
   const float infinity = std::numeric_limits<float>::infinity();
-  Problem<float> problem({4, 1, 1, 40, 8, 8});
-  for (int b = 0; b < 4; ++b) problem.begin[b] = 0, problem.end[b] = 40;
+  Problem<float> problem({5, 1, 1, 40, 8, 8});
+  for (int b = 0; b < 5; ++b) problem.begin[b] = 0, problem.end[b] = 40;
   for (int64_t i = 0; i < problem.query.size(); ++i) problem.query[i] = 1;
   for (int64_t i = 0; i < problem.keys.size(); ++i) problem.keys[i] = 0;
   for (int64_t i = 0; i < problem.values.size(); ++i) problem.values[i] = 2;
@@ -176,8 +212,23 @@ void test_what_is_not_finite_is_seen() {
   for (int t = 0; t < 39; ++t) key(2, t)[0] = -infinity;  // one: its value, others weigh nothing
   problem.at(problem.values, 2, 39, 8)[3] = 7;
   key(3, 11)[0] = infinity;
+  problem.at(problem.values, 4, 39, 8)[3] = infinity;  // of the last key, and of no key behind it
   const std::vector<float> got = problem.on_device(Dtype::kFloat32);
   for (int i = 0; i < 32; ++i) CHECK_NEAR(got[i], i / 8 != 2 ? NAN : i % 8 == 3 ? 7 : 2, 0.0);
+  for (int e = 0; e < 8; ++e) {
+    if (e == 3) CHECK(got[32 + e] == infinity);
+    if (e != 3) CHECK_NEAR(got[32 + e], 2, 1e-6);
+  }
+}
+
+// A sink takes all of the weight where every score is minus infinity.
+void test_a_sink_may_be_all_there_is() {
+  Problem<float> problem({1, 4, 1, 40, 8, 8, 0, true});
+  for (int64_t i = 0; i < problem.query.size(); ++i) problem.query[i] = 1;
+  for (int64_t i = 0; i < problem.keys.size(); ++i) {
+    problem.keys[i] = i % 8 == 0 ? -std::numeric_limits<float>::infinity() : 0;
+  }
+  for (const float got : problem.on_device(Dtype::kFloat32)) CHECK(got == 0);
 }
 
 // Rows of `bytes`, `room` bytes behind each; positions out of range leave their sequence as it is.
@@ -230,7 +281,10 @@ int main() {
     every_shape<BFloat16>(Dtype::kBFloat16);
     every_shape<Float16>(Dtype::kFloat16);
     every_shape<double>(Dtype::kFloat64);
+    test_every_length();
+    test_scores_that_rise();
     test_bad_spans_are_nan_and_empty_ones_zero();
+    test_a_sink_may_be_all_there_is();
     test_what_is_not_finite_is_seen();
     check_append(32, 48, 0);
     check_append(32, 16, 16);
