@@ -4,10 +4,12 @@
 // made, and keys outside a sequence's span are not read. A block takes one key head of one sequence
 // and up to kHeads of the query heads that share it. A team of neighbouring lanes takes one key at
 // a time, kPer of its numbers to a lane, and keeps a softmax of its own keys (online: Milakov and
-// Gimelshein, arXiv 1805.02867); the teams' are merged at the end, in a fixed order.
+// Gimelshein, arXiv 1805.02867); the teams' are merged at the end, in a fixed order. In a round a
+// team takes kKeys keys and one largest score for them all; those of its next round are on their
+// way by then.
 //   bytes:  (D + E) (end - begin) * sizeof(T) per sequence and key head, once per kHeads query
 //           heads (again from the second-level cache); queries and results are small beside it
-//   floor:  1024 sequences, 12 heads of 64, 36 live keys, bf16: 113 MB, 38 us at 3 TB/s, a launch
+//   floor:  1024 sequences, 12 heads of 64, 48 live keys, bf16: 151 MB, 36 us at 4.2 TB/s, a launch
 //
 // The blocks of one launch must fill the device: with few sequences of very many keys they do not,
 // as no sequence's keys are spread over blocks. The work is that of a batched sampler.
@@ -15,6 +17,9 @@
 // A sequence's result depends on nothing but its own query and live keys: not on T, nor on
 // alignment.
 #pragma once
+
+#include <limits>
+#include <type_traits>
 
 #include "device.cuh"
 //
@@ -25,63 +30,94 @@
 namespace fdpg::cuda {
 namespace {
 
-constexpr int kDecodeThreads = 128;
-constexpr int kDecodeWarps = kDecodeThreads / kWarp;
-
-// Elements [first, first + kPer) of a row of `size`; zeros past its end. `whole`: every row begins
-// on 16 bytes.
-template <int kPer, class T>
-__device__ __forceinline__ void read_some(const T* row, int first, int size, bool whole,
-                                          accumulate_t<T> (&out)[kPer]) {
-  if (whole && first + kPer <= size) {
+// The numbers stored in sixteen bytes.
+template <class T>
+__device__ __forceinline__ void widen_all(const uint4& raw, accumulate_t<T>* out) {
+  if constexpr (std::is_same_v<T, BFloat16>) {  // an upper half is a number once the lower is clear
+    const uint32_t words[] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-    for (int i = 0; i < kPer; i += kPerVector<T>) {
-      const auto v = Vector<T>::read(row + first + i);
-#pragma unroll
-      for (int k = 0; k < kPerVector<T>; ++k) out[i + k] = widen(v.element[k]);
+    for (int k = 0; k < 4; ++k) {
+      out[2 * k] = float_of(words[k] << 16);
+      out[2 * k + 1] = float_of(words[k] & 0xffff0000u);
     }
-    return;
-  }
+  } else {
+    T element[kPerVector<T>];
+    memcpy(element, &raw, kVectorBytes);
 #pragma unroll
-  for (int i = 0; i < kPer; ++i) out[i] = first + i < size ? widen(row[first + i]) : 0;
+    for (int k = 0; k < kPerVector<T>; ++k) out[k] = widen(element[k]);
+  }
 }
 
-// What some keys say of one query: the largest score, the sum of exp(score - largest), and that sum
-// with values. Without keys, or with none above minus infinity, `most` is minus infinity and the
-// sums are 0, or NaN if a score was.
-template <class A, int kPer>
-struct Attended {
-  A most = -static_cast<A>(INFINITY), sum = 0;
-  A out[kPer] = {};
+// kPer elements of a row as stored, in words: as 16-bit numbers each would take a register.
+template <class T, int kPer>
+struct Share {
+  static constexpr int kVectors = kPer / kPerVector<T>;
+  uint4 raw[kVectors] = {};
 
-  // By what sums relative to `from` become relative to `to`, the larger.
-  __device__ __forceinline__ static A rescale(A from, A to) {
-    return from == -static_cast<A>(INFINITY) ? A{1} : exponential(from - to);
+  // Of `row` on, as many as are `there`, which may be none or more; zeros otherwise. kWhole: all or
+  // none are, and rows begin on 16 bytes.
+  template <bool kWhole>
+  __device__ __forceinline__ void read(const T* row, int there) {
+#pragma unroll
+    for (int v = 0; v < kVectors; ++v) {
+      const T* const from = row + v * kPerVector<T>;
+      if constexpr (kWhole) {
+        if (there > 0) raw[v] = *reinterpret_cast<const uint4*>(from);
+      } else {
+        T element[kPerVector<T>] = {};
+#pragma unroll
+        for (int k = 0; k < kPerVector<T>; ++k) {
+          if (v * kPerVector<T> + k < there) element[k] = from[k];
+        }
+        memcpy(&raw[v], element, kVectorBytes);
+      }
+    }
   }
 
-  __device__ __forceinline__ void push(A score, const A (&value)[kPer]) {
-    const A larger = larger_number(most, score);
-    const A shrink = rescale(most, larger);
-    const A weight = score == -static_cast<A>(INFINITY) ? A{0} : exponential(score - larger);
-    sum = sum * shrink + weight;
+  __device__ __forceinline__ void widened(accumulate_t<T> (&out)[kPer]) const {
 #pragma unroll
-    for (int i = 0; i < kPer; ++i) out[i] = out[i] * shrink + weight * value[i];
-    most = larger;
+    for (int v = 0; v < kVectors; ++v) widen_all<T>(raw[v], out + v * kPerVector<T>);
+  }
+};
+
+// What some keys say of one query: the largest score, the sum of exp(score - largest), and that sum
+// with values. `most` starts as the least number, of which minus infinity may be subtracted: keys
+// with that score weigh nothing. Without others the sums are 0, or NaN if a score was.
+template <class A, int kPer>
+struct Attended {
+  A most = std::numeric_limits<A>::lowest(), sum = 0;
+  A out[kPer] = {};
+
+  // Lets the sums be relative to `to`, which is no less than `most`.
+  __device__ __forceinline__ void raise(A to) {
+    const A shrink = exponential(most - to);
+    sum *= shrink;
+#pragma unroll
+    for (int i = 0; i < kPer; ++i) out[i] *= shrink;
+    most = to;
+  }
+
+  template <int kKeys>
+  __device__ __forceinline__ A most_with(const A (&score)[kKeys]) const {
+    A larger = most;
+#pragma unroll
+    for (int k = 0; k < kKeys; ++k) larger = larger_number(larger, score[k]);
+    return larger;
+  }
+
+  // Counts keys in, once `most` is most_with() them; scores become the weights of values.
+  template <int kKeys>
+  __device__ __forceinline__ void weigh(A (&score)[kKeys]) {
+#pragma unroll
+    for (int k = 0; k < kKeys; ++k) sum += score[k] = exponential(score[k] - most);
   }
 
   // With that of the lane `distance` away; both get the same bits.
   __device__ __forceinline__ void merge_with_lane(int distance) {
-    const A theirs = __shfl_xor_sync(0xffffffffu, most, distance);
-    const A larger = larger_number(most, theirs);
-    const A shrink = rescale(most, larger);
-    sum *= shrink;
+    raise(larger_number(most, __shfl_xor_sync(0xffffffffu, most, distance)));
     sum += __shfl_xor_sync(0xffffffffu, sum, distance);
 #pragma unroll
-    for (int i = 0; i < kPer; ++i) {
-      out[i] *= shrink;
-      out[i] += __shfl_xor_sync(0xffffffffu, out[i], distance);
-    }
-    most = larger;
+    for (int i = 0; i < kPer; ++i) out[i] += __shfl_xor_sync(0xffffffffu, out[i], distance);
   }
 };
 
@@ -94,67 +130,145 @@ struct WarpResult {
   __device__ __forceinline__ A& out(int e) const { return at[2 + e]; }
 };
 
-// Block (b Hk + h) parts + part: heads [part kHeads, ...) of those that share key head h. `lanes`:
-// of a team, a power of two with lanes kPer >= max(D, E).
-template <class T, int kPer, int kHeads, bool kCapped>
-__global__ void __launch_bounds__(kDecodeThreads)
-    decode_attention_heads(DecodeAttentionParams p, int lanes, int parts, bool whole) {
+// How a launch is divided. Block (b Hk + h) parts + part: heads [part kHeads, ...) of the `groups`
+// that share key head h.
+struct DecodePlan {
+  unsigned key_heads, parts;
+  int groups;
+  int log_lanes;  // a team has 2^log_lanes lanes, enough for max(D, E) at kPer to a lane
+};
+
+// How many blocks' registers a multiprocessor shall hold: enough warps to hide how long memory
+// takes, and room for all of a round's loads before the first is used.
+template <class T, int kPer, int kWarps>
+constexpr int kBlocksPerSm = kPer > 8 || sizeof(T) == 8 ? 1
+                             : kWarps == 1              ? 24
+                                                        : 4;
+
+// kWhole: D and E are multiples of kPer, and every row begins on 16 bytes.
+template <class T, int kPer, int kHeads, int kWarps, bool kCapped, bool kWhole>
+__global__ void __launch_bounds__(kWarps* kWarp, kBlocksPerSm<T, kPer, kWarps>)
+    decode_attention_heads(DecodeAttentionParams p, DecodePlan plan) {
   using A = accumulate_t<T>;
+  // Of a lane's keys and values, 64 bytes each are on their way, or 32 if queries take the room.
+  constexpr int kBytes = kHeads == 1 ? 64 : 32, kBytesPerKey = kPer * static_cast<int>(sizeof(T));
+  constexpr int kKeys = kBytes > kBytesPerKey ? kBytes / kBytesPerKey : 1;
   FDPG_DYNAMIC_SHARED(A, shared);
-  const int64_t pair = blockIdx.x / parts;
-  const int64_t b = pair / p.key_heads, h = pair % p.key_heads;
-  const int groups = static_cast<int>(p.heads / p.key_heads);
-  const int begin_head = static_cast<int>(blockIdx.x % parts) * kHeads;
-  const int64_t head = h * groups + begin_head;  // the first of
-  const int heads = min(kHeads, groups - begin_head);
+  const unsigned pair = blockIdx.x / plan.parts;
+  const int64_t b = pair / plan.key_heads, h = pair % plan.key_heads;
+  const int begin_head = static_cast<int>(blockIdx.x % plan.parts) * kHeads;
+  const int64_t head = h * plan.groups + begin_head;  // the first of
+  const int heads = min(kHeads, plan.groups - begin_head);
   const int size = static_cast<int>(p.size), value_size = static_cast<int>(p.value_size);
   T* const out = static_cast<T*>(p.out) + (b * p.heads + head) * value_size;
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int lanes = 1 << plan.log_lanes, teams = kWarp >> plan.log_lanes;
+  const int team = lane >> plan.log_lanes;
+  const int mine = (lane & (lanes - 1)) * kPer;  // this lane's first element of a row
+
+  const T* const query =
+      static_cast<const T*>(p.query) + b * p.query_stride[0] + head * p.query_stride[1] + mine;
+  Share<T, kPer> raw_query[kHeads];
+#pragma unroll
+  for (int g = 0; g < kHeads; ++g) {
+    raw_query[g].template read<kWhole>(query + g * p.query_stride[1], g < heads ? size - mine : 0);
+  }
+
   const int64_t first = p.begin ? p.begin[b] : 0, last = p.end[b];
   const bool bad = first < 0 || first > last || last > p.tokens;
   if (bad || first == last) {
     const T fill = narrow<T>(bad ? static_cast<A>(NAN) : A{0});
-    for (int i = threadIdx.x; i < heads * value_size; i += kDecodeThreads) out[i] = fill;
+    for (int i = threadIdx.x; i < heads * value_size; i += kWarps * kWarp) out[i] = fill;
     return;
   }
-
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int teams = kWarp / lanes, team = lane / lanes;
-  const int mine = lane % lanes * kPer;  // this lane's first element of a row
-  const T* const query =
-      static_cast<const T*>(p.query) + b * p.query_stride[0] + head * p.query_stride[1];
-  const T* const keys = static_cast<const T*>(p.keys) + b * p.key_stride[0] + h * p.key_stride[1];
-  const T* const values =
-      static_cast<const T*>(p.values) + b * p.value_stride[0] + h * p.value_stride[1];
 
   A q[kHeads][kPer];
   Attended<A, kPer> attended[kHeads];
 #pragma unroll
   for (int g = 0; g < kHeads; ++g) {
-    // A head that is not there reads no further than those that are.
-    read_some(query + min(g, heads - 1) * p.query_stride[1], mine, size, false, q[g]);
+    raw_query[g].widened(q[g]);
 #pragma unroll
     for (int i = 0; i < kPer; ++i) q[g][i] *= static_cast<A>(p.scale);
   }
 
-  // All lanes of a warp go round equally often: they shuffle.
-  for (int64_t t = first + warp * teams; t < last; t += kDecodeWarps * teams) {
-    const bool live = t + team < last;
-    A key[kPer] = {}, value[kPer] = {};
-    if (live) {
-      read_some(keys + (t + team) * p.key_stride[2], mine, size, whole, key);
-      read_some(values + (t + team) * p.value_stride[2], mine, value_size, whole, value);
+  // Key t of the live ones goes to team t of all teams of all warps, and round again. All lanes of
+  // a warp go round equally often: they shuffle.
+  const int64_t begin = first + warp * teams + team;
+  const T* key_row = static_cast<const T*>(p.keys) + b * p.key_stride[0] + h * p.key_stride[1] +
+                     begin * p.key_stride[2] + mine;
+  const T* value_row = static_cast<const T*>(p.values) + b * p.value_stride[0] +
+                       h * p.value_stride[1] + begin * p.value_stride[2] + mine;
+  const int step = kWarps * teams;                         // from a key of a team to its next
+  const int left = static_cast<int>(last - first) - team;  // this team's keys: t < left
+  const auto read_round = [&](Share<T, kPer>(&share)[kKeys], const T*& row, int64_t stride, int t,
+                              int there) {
+#pragma unroll
+    for (int k = 0; k < kKeys; ++k) {
+      share[k] = {};
+      share[k].template read<kWhole>(row, t + k * step < left ? there : 0);
+      row += step * stride;
     }
+  };
+  Share<T, kPer> key[kKeys], value[kKeys];
+  int t = warp * teams;
+  read_round(key, key_row, p.key_stride[2], t, size - mine);
+  read_round(value, value_row, p.value_stride[2], t, value_size - mine);
+  for (; t < left + team; t += kKeys * step) {
+    A score[kHeads][kKeys] = {};
+#pragma unroll
+    for (int k = 0; k < kKeys; ++k) {
+      A wide[kPer];
+      key[k].widened(wide);
+#pragma unroll
+      for (int g = 0; g < kHeads; ++g) {
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) score[g][k] += q[g][i] * wide[i];
+      }
+    }
+    read_round(key, key_row, p.key_stride[2], t + kKeys * step, size - mine);  // the next
+#pragma unroll
+    for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+      if (distance >= lanes) continue;
+#pragma unroll
+      for (int g = 0; g < kHeads; ++g) {
+#pragma unroll
+        for (int k = 0; k < kKeys; ++k) {
+          score[g][k] += __shfl_xor_sync(0xffffffffu, score[g][k], distance);
+        }
+      }
+    }
+    A larger[kHeads];
+    bool raised = false;  // seldom, once a few keys were seen
 #pragma unroll
     for (int g = 0; g < kHeads; ++g) {
-      A score = 0;
 #pragma unroll
-      for (int i = 0; i < kPer; ++i) score += q[g][i] * key[i];
-      for (int distance = lanes / 2; distance > 0; distance /= 2) {
-        score += __shfl_xor_sync(0xffffffffu, score, distance);
+      for (int k = 0; k < kKeys; ++k) {
+        if (kCapped) {
+          const A cap = static_cast<A>(p.softcap);
+          score[g][k] = cap * std::tanh(score[g][k] / cap);
+        }
+        if (t + k * step >= left) score[g][k] = -static_cast<A>(INFINITY);
       }
-      if (kCapped) score = static_cast<A>(p.softcap) * std::tanh(score / static_cast<A>(p.softcap));
-      attended[g].push(live ? score : -static_cast<A>(INFINITY), value);
+      larger[g] = attended[g].most_with(score[g]);
+      raised = raised || larger[g] > attended[g].most;
     }
+    if (raised) {
+#pragma unroll
+      for (int g = 0; g < kHeads; ++g) attended[g].raise(larger[g]);
+    }
+#pragma unroll
+    for (int g = 0; g < kHeads; ++g) attended[g].weigh(score[g]);
+#pragma unroll
+    for (int k = 0; k < kKeys; ++k) {
+      A wide[kPer];
+      value[k].widened(wide);
+#pragma unroll
+      for (int g = 0; g < kHeads; ++g) {
+#pragma unroll
+        for (int i = 0; i < kPer; ++i) attended[g].out[i] += score[g][k] * wide[i];
+      }
+    }
+    read_round(value, value_row, p.value_stride[2], t + kKeys * step, value_size - mine);
   }
 
   const int row = 2 + lanes * kPer;
@@ -175,18 +289,27 @@ __global__ void __launch_bounds__(kDecodeThreads)
   }
   __syncthreads();
 
-  for (int i = threadIdx.x; i < heads * value_size; i += kDecodeThreads) {
-    const int g = i / value_size, e = i % value_size;
+  for (int g = warp; g < heads; g += kWarps) {
     const A sink = p.sinks ? static_cast<const A*>(p.sinks)[head + g] : -static_cast<A>(INFINITY);
-    A most = sink;
-    for (int w = 0; w < kDecodeWarps; ++w) most = larger_number(most, result(w, g).most());
-    A sum = sink == -static_cast<A>(INFINITY) ? A{0} : exponential(sink - most), total = 0;
-    for (int w = 0; w < kDecodeWarps; ++w) {
-      const A shrink = Attended<A, 1>::rescale(result(w, g).most(), most);
-      sum += shrink * result(w, g).sum();
-      total += shrink * result(w, g).out(e);
+    A most = larger_number(result(0, g).most(), sink), shrink[kWarps];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) most = larger_number(most, result(w, g).most());
+    A sum = exponential(sink - most);
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      shrink[w] = exponential(result(w, g).most() - most);
+      sum += shrink[w] * result(w, g).sum();
     }
-    out[i] = narrow<T>(total / sum);
+    const A inverse = 1 / sum;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) shrink[w] *= inverse;
+#pragma unroll 1
+    for (int e = lane; e < value_size; e += kWarp) {
+      A total = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) total += shrink[w] * result(w, g).out(e);
+      out[g * value_size + e] = narrow<T>(total);
+    }
   }
 }
 
