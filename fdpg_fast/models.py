@@ -1089,13 +1089,15 @@ def _kind(config: Any) -> type[LanguageModel]:
 
 def _device(name: str | torch.device) -> torch.device:
     if str(name) == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise ModelError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {name!r}: this torch sees no GPU. Use 'auto' or 'cpu'.")
+    if device.type == "cuda" and device.index is None:  # as tensors there say of themselves
+        return torch.device("cuda", torch.cuda.current_device())
     return device
 
 

@@ -18,6 +18,7 @@ Shape legend: B samples, G prompts, P longest prompt, S ``max_new_tokens``, T = 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 from collections.abc import Callable
@@ -172,11 +173,23 @@ def _captures(decoder: Decoder) -> bool:
 
 
 def _capture(step: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    """What ``step`` does on the GPU, which it does not yet do; temporary memory is in ``pool``."""
+    """What ``step`` does on the GPU, which it does not yet do; temporary memory is in ``pool``.
+
+    Not by ``torch.cuda.graph``, which empties the allocator's cache at every capture.
+    """
     graph = torch.cuda.CUDAGraph()
-    # The outer one, because torch stays on the stream of a capture that fails.
-    with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
-        step()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool=pool)
+        try:
+            step()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # of the same cause
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    torch.cuda.current_stream().wait_stream(stream)
     return graph
 
 
@@ -207,8 +220,13 @@ class _Graphs:
             graph.replay()
 
     def _captured(self, reach: int) -> torch.cuda.CUDAGraph | None:
+        step = functools.partial(self.step, reach)
         try:
-            graph = _capture(functools.partial(self.step, reach), self.pool)
+            try:
+                graph = _capture(step, self.pool)
+            except torch.OutOfMemoryError:  # what the allocator keeps for others may do
+                torch.cuda.empty_cache()
+                graph = _capture(step, self.pool)
         except RuntimeError as error:  # no memory, or an operation that no graph can hold
             self.refused = True
             reason = str(error).partition("\n")[0]
