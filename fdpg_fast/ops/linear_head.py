@@ -39,9 +39,11 @@ __all__ = [
 # ms by rows of a chunk; its three products alone take 154 and 682:
 #   V 14019, D 128, N 4096:   64: 184   128: 171   256: 158   512: 147
 #   V 50257, D 768, N 1024:   128: 921   256: 858   341: 820   512: 825   1024: 797
-# On an H200 in bf16, V 128256, D 4096, N 4096 (products and bytes: 20.6), by MB of a chunk:
-#   256: 26.8   512: 22.6   1024: 22.7   4096: 20.8
-_CHUNK_BYTES = {"cpu": 28 << 20, "cuda": 512 << 20}
+# On a GPU a share of its memory, up to a bound: bf16, V 128256, D 4096, N 4096 on an H200 (products
+# and bytes: 20.2), by MB of a chunk:
+#   256: 26.8   512: 22.7   1024: 21.8   4096: 20.8
+_CHUNK_BYTES = {"cpu": 28 << 20, "cuda": 1 << 30}
+_GPU_SHARE = 1 / 64
 _LEAST_ROWS = 320
 # Products over a vocabulary that is no multiple of so many are slow there, by 7 over GPT-2's 50257
 # (H200, bf16): so they are made of one that is over most of it, and one over the rest.
@@ -97,10 +99,17 @@ def check_head(
     if chunk is not None:
         return chunk
     width = torch.finfo(result_dtype(hidden.dtype, weight.dtype)).bits // 8 * vocab
-    wanted = max(_LEAST_ROWS, _CHUNK_BYTES.get(hidden.device.type, 256 << 20) // width)
+    wanted = max(_LEAST_ROWS, _chunk_bytes(hidden.device) // width)
     # Of equal size: a short chunk takes nearly as long as a long one.
     chunks = max(1, round(rows / wanted))
     return max(1, -(-rows // chunks))
+
+
+def _chunk_bytes(device: torch.device) -> int:
+    most = _CHUNK_BYTES.get(device.type, 256 << 20)
+    if device.type != "cuda":
+        return most
+    return min(most, int(_GPU_SHARE * torch.cuda.get_device_properties(device).total_memory))
 
 
 class LinearHead:
@@ -180,7 +189,9 @@ class LinearHead:
                     product = torch.mm(numerators[:, tile].t(), hidden)
                     grad_weight[tile].add_(product, alpha=scale)
             else:
-                self._add_product(grad_weight, numerators.t(), hidden, alpha=scale)
+                for span in spans(weight):
+                    columns = numerators[:, span].t()
+                    self._add_product(grad_weight[span], columns, hidden, alpha=scale)
         if grad_bias.numel():
             if row_scale is None:
                 grad_bias.add_(numerators.sum(0, dtype=self.dtype), alpha=scale)
