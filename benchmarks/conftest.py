@@ -211,7 +211,8 @@ def pytest_benchmark_update_json(config: pytest.Config, benchmarks: Any, output_
     for row in rows:
         row["stats"].pop("data", None)
     # One file per commit: benchmarks of an earlier run that this one did not repeat stay in it.
-    path = Path(config.option.benchmark_json)
+    given = config.option.benchmark_json  # pytest-benchmark opens what the command line names
+    path = Path(getattr(given, "name", given))
     if path.is_file() and path.stat().st_size:
         measured = {row["fullname"] for row in rows}
         earlier = json.loads(path.read_text())["benchmarks"]

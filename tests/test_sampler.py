@@ -321,7 +321,7 @@ def test_graphs_draw_the_same_tokens(
 @pytest.mark.parametrize(
     ("error", "tries"),
     [(torch.OutOfMemoryError, 2), (RuntimeError, 1)],
-    ids=["memory", "operation"],
+    ids=str,
 )
 def test_a_graph_that_cannot_be_captured_is_done_without(
     error: type[RuntimeError], tries: int, model: LanguageModel, monkeypatch: pytest.MonkeyPatch

@@ -163,7 +163,8 @@ def test_sample_logprob_agrees_with_the_cpu(cuda: torch.device) -> None:
     torch.testing.assert_close(got.logp.cpu(), expected.logp, rtol=2e-6, atol=2e-6)
     torch.testing.assert_close(got.lse.cpu(), expected.lse, rtol=1e-6, atol=2e-6)
     same = ops.token_logprob(logits.to(cuda), got.token, inv_temperature=0.9)
-    assert torch.equal(same.logp, got.logp)  # what was sampled is what is scored
+    # What was sampled is what is scored, to the last bit but one: sums of other parts of a row.
+    torch.testing.assert_close(same.logp, got.logp, rtol=2e-7, atol=5e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
