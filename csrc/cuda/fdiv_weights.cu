@@ -3,20 +3,37 @@
 #include "fdpg/cuda.h"
 
 namespace fdpg::cuda {
+namespace {
+
+// Where everything is in a workspace at `at`, and one byte past its end.
+std::pair<FdivTiles, std::size_t> lay_out(const FdivWeightsParams& p, unsigned char* at) {
+  FdivTiles tiles{};
+  tiles.tiles = p.sequences > 0 ? divide_up(p.sequences, kTile) : 1;  // statistics of nobody
+  const unsigned char* begin = at;
+  auto take = [&](auto*& room, int64_t count) {
+    room = reinterpret_cast<std::remove_reference_t<decltype(room)>>(at);
+    at += count * sizeof(*room);
+  };
+  take(tiles.samples, tiles.tiles * kTile);
+  take(tiles.sums, tiles.tiles * kTile);
+  take(tiles.whole, tiles.tiles);
+  take(tiles.bad, tiles.tiles);
+  take(tiles.partial, tiles.tiles);
+  take(tiles.arrived, 2);
+  return {tiles, static_cast<std::size_t>(at - begin)};
+}
+
+}  // namespace
 
 std::size_t fdiv_weights_workspace(const FdivWeightsParams& p) {
-  return p.sequences * (sizeof(SampleReward) + sizeof(RewardSums));
+  return lay_out(p, nullptr).second;
 }
 
 Status fdiv_weights(const FdivWeightsParams& p, void* workspace, Stream stream) {
-  RewardSums* others = static_cast<RewardSums*>(workspace);
-  SampleReward* samples = reinterpret_cast<SampleReward*>(others + p.sequences);
-  const cudaError_t status = launch(reward_samples, divide_up(p.sequences, kRewardThreads),
-                                    kRewardThreads, 0, stream, p, samples);
+  const FdivTiles tiles = lay_out(p, static_cast<unsigned char*>(workspace)).first;
+  const cudaError_t status = launch(reward_samples, tiles.tiles, kTile, 0, stream, p, tiles);
   if (status != cudaSuccess) return status;
-  const int64_t wanted = round_up(p.sequences > 0 ? p.sequences : 1, kWarp);
-  const int threads = static_cast<int>(wanted < kWeighThreads ? wanted : kWeighThreads);
-  return launch(weigh_samples, 1, threads, 0, stream, p, samples, others);
+  return launch(weigh_samples, tiles.tiles, kTile, 0, stream, p, tiles);
 }
 
 }  // namespace fdpg::cuda

@@ -37,13 +37,23 @@ __device__ __forceinline__ double add_in_log_space(double a, double b, double su
 
 // Block g: prompt g.
 __global__ void __launch_bounds__(kPartitionThreads) add_weights(LogPartitionParams p) {
+  constexpr int kAtOnce = 8;  // ids in flight per thread
   PromptWeights mine;
-  for (int64_t i = threadIdx.x; i < p.sequences; i += blockDim.x) {
-    const int64_t prompt = p.prompt[i];
-    if (prompt < 0 || prompt >= p.prompts) mine.bad = 1;
-    if (prompt != blockIdx.x) continue;
-    mine.weights.add(p.log_weight[i]);
-    mine.count += 1;
+  for (int64_t first = threadIdx.x; first < p.sequences; first += kAtOnce * kPartitionThreads) {
+    int64_t prompts[kAtOnce];
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int64_t i = first + k * kPartitionThreads;
+      prompts[k] = i < p.sequences ? p.prompt[i] : 0;
+    }
+#pragma unroll
+    for (int k = 0; k < kAtOnce; ++k) {
+      const int64_t i = first + k * kPartitionThreads;
+      if (prompts[k] < 0 || prompts[k] >= p.prompts) mine.bad = 1;
+      if (i >= p.sequences || prompts[k] != blockIdx.x) continue;
+      mine.weights.add(p.log_weight[i]);
+      mine.count += 1;
+    }
   }
   mine = block_merge(mine);
   if (threadIdx.x != 0) return;

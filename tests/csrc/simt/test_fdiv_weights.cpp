@@ -131,12 +131,13 @@ void every_divergence_and_baseline() {
   }
 }
 
-// From nobody to more than two samples per thread, from one prompt to one sample each.
+// From nobody to several tiles, from one prompt to one sample each; groups that begin, end and lie
+// within tiles.
 void every_size() {
   for (const int32_t baseline :
        {static_cast<int32_t>(BaselineId::loo), static_cast<int32_t>(BaselineId::mean)}) {
-    for (const int64_t size : {0, 1, 2, 33, 700}) {
-      for (const int64_t prompts : {int64_t{1}, int64_t{10}, size + 3}) {
+    for (const int64_t size : {0, 1, 2, 33, 128, 129, 700}) {
+      for (const int64_t prompts : {int64_t{1}, int64_t{4}, int64_t{10}, size + 3}) {
         Batch batch(size, prompts, 1);
         batch.params.divergence = static_cast<int32_t>(DivergenceId::js);
         batch.params.baseline = baseline;
