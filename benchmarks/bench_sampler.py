@@ -131,7 +131,7 @@ class Drawn:
                 if reads:
                     live = (len(self.prompt) + step) * per_token
                     cache[:live].view(torch.int32).sum(dtype=torch.int32)
-                    logits.view(torch.int32).sum(dtype=torch.int32)
+                    logits.view(-1).view(torch.int32).sum(dtype=torch.int32)
 
         return run
 

@@ -477,7 +477,7 @@ def decode_attention(
     keys, values = (t.repeat_interleave(heads // key_heads, dim=1) for t in (keys, values))
     scores = torch.einsum("bhd,bhtd->bht", query, keys)
     scores = capped(scores * (query.shape[2] ** -0.5 if scale is None else scale), softcap)
-    place = torch.arange(keys.shape[2])
+    place = torch.arange(keys.shape[2], device=keys.device)
     live = place < end[:, None]
     if begin is not None:
         live &= place >= begin[:, None]

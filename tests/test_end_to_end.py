@@ -101,6 +101,6 @@ def _assert_loads_in_transformers(trainer: Trainer) -> None:
     text = tokenizer("Once upon a time there was a dog", return_tensors="pt").input_ids
     with torch.no_grad():
         theirs = torch.log_softmax(model(text).logits, -1)
-        ours = torch.log_softmax(trainer.policy.model(text).logits, -1)
+        ours = torch.log_softmax(trainer.policy.model(text.to(trainer.policy.device)).logits, -1)
     # The same weights in another order of sums: what fp32 promises is 1e-4 nats per token.
-    assert float((theirs - ours).abs().max()) < 1e-4
+    assert float((theirs - ours.cpu()).abs().max()) < 1e-4
