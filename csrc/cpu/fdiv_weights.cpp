@@ -60,12 +60,12 @@ void weigh(const FdivWeightsParams& p, const Divergence& divergence, Baseline) {
   for (int64_t i = 0; i < B; ++i) {
     const double baseline = Baseline::value(sums[i]);
     p.weights[i] = samples[i].weight(baseline);
-    statistics.add(samples[i], baseline);
+    statistics.add(SampleStatistics(samples[i], baseline));
     batch.add(samples[i].ratio_reward, samples[i].ratio);
   }
   statistics.write(p.statistics);
   if constexpr (Baseline::kScope == Scope::kEarlierBatches) {
-    update_moving_average(p.baseline_state, batch, B - statistics.n_skipped, p.baseline_param);
+    update_moving_average(p.baseline_state, batch, B - statistics.counts.skipped, p.baseline_param);
   }
 }
 

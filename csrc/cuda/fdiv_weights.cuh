@@ -7,7 +7,10 @@
 // last block to get there adds up the batch.
 //   bytes:  B (4 * 8 + 8) read, 8 B written; 88 B of workspace written and read again: 1 MB for
 //           4096 samples, which stays in the L2 cache
-//   floor:  two launches, about 4 us, and eight merges of statistics, one after the other
+//   floor:  two launches, about 4 us, and what the threads of a block wait for each other
+//
+// A warp has a statistic of a tile, or of all tiles: totals by a tree over its lanes, then what is
+// relative to them by another. So nothing divides but for the means.
 //
 // The leave-one-out baselines add what is before a sample to what is after it, as on the CPU:
 // subtracting a sample from the whole would cancel where one importance ratio outweighs the rest.
@@ -34,12 +37,103 @@ struct FdivTiles {
   struct Partial {
     BatchStatistics statistics;
     RewardSums sums;
-    __device__ void merge(const Partial& later) {
-      statistics.merge(later.statistics);
-      sums.merge(later.sums);
-    }
   }* partial;         // (tiles,)
   unsigned* arrived;  // how many blocks of the second launch have left their partial
+};
+
+// Of a batch, by a block: counts and sums, which are added up alike.
+struct Totals {
+  Counts counts;
+  RewardSums sums;
+  __device__ void merge(const Totals& later) {
+    counts.merge(later.counts);
+    sums.merge(later.sums);
+  }
+};
+
+// The sum over the lanes of a warp, the same bits in all.
+__device__ __forceinline__ double warp_sum(double x) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    x += __shfl_xor_sync(0xffffffffu, x, distance);
+  }
+  return x;
+}
+
+// The larger of two of the lanes of a warp, and so on: NaN if there is one.
+__device__ __forceinline__ double warp_largest(double x) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    x = larger(x, __shfl_xor_sync(0xffffffffu, x, distance));
+  }
+  return x;
+}
+
+// A statistic of disjoint parts, part(0) ... part(count - 1), by a warp.
+template <class Part>
+__device__ void take_whole(int64_t count, const Part& part, Moments* out) {
+  const int lane = threadIdx.x % kWarp;
+  Moments whole;
+  for (int64_t k = lane; k < count; k += kWarp) {
+    const Moments mine = part(k);
+    whole.n += mine.n;
+    whole.sum += mine.sum;
+  }
+  whole.n = warp_sum(whole.n);
+  whole.sum = warp_sum(whole.sum);
+  whole.centre = whole.mean();
+  for (int64_t k = lane; k < count; k += kWarp) whole.square += part(k).square_about(whole.centre);
+  whole.square = warp_sum(whole.square);
+  if (lane == 0) *out = whole;
+}
+
+template <class Part>
+__device__ void take_whole(int64_t count, const Part& part, EffectiveSize* out) {
+  const int lane = threadIdx.x % kWarp;
+  EffectiveSize whole;
+  for (int64_t k = lane; k < count; k += kWarp) {
+    whole.largest = larger(whole.largest, part(k).largest);
+  }
+  whole.largest = warp_largest(whole.largest);
+  for (int64_t k = lane; k < count; k += kWarp) {
+    const EffectiveSize mine = part(k);
+    const double scale = mine.scale_in(whole.largest);
+    whole.sum += scale * mine.sum;
+    whole.squares += scale * scale * mine.squares;
+  }
+  whole.sum = warp_sum(whole.sum);
+  whole.squares = warp_sum(whole.squares);
+  if (lane == 0) *out = whole;
+}
+
+// All statistics but the counts, each by a warp. `part(k, statistic, value)`: that of part k, of
+// which BatchStatistics::each says what it is made of.
+template <class Part>
+__device__ void take_wholes(int64_t count, const Part& part, BatchStatistics* out) {
+  int job = 0;
+  BatchStatistics::each([&](auto statistic, auto value) {
+    if (job++ % (kTile / kWarp) != static_cast<int>(threadIdx.x) / kWarp) return;
+    take_whole(count, [&](int64_t k) { return part(k, statistic, value); }, &(out->*statistic));
+  });
+}
+
+struct PartIsSample {
+  const SampleStatistics* samples;
+
+  template <class S>
+  __device__ S operator()(int64_t k, S BatchStatistics::*, double SampleStatistics::* value) const {
+    return samples[k].used ? S::of(samples[k].*value) : S{};
+  }
+};
+
+struct PartIsTile {
+  const FdivTiles::Partial* tiles;
+
+  template <class S>
+  __device__ S operator()(int64_t k, S BatchStatistics::* statistic,
+                          double SampleStatistics::*) const {
+    return tiles[k].statistics.*statistic;
+  }
 };
 
 // Block k, thread t: sample t of tile k.
@@ -113,9 +207,11 @@ __device__ void refuse(const FdivWeightsParams& p, int64_t i) {
 // Block k, thread t: sample t of tile k.
 __global__ void __launch_bounds__(kTile) weigh_samples(FdivWeightsParams p, FdivTiles tiles) {
   __shared__ int64_t prompts[kTile];
-  alignas(16) __shared__ unsigned char storage[kTile * sizeof(RewardSums)];
+  alignas(16) __shared__ unsigned char sums_storage[kTile * sizeof(RewardSums)];
+  alignas(16) __shared__ unsigned char statistics_storage[kTile * sizeof(SampleStatistics)];
   __shared__ bool last;
-  RewardSums* sums = reinterpret_cast<RewardSums*>(storage);
+  RewardSums* sums = reinterpret_cast<RewardSums*>(sums_storage);
+  SampleStatistics* statistics = reinterpret_cast<SampleStatistics*>(statistics_storage);
   const int t = threadIdx.x;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kTile + t;
   const bool exists = i < p.sequences;
@@ -129,7 +225,8 @@ __global__ void __launch_bounds__(kTile) weigh_samples(FdivWeightsParams p, Fdiv
   Scope scope = Scope::kNothing;
   visit_baseline(p.baseline, [&](auto baseline) { scope = baseline.kScope; });
   const bool learns = scope == Scope::kEarlierBatches;
-  FdivTiles::Partial mine;
+  Totals totals;
+  SampleStatistics mine;
   if (exists) {
     RewardSums others;
     if (learns) others = {p.baseline_state[0], p.baseline_state[1]};
@@ -139,30 +236,40 @@ __global__ void __launch_bounds__(kTile) weigh_samples(FdivWeightsParams p, Fdiv
     double value = 0;
     visit_baseline(p.baseline, [&](auto baseline) { value = baseline.value(others); });
     p.weights[i] = sample.weight(value);
-    mine.statistics.add(sample, value);
-    mine.sums.add(sample.ratio_reward, sample.ratio);
+    mine = SampleStatistics(sample, value);
+    totals.counts.add(mine);
+    totals.sums.add(sample.ratio_reward, sample.ratio);
   }
-  mine = block_merge(mine);
+  statistics[t] = mine;
+  totals = block_merge(totals);  // and a barrier
+  FdivTiles::Partial* out = tiles.partial + blockIdx.x;
   if (t == 0) {
-    tiles.partial[blockIdx.x] = mine;
-    __threadfence();
-    last = atomicInc(tiles.arrived, gridDim.x - 1) == gridDim.x - 1;
+    out->statistics.counts = totals.counts;
+    out->sums = totals.sums;
   }
+  take_wholes(kTile, PartIsSample{statistics}, &out->statistics);
+  __threadfence();
+  __syncthreads();
+  if (t == 0) last = atomicInc(tiles.arrived, gridDim.x - 1) == gridDim.x - 1;
   __syncthreads();
   if (!last) return;
 
   __threadfence();
-  const int64_t each = divide_up(tiles.tiles, kTile);
-  FdivTiles::Partial batch;
-  for (int64_t k = t * each; k < min(tiles.tiles, (t + 1) * each); ++k) {
-    batch.merge(tiles.partial[k]);
+  totals = {};
+  for (int64_t k = t; k < tiles.tiles; k += kTile) {
+    totals.merge({tiles.partial[k].statistics.counts, tiles.partial[k].sums});
   }
-  batch = block_merge(batch);
+  totals = block_merge(totals);
+  alignas(16) __shared__ unsigned char whole_storage[sizeof(BatchStatistics)];
+  BatchStatistics* whole = reinterpret_cast<BatchStatistics*>(whole_storage);
+  take_wholes(tiles.tiles, PartIsTile{tiles.partial}, whole);
+  __syncthreads();
   if (t != 0) return;
-  batch.statistics.write(p.statistics);
+  whole->counts = totals.counts;
+  whole->write(p.statistics);
   if (learns) {
-    const int64_t used = p.sequences - batch.statistics.n_skipped;
-    update_moving_average(p.baseline_state, batch.sums, used, p.baseline_param);
+    const int64_t used = p.sequences - totals.counts.skipped;
+    update_moving_average(p.baseline_state, totals.sums, used, p.baseline_param);
   }
 }
 

@@ -255,8 +255,8 @@ void test_list() {
   CHECK(!visit_baseline(-1, [](auto) {}));
 }
 
-// Partial sums merged in any grouping are what one walk gives: CUDA relies on it.
-void test_merging_accumulators() {
+// What parts of a batch come to together is what one walk gives: CUDA relies on it.
+void test_statistics_of_parts() {
   Moments whole, left, right, empty;
   EffectiveSize whole_size, left_size, right_size;
   for (int i = 0; i < 100; ++i) {
@@ -266,13 +266,26 @@ void test_merging_accumulators() {
     whole_size.add(log_w);
     (i < 37 ? left_size : right_size).add(log_w);
   }
-  left.merge(empty);
-  left.merge(right);
-  CHECK(left.n == whole.n);
-  CHECK_NEAR(left.mean(), whole.mean(), 1e-14);
-  CHECK_NEAR(left.deviation(), whole.deviation(), 1e-14);
-  empty.merge(whole);
-  CHECK(empty.mean() == whole.mean() && empty.square == whole.square && empty.n == whole.n);
+  Moments both;
+  both.n = left.n + right.n + empty.n;
+  both.sum = left.sum + right.sum + empty.sum;
+  both.centre = both.mean();
+  for (const Moments& part : {left, right, empty, Moments::of(both.centre)}) {
+    both.square += part.square_about(both.centre);
+  }
+  CHECK(both.n == whole.n);
+  CHECK_NEAR(both.mean(), whole.mean(), 1e-14);
+  CHECK_NEAR(both.deviation(), whole.deviation(), 1e-14);
+  CHECK(Moments::of(3.0).square_about(5.0) == 4.0);
+
+  double sum = 0, squares = 0;
+  for (const EffectiveSize& part : {left_size, right_size, EffectiveSize::of(-kInf)}) {
+    const double scale = part.scale_in(whole_size.largest);
+    sum += scale * part.sum;
+    squares += scale * scale * part.squares;
+  }
+  CHECK_NEAR(sum, whole_size.sum, 1e-12);
+  CHECK_NEAR(squares, whole_size.squares, 1e-12);
   right_size.merge(left_size);
   CHECK_NEAR(right_size.value(), whole_size.value(), 1e-12);
   whole.add(kInf);
@@ -299,6 +312,6 @@ int main() {
   test_terms_at_the_extremes();
   test_bad_prompts();
   test_list();
-  test_merging_accumulators();
+  test_statistics_of_parts();
   return test_result();
 }

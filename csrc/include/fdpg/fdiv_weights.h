@@ -95,14 +95,17 @@ FDPG_HOST_DEVICE inline SampleReward sample_reward(const FdivWeightsParams& p,
 }
 
 // -------------------------------------------------------------------------------------------------
-// Accumulators: each can add() a sample and merge() with what a later stretch of samples gave.
+// Statistics of a batch. A CPU add()s its samples one after the other; a GPU has them all at once,
+// and from a part of it, and from all parts, takes totals first and then what is relative to them.
 
-// Mean and variance (Welford 1962; merging by Chan, Golub, LeVeque 1979).
+// Mean and variance (Welford 1962; of parts: Chan, Golub, LeVeque 1979).
 struct Moments {
   double n = 0.0;
   double sum = 0.0;     // beside `centre`, so that the mean of an infinite sample is infinite
-  double centre = 0.0;  // the running mean
+  double centre = 0.0;  // the mean
   double square = 0.0;  // sum of squared distances from it
+
+  FDPG_HOST_DEVICE static Moments of(double x) { return {1.0, x, x, 0.0}; }
 
   FDPG_HOST_DEVICE void add(double x) {
     n += 1.0;
@@ -111,14 +114,11 @@ struct Moments {
     centre += distance / n;
     square += distance * (x - centre);
   }
-  FDPG_HOST_DEVICE void merge(const Moments& later) {
-    if (later.n == 0.0) return;
-    const double total = n + later.n;
-    const double distance = later.centre - centre;
-    sum += later.sum;
-    centre += distance * (later.n / total);
-    square += later.square + distance * distance * (n * later.n / total);
-    n = total;
+  // Sum of squared distances from the mean of a whole that this is a part of.
+  FDPG_HOST_DEVICE double square_about(double mean_of_whole) const {
+    if (n == 0.0) return 0.0;
+    const double distance = centre - mean_of_whole;
+    return square + n * (distance * distance);
   }
   FDPG_HOST_DEVICE double mean() const { return n > 0.0 ? sum / n : 0.0; }
   // Standard deviation with n - 1; 0 for fewer than two.
@@ -136,10 +136,12 @@ struct EffectiveSize {
   double sum = 0.0;      // of w / exp(largest)
   double squares = 0.0;  // of its square
 
-  FDPG_HOST_DEVICE void add(double log_w) {
-    if (log_w == -INFINITY) return;
-    merge({log_w, 1.0, 1.0});
+  FDPG_HOST_DEVICE static EffectiveSize of(double log_w) {
+    if (log_w == -INFINITY) return {};
+    return {log_w, 1.0, 1.0};
   }
+
+  FDPG_HOST_DEVICE void add(double log_w) { merge(of(log_w)); }
   FDPG_HOST_DEVICE void merge(const EffectiveSize& later) {
     if (later.largest == -INFINITY) return;
     const bool grows = !(later.largest <= largest);  // also when it is NaN, which stays
@@ -150,70 +152,104 @@ struct EffectiveSize {
                                 high.squares + scale * scale * low.squares};
     *this = both;
   }
+  // What its sums are to be multiplied with (and by the square of it) in a whole of that largest.
+  FDPG_HOST_DEVICE double scale_in(double largest_of_whole) const {
+    if (largest == -INFINITY) return 0.0;
+    return largest == largest_of_whole ? 1.0 : std::exp(largest - largest_of_whole);
+  }
   FDPG_HOST_DEVICE double value() const { return sum > 0.0 ? sum * sum / squares : 0.0; }
 };
 
 // The larger, and NaN if either is NaN.
 FDPG_HOST_DEVICE inline double larger(double a, double b) { return b <= a || a != a ? a : b; }
 
-// All that statistics.h asks for.
-struct BatchStatistics {
-  int64_t n_skipped = 0, n_off_support = 0, n_ratio_clipped = 0, n_reward_clipped = 0;
-  Moments reward, baseline, advantage, ratio, term;
-  EffectiveSize ratio_size, target_size;
+// What one sample adds to the statistics.
+struct SampleStatistics {
+  bool used = false, off_support = false, ratio_clipped = false, reward_clipped = false;
+  double reward = 0.0, baseline = 0.0, advantage = 0.0, term = 0.0;
+  double ratio = 0.0;  // before truncation
+  double log_ratio = -INFINITY, log_target_ratio = -INFINITY;
+  double weight_abs = 0.0;
+
+  SampleStatistics() = default;
+  FDPG_HOST_DEVICE SampleStatistics(const SampleReward& s, double sample_baseline) {
+    used = s.used;
+    if (!used) return;
+    off_support = !s.on_support;
+    ratio_clipped = s.ratio_clipped;
+    reward_clipped = s.reward_clipped;
+    reward = s.reward;
+    baseline = sample_baseline;
+    advantage = s.reward - sample_baseline;
+    term = s.term;
+    ratio = std::exp(s.log_ratio);
+    log_ratio = s.log_ratio;
+    log_target_ratio = s.log_target_ratio;
+    weight_abs = std::fabs(s.weight(sample_baseline));
+  }
+};
+
+struct Counts {
+  int64_t skipped = 0, off_support = 0, ratio_clipped = 0, reward_clipped = 0;
   double weight_abs_max = 0.0, ratio_max = 0.0;
 
-  FDPG_HOST_DEVICE void add(const SampleReward& s, double sample_baseline) {
-    if (!s.used) {
-      ++n_skipped;
-      return;
-    }
-    const double ratio_before = std::exp(s.log_ratio);
-    n_off_support += !s.on_support;
-    n_ratio_clipped += s.ratio_clipped;
-    n_reward_clipped += s.reward_clipped;
-    reward.add(s.reward);
-    baseline.add(sample_baseline);
-    advantage.add(s.reward - sample_baseline);
-    ratio.add(ratio_before);
-    term.add(s.term);
-    ratio_size.add(s.log_ratio);
-    target_size.add(s.log_target_ratio);
-    weight_abs_max = larger(weight_abs_max, std::fabs(s.weight(sample_baseline)));
-    ratio_max = larger(ratio_max, ratio_before);
+  FDPG_HOST_DEVICE void add(const SampleStatistics& s) {
+    skipped += !s.used;
+    off_support += s.off_support;
+    ratio_clipped += s.ratio_clipped;
+    reward_clipped += s.reward_clipped;
+    weight_abs_max = larger(weight_abs_max, s.weight_abs);
+    ratio_max = larger(ratio_max, s.ratio);
   }
-
-  FDPG_HOST_DEVICE void merge(const BatchStatistics& later) {
-    n_skipped += later.n_skipped;
-    n_off_support += later.n_off_support;
-    n_ratio_clipped += later.n_ratio_clipped;
-    n_reward_clipped += later.n_reward_clipped;
-    reward.merge(later.reward);
-    baseline.merge(later.baseline);
-    advantage.merge(later.advantage);
-    ratio.merge(later.ratio);
-    term.merge(later.term);
-    ratio_size.merge(later.ratio_size);
-    target_size.merge(later.target_size);
+  FDPG_HOST_DEVICE void merge(const Counts& later) {
+    skipped += later.skipped;
+    off_support += later.off_support;
+    ratio_clipped += later.ratio_clipped;
+    reward_clipped += later.reward_clipped;
     weight_abs_max = larger(weight_abs_max, later.weight_abs_max);
     ratio_max = larger(ratio_max, later.ratio_max);
+  }
+};
+
+// All that statistics.h asks for.
+struct BatchStatistics {
+  Counts counts;
+  Moments reward, baseline, advantage, ratio, term;
+  EffectiveSize ratio_size, target_size;
+
+  // Calls fn(statistic, what a used sample adds to it) for each, with pointers to members.
+  template <class Fn>
+  FDPG_HOST_DEVICE static void each(Fn&& fn) {
+    fn(&BatchStatistics::reward, &SampleStatistics::reward);
+    fn(&BatchStatistics::baseline, &SampleStatistics::baseline);
+    fn(&BatchStatistics::advantage, &SampleStatistics::advantage);
+    fn(&BatchStatistics::ratio, &SampleStatistics::ratio);
+    fn(&BatchStatistics::term, &SampleStatistics::term);
+    fn(&BatchStatistics::ratio_size, &SampleStatistics::log_ratio);
+    fn(&BatchStatistics::target_size, &SampleStatistics::log_target_ratio);
+  }
+
+  FDPG_HOST_DEVICE void add(const SampleStatistics& s) {
+    counts.add(s);
+    if (!s.used) return;
+    each([&](auto statistic, auto value) { (this->*statistic).add(s.*value); });
   }
 
   // `out`: (kStatistics,). A batch without a used sample gives zeros.
   FDPG_HOST_DEVICE void write(double* out) const {
     out[k_n_used] = reward.n;
-    out[k_n_skipped] = static_cast<double>(n_skipped);
-    out[k_n_off_support] = static_cast<double>(n_off_support);
+    out[k_n_skipped] = static_cast<double>(counts.skipped);
+    out[k_n_off_support] = static_cast<double>(counts.off_support);
     out[k_reward_mean] = reward.mean();
     out[k_reward_std] = reward.deviation();
     out[k_baseline_mean] = baseline.mean();
     out[k_advantage_std] = advantage.deviation();
-    out[k_weight_abs_max] = weight_abs_max;
+    out[k_weight_abs_max] = counts.weight_abs_max;
     out[k_ratio_mean] = ratio.mean();
-    out[k_ratio_max] = ratio_max;
+    out[k_ratio_max] = counts.ratio_max;
     out[k_ratio_ess] = ratio_size.value();
-    out[k_n_ratio_clipped] = static_cast<double>(n_ratio_clipped);
-    out[k_n_reward_clipped] = static_cast<double>(n_reward_clipped);
+    out[k_n_ratio_clipped] = static_cast<double>(counts.ratio_clipped);
+    out[k_n_reward_clipped] = static_cast<double>(counts.reward_clipped);
     out[k_target_ess] = target_size.value();
     out[k_divergence] = term.mean();
     out[k_divergence_se] = term.standard_error();
