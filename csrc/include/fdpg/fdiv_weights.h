@@ -63,13 +63,12 @@ FDPG_HOST_DEVICE inline SampleReward sample_reward(const FdivWeightsParams& p,
                                                    const Divergence& divergence, int64_t i) {
   SampleReward s;
   const double log_z = p.log_z[p.prompt[i]];
-  const double log_pi = p.log_pi[i];
+  const double log_pi = p.log_pi[i], log_q = p.log_q[i], log_score = p.log_score[i];
   // A policy that cannot produce x has no gradient there; what is left of it is 0 * inf.
   s.used = log_z != -INFINITY && log_pi != -INFINITY;
   if (!s.used) return s;
 
-  const double log_q = p.log_q[i];
-  const double log_p = p.log_score[i] - log_z;
+  const double log_p = log_score - log_z;
   s.on_support = log_p != -INFINITY;
   s.log_ratio = log_pi - log_q;
   s.log_target_ratio = log_p - log_q;
