@@ -263,11 +263,15 @@ __global__ void __launch_bounds__(kTile) weigh_samples(FdivWeightsParams p, Fdiv
   alignas(16) __shared__ unsigned char whole_storage[sizeof(BatchStatistics)];
   BatchStatistics* whole = reinterpret_cast<BatchStatistics*>(whole_storage);
   take_wholes(tiles.tiles, PartIsTile{tiles.partial}, whole);
+  if (t == 0) whole->counts = totals.counts;
   __syncthreads();
-  if (t != 0) return;
-  whole->counts = totals.counts;
-  whole->write(p.statistics);
-  if (learns) {
+  // Each divides, and a warp would do one after the other; so the warps share them.
+#pragma unroll 1
+  for (int k = t / kWarp; k < kStatistics; k += kTile / kWarp) {
+    if (t % kWarp == 0) p.statistics[k] = whole->value(k);
+  }
+  if (t == 0 && learns) {
+
     const int64_t used = p.sequences - totals.counts.skipped;
     update_moving_average(p.baseline_state, totals.sums, used, p.baseline_param);
   }
