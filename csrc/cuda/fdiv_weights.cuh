@@ -9,18 +9,19 @@
 //           4096 samples, which stays in the L2 cache
 //   floor:  two launches, about 4 us, and what the threads of a block wait for each other
 //
-// A warp has a statistic of a tile, or of all tiles: totals by a tree over its lanes, then what is
-// relative to them by another. So nothing divides but for the means.
-//
 // The leave-one-out baselines add what is before a sample to what is after it, as on the CPU:
 // subtracting a sample from the whole would cancel where one importance ratio outweighs the rest.
 // So a sample walks to both ends of its group, over tiles that lie within it by their sums.
+//
+// What a block waits for is its chains of steps and the fetching of its code, each of which runs
+// once: so statistics share code, and divisions are a warp's each.
 #pragma once
 
 #include "device.cuh"
 //
 #include "fdpg/fdiv_weights.h"
 #include "reduce.cuh"
+#include "whole.cuh"
 
 namespace fdpg::cuda {
 namespace {
@@ -51,70 +52,37 @@ struct Totals {
   }
 };
 
-// The sum over the lanes of a warp, the same bits in all.
-__device__ __forceinline__ double warp_sum(double x) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    x += __shfl_xor_sync(0xffffffffu, x, distance);
-  }
-  return x;
-}
-
-// The larger of two of the lanes of a warp, and so on: NaN if there is one.
-__device__ __forceinline__ double warp_largest(double x) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    x = larger(x, __shfl_xor_sync(0xffffffffu, x, distance));
-  }
-  return x;
-}
-
-// A statistic of disjoint parts, part(0) ... part(count - 1), by a warp.
-template <class Part>
-__device__ void take_whole(int64_t count, const Part& part, Moments* out) {
-  const int lane = threadIdx.x % kWarp;
-  Moments whole;
-  for (int64_t k = lane; k < count; k += kWarp) {
-    const Moments mine = part(k);
-    whole.n += mine.n;
-    whole.sum += mine.sum;
-  }
-  whole.n = warp_sum(whole.n);
-  whole.sum = warp_sum(whole.sum);
-  whole.centre = whole.mean();
-  for (int64_t k = lane; k < count; k += kWarp) whole.square += part(k).square_about(whole.centre);
-  whole.square = warp_sum(whole.square);
-  if (lane == 0) *out = whole;
-}
-
-template <class Part>
-__device__ void take_whole(int64_t count, const Part& part, EffectiveSize* out) {
-  const int lane = threadIdx.x % kWarp;
-  EffectiveSize whole;
-  for (int64_t k = lane; k < count; k += kWarp) {
-    whole.largest = larger(whole.largest, part(k).largest);
-  }
-  whole.largest = warp_largest(whole.largest);
-  for (int64_t k = lane; k < count; k += kWarp) {
-    const EffectiveSize mine = part(k);
-    const double scale = mine.scale_in(whole.largest);
-    whole.sum += scale * mine.sum;
-    whole.squares += scale * scale * mine.squares;
-  }
-  whole.sum = warp_sum(whole.sum);
-  whole.squares = warp_sum(whole.squares);
-  if (lane == 0) *out = whole;
-}
-
 // All statistics but the counts, each by a warp. `part(k, statistic, value)`: that of part k, of
-// which BatchStatistics::each says what it is made of.
+// which BatchStatistics::each says what it is made of. A warp finds its statistics as it runs: code
+// of its own for each would be twice the kernel.
 template <class Part>
 __device__ void take_wholes(int64_t count, const Part& part, BatchStatistics* out) {
-  int job = 0;
-  BatchStatistics::each([&](auto statistic, auto value) {
-    if (job++ % (kTile / kWarp) != static_cast<int>(threadIdx.x) / kWarp) return;
-    take_whole(count, [&](int64_t k) { return part(k, statistic, value); }, &(out->*statistic));
-  });
+#pragma unroll 1
+  for (int job = threadIdx.x / kWarp;; job += kTile / kWarp) {
+    Moments BatchStatistics::* moments = nullptr;
+    EffectiveSize BatchStatistics::* size = nullptr;
+    double SampleStatistics::* made_of = nullptr;
+    int k = 0;
+    BatchStatistics::each([&](auto statistic, auto value) {
+      if (k++ != job) return;
+      if constexpr (std::is_same_v<decltype(statistic), decltype(moments)>) {
+        moments = statistic;
+      } else {
+        size = statistic;
+      }
+      made_of = value;
+    });
+    if (job >= k) return;
+    auto take = [&](auto statistic, auto whole) {
+      take_whole(count, [&](int64_t i) { return part(i, statistic, made_of); }, whole);
+      if (threadIdx.x % kWarp == 0) out->*statistic = whole;
+    };
+    if (moments != nullptr) {
+      take(moments, Moments());
+    } else {
+      take(size, EffectiveSize());
+    }
+  }
 }
 
 struct PartIsSample {
