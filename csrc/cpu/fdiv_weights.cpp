@@ -63,7 +63,7 @@ void weigh(const FdivWeightsParams& p, const Divergence& divergence, Baseline) {
     statistics.add(SampleStatistics(samples[i], baseline));
     batch.add(samples[i].ratio_reward, samples[i].ratio);
   }
-  statistics.write(p.statistics);
+  for (int32_t k = 0; k < kStatistics; ++k) p.statistics[k] = statistics.value(k);
   if constexpr (Baseline::kScope == Scope::kEarlierBatches) {
     update_moving_average(p.baseline_state, batch, B - statistics.counts.skipped, p.baseline_param);
   }

@@ -9,18 +9,19 @@
 //           4096 samples, which stays in the L2 cache
 //   floor:  two launches, about 4 us, and what the threads of a block wait for each other
 //
-// A warp has a statistic of a tile, or of all tiles: totals by a tree over its lanes, then what is
-// relative to them by another. So nothing divides but for the means.
-//
 // The leave-one-out baselines add what is before a sample to what is after it, as on the CPU:
 // subtracting a sample from the whole would cancel where one importance ratio outweighs the rest.
 // So a sample walks to both ends of its group, over tiles that lie within it by their sums.
+//
+// What a block waits for is its chains of steps and the fetching of its code, each of which runs
+// once: so statistics share code, and divisions are a warp's each.
 #pragma once
 
 #include "device.cuh"
 //
 #include "fdpg/fdiv_weights.h"
 #include "reduce.cuh"
+#include "whole.cuh"
 
 namespace fdpg::cuda {
 namespace {
@@ -51,70 +52,37 @@ struct Totals {
   }
 };
 
-// The sum over the lanes of a warp, the same bits in all.
-__device__ __forceinline__ double warp_sum(double x) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    x += __shfl_xor_sync(0xffffffffu, x, distance);
-  }
-  return x;
-}
-
-// The larger of two of the lanes of a warp, and so on: NaN if there is one.
-__device__ __forceinline__ double warp_largest(double x) {
-#pragma unroll
-  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
-    x = larger(x, __shfl_xor_sync(0xffffffffu, x, distance));
-  }
-  return x;
-}
-
-// A statistic of disjoint parts, part(0) ... part(count - 1), by a warp.
-template <class Part>
-__device__ void take_whole(int64_t count, const Part& part, Moments* out) {
-  const int lane = threadIdx.x % kWarp;
-  Moments whole;
-  for (int64_t k = lane; k < count; k += kWarp) {
-    const Moments mine = part(k);
-    whole.n += mine.n;
-    whole.sum += mine.sum;
-  }
-  whole.n = warp_sum(whole.n);
-  whole.sum = warp_sum(whole.sum);
-  whole.centre = whole.mean();
-  for (int64_t k = lane; k < count; k += kWarp) whole.square += part(k).square_about(whole.centre);
-  whole.square = warp_sum(whole.square);
-  if (lane == 0) *out = whole;
-}
-
-template <class Part>
-__device__ void take_whole(int64_t count, const Part& part, EffectiveSize* out) {
-  const int lane = threadIdx.x % kWarp;
-  EffectiveSize whole;
-  for (int64_t k = lane; k < count; k += kWarp) {
-    whole.largest = larger(whole.largest, part(k).largest);
-  }
-  whole.largest = warp_largest(whole.largest);
-  for (int64_t k = lane; k < count; k += kWarp) {
-    const EffectiveSize mine = part(k);
-    const double scale = mine.scale_in(whole.largest);
-    whole.sum += scale * mine.sum;
-    whole.squares += scale * scale * mine.squares;
-  }
-  whole.sum = warp_sum(whole.sum);
-  whole.squares = warp_sum(whole.squares);
-  if (lane == 0) *out = whole;
-}
-
 // All statistics but the counts, each by a warp. `part(k, statistic, value)`: that of part k, of
-// which BatchStatistics::each says what it is made of.
+// which BatchStatistics::each says what it is made of. A warp finds its statistics as it runs: code
+// of its own for each would be twice the kernel.
 template <class Part>
 __device__ void take_wholes(int64_t count, const Part& part, BatchStatistics* out) {
-  int job = 0;
-  BatchStatistics::each([&](auto statistic, auto value) {
-    if (job++ % (kTile / kWarp) != static_cast<int>(threadIdx.x) / kWarp) return;
-    take_whole(count, [&](int64_t k) { return part(k, statistic, value); }, &(out->*statistic));
-  });
+#pragma unroll 1
+  for (int job = threadIdx.x / kWarp;; job += kTile / kWarp) {
+    Moments BatchStatistics::* moments = nullptr;
+    EffectiveSize BatchStatistics::* size = nullptr;
+    double SampleStatistics::* made_of = nullptr;
+    int k = 0;
+    BatchStatistics::each([&](auto statistic, auto value) {
+      if (k++ != job) return;
+      if constexpr (std::is_same_v<decltype(statistic), decltype(moments)>) {
+        moments = statistic;
+      } else {
+        size = statistic;
+      }
+      made_of = value;
+    });
+    if (job >= k) return;
+    auto take = [&](auto statistic, auto whole) {
+      take_whole(count, [&](int64_t i) { return part(i, statistic, made_of); }, whole);
+      if (threadIdx.x % kWarp == 0) out->*statistic = whole;
+    };
+    if (moments != nullptr) {
+      take(moments, Moments());
+    } else {
+      take(size, EffectiveSize());
+    }
+  }
 }
 
 struct PartIsSample {
@@ -161,33 +129,52 @@ __global__ void __launch_bounds__(kTile) reward_samples(FdivWeightsParams p, Fdi
   if (blockIdx.x == 0) *tiles.arrived = 0;
 }
 
-// The sums over the samples of i's group but i. A group is the batch or the samples of one prompt,
-// which are neighbours. `prompts` and `sums` are the tile of i, in shared memory; t is its place.
+// The places [first, end) in a tile of the samples of one group: the batch, or the samples of one
+// prompt, which are neighbours. `prompts` is the tile; `starts` has a word for each warp.
+struct Span {
+  int first, end;
+};
+__device__ Span group_in_tile(bool whole_batch, const int64_t* prompts, unsigned* starts) {
+  const int t = threadIdx.x, lane = t % kWarp;
+  const bool start = t == 0 || (!whole_batch && prompts[t - 1] != prompts[t]);
+  const unsigned votes = __ballot_sync(0xffffffffu, start);
+  if (lane == 0) starts[t / kWarp] = votes;
+  __syncthreads();
+  const unsigned up_to_mine = 0xffffffffu >> (kWarp - 1 - lane);
+  int w = t / kWarp;
+  unsigned found = starts[w] & up_to_mine;
+  while (found == 0) found = starts[--w];  // the tile's first sample is a start
+  const int first = w * kWarp + kWarp - 1 - __clz(static_cast<int>(found));
+  w = t / kWarp;
+  found = starts[w] & ~up_to_mine;
+  while (found == 0 && ++w < kTile / kWarp) found = starts[w];
+  return {first, w * kWarp + (found ? __ffs(static_cast<int>(found)) - 1 : 0)};
+}
+
+// The sums over the samples of i's group but i, nearest first. `sums` is the tile of i, in shared
+// memory; t is its place and `mine` where its group lies. `prompts` are the tile's, from -1 to
+// kTile: with its two neighbours. No loop over sums waits for what it reads to know whether it goes
+// on, but at the far ends of a group that leaves the tile.
 __device__ RewardSums others_of(const FdivWeightsParams& p, const FdivTiles& tiles,
-                                bool whole_batch, const int64_t* prompts, const RewardSums* sums,
-                                int t) {
+                                bool whole_batch, Span mine, const int64_t* prompts,
+                                const RewardSums* sums, int t) {
   const int64_t tile = blockIdx.x, prompt = prompts[t];
-  const int size = static_cast<int>(min(static_cast<int64_t>(kTile), p.sequences - tile * kTile));
   auto in_group = [&](int64_t j) { return whole_batch || p.prompt[j] == prompt; };
 
   RewardSums before;
-  int k = t - 1;
-  while (k >= 0 && (whole_batch || prompts[k] == prompt)) before.merge(sums[k--]);
-  if (k < 0) {
-    int64_t whole = tile - 1;
-    while (whole >= 0 && in_group(whole * kTile)) before.merge(tiles.whole[whole--]);
-    if (whole >= 0) {
-      for (int64_t j = whole * kTile + kTile - 1; in_group(j); --j) before.merge(tiles.sums[j]);
-    }
+  for (int k = t - 1; k >= mine.first; --k) before.merge(sums[k]);
+  if (mine.first == 0 && (whole_batch || prompts[-1] == prompt)) {
+    int64_t whole = whole_batch ? 0 : tile;  // the first tile that lies within the group
+    while (whole > 0 && in_group((whole - 1) * kTile)) --whole;
+    for (int64_t k = tile - 1; k >= whole; --k) before.merge(tiles.whole[k]);
+    for (int64_t j = whole * kTile - 1; j >= 0 && in_group(j); --j) before.merge(tiles.sums[j]);
   }
   RewardSums after;
-  k = t + 1;
-  while (k < size && (whole_batch || prompts[k] == prompt)) after.merge(sums[k++]);
-  if (k == kTile) {
-    int64_t whole = tile + 1;
-    while (whole < tiles.tiles && in_group(min((whole + 1) * kTile, p.sequences) - 1)) {
-      after.merge(tiles.whole[whole++]);
-    }
+  for (int k = t + 1; k < mine.end; ++k) after.merge(sums[k]);
+  if (mine.end == kTile && (whole_batch || prompts[kTile] == prompt)) {
+    int64_t whole = whole_batch ? tiles.tiles : tile + 1;  // one past the last such tile
+    while (whole < tiles.tiles && in_group(min((whole + 1) * kTile, p.sequences) - 1)) ++whole;
+    for (int64_t k = tile + 1; k < whole; ++k) after.merge(tiles.whole[k]);
     for (int64_t j = whole * kTile; j < p.sequences && in_group(j); ++j) {
       after.merge(tiles.sums[j]);
     }
@@ -206,9 +193,11 @@ __device__ void refuse(const FdivWeightsParams& p, int64_t i) {
 
 // Block k, thread t: sample t of tile k.
 __global__ void __launch_bounds__(kTile) weigh_samples(FdivWeightsParams p, FdivTiles tiles) {
-  __shared__ int64_t prompts[kTile];
+  __shared__ int64_t prompts_storage[1 + kTile + 1];
+  int64_t* prompts = prompts_storage + 1;  // the tile's, and its neighbours'; -1 where none is
   alignas(16) __shared__ unsigned char sums_storage[kTile * sizeof(RewardSums)];
   alignas(16) __shared__ unsigned char statistics_storage[kTile * sizeof(SampleStatistics)];
+  __shared__ unsigned starts[kTile / kWarp];
   __shared__ bool last;
   RewardSums* sums = reinterpret_cast<RewardSums*>(sums_storage);
   SampleStatistics* statistics = reinterpret_cast<SampleStatistics*>(statistics_storage);
@@ -218,20 +207,24 @@ __global__ void __launch_bounds__(kTile) weigh_samples(FdivWeightsParams p, Fdiv
   bool bad = false;
   for (int64_t k = t; k < tiles.tiles; k += kTile) bad |= tiles.bad[k] != 0;
   const SampleReward sample = tiles.samples[i];
-  prompts[t] = exists ? p.prompt[i] : -1;
+  auto prompt_of = [&](int64_t j) { return 0 <= j && j < p.sequences ? p.prompt[j] : -1; };
+  prompts[t] = prompt_of(i);
+  if (t == 0) prompts[-1] = prompt_of(i - 1);
+  if (t == kTile - 1) prompts[kTile] = prompt_of(i + 1);
   sums[t] = tiles.sums[i];
   if (__syncthreads_or(bad)) return refuse(p, i);
 
   Scope scope = Scope::kNothing;
   visit_baseline(p.baseline, [&](auto baseline) { scope = baseline.kScope; });
   const bool learns = scope == Scope::kEarlierBatches;
+  const Span group = group_in_tile(scope == Scope::kBatch, prompts, starts);
   Totals totals;
   SampleStatistics mine;
   if (exists) {
     RewardSums others;
     if (learns) others = {p.baseline_state[0], p.baseline_state[1]};
     if (scope == Scope::kBatch || scope == Scope::kPrompt) {
-      others = others_of(p, tiles, scope == Scope::kBatch, prompts, sums, t);
+      others = others_of(p, tiles, scope == Scope::kBatch, group, prompts, sums, t);
     }
     double value = 0;
     visit_baseline(p.baseline, [&](auto baseline) { value = baseline.value(others); });
@@ -263,11 +256,14 @@ __global__ void __launch_bounds__(kTile) weigh_samples(FdivWeightsParams p, Fdiv
   alignas(16) __shared__ unsigned char whole_storage[sizeof(BatchStatistics)];
   BatchStatistics* whole = reinterpret_cast<BatchStatistics*>(whole_storage);
   take_wholes(tiles.tiles, PartIsTile{tiles.partial}, whole);
+  if (t == 0) whole->counts = totals.counts;
   __syncthreads();
-  if (t != 0) return;
-  whole->counts = totals.counts;
-  whole->write(p.statistics);
-  if (learns) {
+  // Each divides, and a warp would do one after the other; so the warps share them.
+#pragma unroll 1
+  for (int k = t / kWarp; k < kStatistics; k += kTile / kWarp) {
+    if (t % kWarp == 0) p.statistics[k] = whole->value(k);
+  }
+  if (t == 0 && learns) {
     const int64_t used = p.sequences - totals.counts.skipped;
     update_moving_average(p.baseline_state, totals.sums, used, p.baseline_param);
   }

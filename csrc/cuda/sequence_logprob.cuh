@@ -31,12 +31,16 @@ __global__ void __launch_bounds__(kSequenceThreads) sum_sequences(SequenceLogpro
   double sum = 0;
   for (int64_t begin = 0;; begin += kWarp) {
     if (!__any_sync(0xffffffffu, !bad && begin < length)) break;
+    T column[kWarp];  // all on their way before the first is waited for
+#pragma unroll
     for (int s = 0; s < kWarp; ++s) {
       // Of sequence s, no more than its length is read.
       const int64_t end = __shfl_sync(0xffffffffu, bad ? int64_t{0} : length, s);
-      if (begin + lane >= end) continue;
-      tile[s][lane] = static_cast<const T*>(p.values)[(first + s) * p.row_stride + begin + lane];
+      const T* row = static_cast<const T*>(p.values) + (first + s) * p.row_stride;
+      column[s] = begin + lane < end ? row[begin + lane] : T{0};
     }
+#pragma unroll
+    for (int s = 0; s < kWarp; ++s) tile[s][lane] = column[s];
     __syncwarp();
     const int64_t left = bad ? 0 : length - begin;
     for (int t = 0; t < min(left, static_cast<int64_t>(kWarp)); ++t) {

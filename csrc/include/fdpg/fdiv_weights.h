@@ -63,13 +63,12 @@ FDPG_HOST_DEVICE inline SampleReward sample_reward(const FdivWeightsParams& p,
                                                    const Divergence& divergence, int64_t i) {
   SampleReward s;
   const double log_z = p.log_z[p.prompt[i]];
-  const double log_pi = p.log_pi[i];
+  const double log_pi = p.log_pi[i], log_q = p.log_q[i], log_score = p.log_score[i];
   // A policy that cannot produce x has no gradient there; what is left of it is 0 * inf.
   s.used = log_z != -INFINITY && log_pi != -INFINITY;
   if (!s.used) return s;
 
-  const double log_q = p.log_q[i];
-  const double log_p = p.log_score[i] - log_z;
+  const double log_p = log_score - log_z;
   s.on_support = log_p != -INFINITY;
   s.log_ratio = log_pi - log_q;
   s.log_target_ratio = log_p - log_q;
@@ -235,24 +234,45 @@ struct BatchStatistics {
     each([&](auto statistic, auto value) { (this->*statistic).add(s.*value); });
   }
 
-  // `out`: (kStatistics,). A batch without a used sample gives zeros.
-  FDPG_HOST_DEVICE void write(double* out) const {
-    out[k_n_used] = reward.n;
-    out[k_n_skipped] = static_cast<double>(counts.skipped);
-    out[k_n_off_support] = static_cast<double>(counts.off_support);
-    out[k_reward_mean] = reward.mean();
-    out[k_reward_std] = reward.deviation();
-    out[k_baseline_mean] = baseline.mean();
-    out[k_advantage_std] = advantage.deviation();
-    out[k_weight_abs_max] = counts.weight_abs_max;
-    out[k_ratio_mean] = ratio.mean();
-    out[k_ratio_max] = counts.ratio_max;
-    out[k_ratio_ess] = ratio_size.value();
-    out[k_n_ratio_clipped] = static_cast<double>(counts.ratio_clipped);
-    out[k_n_reward_clipped] = static_cast<double>(counts.reward_clipped);
-    out[k_target_ess] = target_size.value();
-    out[k_divergence] = term.mean();
-    out[k_divergence_se] = term.standard_error();
+  // Statistic k of statistics.h; 0 of a batch without a used sample.
+  FDPG_HOST_DEVICE double value(int32_t k) const {
+    switch (static_cast<Statistic>(k)) {
+      case k_n_used:
+        return reward.n;
+      case k_n_skipped:
+        return static_cast<double>(counts.skipped);
+      case k_n_off_support:
+        return static_cast<double>(counts.off_support);
+      case k_reward_mean:
+        return reward.mean();
+      case k_reward_std:
+        return reward.deviation();
+      case k_baseline_mean:
+        return baseline.mean();
+      case k_advantage_std:
+        return advantage.deviation();
+      case k_weight_abs_max:
+        return counts.weight_abs_max;
+      case k_ratio_mean:
+        return ratio.mean();
+      case k_ratio_max:
+        return counts.ratio_max;
+      case k_ratio_ess:
+        return ratio_size.value();
+      case k_n_ratio_clipped:
+        return static_cast<double>(counts.ratio_clipped);
+      case k_n_reward_clipped:
+        return static_cast<double>(counts.reward_clipped);
+      case k_target_ess:
+        return target_size.value();
+      case k_divergence:
+        return term.mean();
+      case k_divergence_se:
+        return term.standard_error();
+      case kStatistics:
+        break;
+    }
+    return NAN;
   }
 };
 

@@ -147,6 +147,33 @@ void every_size() {
   }
 }
 
+// More tiles than lanes, and a group of many of them that begins one sample after a tile does and
+// ends one before.
+void many_tiles() {
+  for (int32_t b = 0; b < kBaselines; ++b) {
+    Batch batch(33 * 128 + 5, 6, 2);
+    batch.params.divergence = static_cast<int32_t>(DivergenceId::kl);
+    batch.params.baseline = b;
+    batch.params.baseline_param = kBaselineInfo[b].default_param;
+    for (int64_t i = 0; i < batch.size; ++i) {
+      batch.prompt[i] = i < 2 * 128 + 1 ? 0 : i < 31 * 128 - 1 ? 2 : 4;
+    }
+    check_against_cpu(batch.params);
+  }
+}
+
+// A log-prob that is NaN reaches its group's weights and the statistics, and nothing else.
+void not_a_number() {
+  for (const BaselineId baseline : {BaselineId::none, BaselineId::loo, BaselineId::ema}) {
+    Batch batch(300, 40, 4);
+    batch.params.divergence = static_cast<int32_t>(DivergenceId::js);
+    batch.params.baseline = static_cast<int32_t>(baseline);
+    batch.params.baseline_param = 0.9;
+    batch.log_score[140] = NAN;
+    check_against_cpu(batch.params);
+  }
+}
+
 // Samples out of order, or of a prompt that does not exist: NaN, and the moving average is kept.
 void prompts_not_grouped() {
   for (const int64_t wrong : {int64_t{-1}, int64_t{1}, int64_t{100}}) {
@@ -170,6 +197,8 @@ int main() {
   return run_tests([] {
     every_divergence_and_baseline();
     every_size();
+    many_tiles();
+    not_a_number();
     prompts_not_grouped();
   });
 }

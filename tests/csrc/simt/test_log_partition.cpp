@@ -44,6 +44,20 @@ void agrees_with_cpu(int64_t sequences, int64_t prompts) {
   });
 }
 
+// Prompts with a weight that is infinite, two of them, and NaN; one with nothing but zeros.
+void not_finite() {
+  constexpr double kNaN = NAN;
+  Buffer<double> log_weight(std::vector<double>{1, INFINITY, 2, INFINITY, 3, INFINITY, kNaN,
+                                                INFINITY, kNaN, -5, -INFINITY, -INFINITY});
+  Buffer<int64_t> prompt(std::vector<int64_t>{0, 0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4});
+  Buffer<double> got(fresh(5)), expected(fresh(5));
+  LogPartitionParams p{log_weight.data(), prompt.data(), 12, 5, got.data()};
+  run_on_device([&] { return cuda::log_partition(p, nullptr); });
+  p.state = expected.data();
+  CHECK(cpu::log_partition(p) == kOk);
+  for (int k = 0; k < 15; ++k) CHECK_NEAR(got[k], expected[k], 1e-12);
+}
+
 void a_prompt_that_does_not_exist() {
   Buffer<double> state(fresh(2)), log_weight(std::vector<double>{0, 0, 0});
   Buffer<int64_t> prompt(std::vector<int64_t>{0, 2, 1});
@@ -60,6 +74,8 @@ int main() {
     agrees_with_cpu(1, 1);
     agrees_with_cpu(300, 1);
     agrees_with_cpu(70, 9);
+    agrees_with_cpu(8200, 3);  // ids beyond two rounds of a block's
+    not_finite();
     a_prompt_that_does_not_exist();
   });
 }
