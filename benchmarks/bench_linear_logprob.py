@@ -51,7 +51,7 @@ def test_forward(contest: Contest, name: str, device: str, dtype: str) -> None:
             {**floors("the matrix product", x), **others},
             bytes_moved=x.hidden.nbytes + x.weight.nbytes,
             flops=2 * shape.rows * shape.vocab * shape.hidden,
-            bars=bars(name, device, own, gradients=False),
+            bars=bars(name, device, own),
             memory_bars={},
             shape=f"{shape} D {shape.hidden}",
             dtype=dtype,

@@ -225,13 +225,9 @@ def contenders(
     return entries, out
 
 
-def bars(name: str, device: str, own: dict[str, float], gradients: bool = True) -> dict[str, float]:
-    """What was asked for: ``own``, on the CPU of gpt2 only; on CUDA, with gradients, of who writes
-    CUDA too."""
+def bars(name: str, device: str, own: dict[str, float]) -> dict[str, float]:
+    """What was asked for: ``own``, on the CPU of gpt2 only; on CUDA of who writes CUDA too."""
     if device == "cpu":
         return own if name == "gpt2" else {}
-    found = {f"{floor} {AND_BYTES}": CUDA_BARS[floor] for floor in own}
-    if gradients:
-        ahead = 2.0 if "gpt2" in name else 1.0
-        found |= dict.fromkeys(("liger-kernel", "cut-cross-entropy"), ahead)
-    return found
+    others = dict.fromkeys(("liger-kernel", "cut-cross-entropy"), 2.0 if "gpt2" in name else 1.0)
+    return {f"{floor} {AND_BYTES}": CUDA_BARS[floor] for floor in own} | others
