@@ -35,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.ops.linear_head import rounded_products
+from fdpg_fast.ops.products import product
 from fdpg_fast.rollout import PromptBatch, Rollout
 from fdpg_fast.sampler import Sampler
 
@@ -125,9 +126,9 @@ class Drawn:
         def run() -> None:
             for step in range(self.tokens):
                 for weight in layers:
-                    torch.mm(inputs[weight.shape[0]], weight, out=outputs[weight.shape[1]])
+                    product(inputs[weight.shape[0]], weight, out=outputs[weight.shape[1]])
                 with rounded_products(head.device) if rounded else contextlib.nullcontext():
-                    torch.mm(states, head, out=logits)
+                    product(states, head, out=logits)
                 if reads:
                     live = (len(self.prompt) + step) * per_token
                     cache[:live].view(torch.int32).sum(dtype=torch.int32)

@@ -23,6 +23,7 @@ from conftest import Contest
 from step_peers import PROMPT, WORD, StepShape, contenders
 
 import fdpg_fast as fdpg
+from fdpg_fast.ops.products import product
 
 SHARED = Path(os.environ.get("FDPG_SHARED", Path(__file__).parents[2] / "shared"))
 MODEL = SHARED / "models" / "tinystories-instruct-3M-chat-gpt2"
@@ -37,7 +38,7 @@ def matrix_products(shape: StepShape) -> None:
         for a, b in widths:
             x, w = torch.ones(rows, a), torch.ones(a, b)
             for _ in range(times):
-                torch.mm(x, w)
+                product(x, w)
 
     head = [(size, vocab)]
     for _ in range(shape.tokens):  # sampling: one token of every sample at a time

@@ -16,6 +16,8 @@ import torch
 from shapes import SHAPES, Shape
 from torch import Tensor
 
+from fdpg_fast.ops.products import product
+
 __all__ = [
     "DTYPES",
     "GRADIENT_BARS",
@@ -138,18 +140,19 @@ def assert_close(
 
 
 def products(x: Head, of_hidden: bool = False, of_weight: bool = False) -> Entry:
-    """The matrix products alone, into buffers that are there: logits, then the gradients wanted."""
+    """The matrix products alone: logits, then the gradients wanted. Into buffers that are there,
+    unless oneDNN makes them."""
     hidden, weight = x.hidden, x.weight
     logits = hidden.new_empty(len(hidden), len(weight))
     grad_hidden = torch.empty_like(hidden) if of_hidden else None
     grad_weight = torch.empty_like(weight) if of_weight else None
 
     def run() -> None:
-        torch.mm(hidden, weight.t(), out=logits)
+        made = product(hidden, weight.t(), out=logits)
         if grad_hidden is not None:  # the logits stand for their gradient: as long a product
-            torch.mm(logits, weight, out=grad_hidden)
+            product(made, weight, out=grad_hidden)
         if grad_weight is not None:
-            torch.mm(logits.t(), hidden, out=grad_weight)
+            product(made.t(), hidden, out=grad_weight)
 
     return run
 

@@ -12,6 +12,7 @@ import torch
 from fdpg_fast._build import load
 from fdpg_fast._version import __version__
 from fdpg_fast.attention import attention_report
+from fdpg_fast.ops.products import library
 
 __all__ = ["describe", "device_name", "versions"]
 
@@ -50,6 +51,7 @@ def describe() -> Iterator[tuple[str, str]]:
     lowered = os.environ.get("FDPG_CPU_ISA")
     why = f"by FDPG_CPU_ISA={lowered}" if lowered else "chosen at run time"
     yield "CPU instructions", f"{compiled.cpu_isa()}, {why}"
+    yield "fp32 products", library()[1]
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -42,6 +42,7 @@ from fdpg_fast.attention import (
     packed_kernel,
     rounded_reach,
 )
+from fdpg_fast.linear_layers import choose_linear_layers
 from fdpg_fast.ops.linear_head import project, rounded_products
 from fdpg_fast.packing import Packing, announced
 from fdpg_fast.rollout import Rollout
@@ -153,6 +154,8 @@ class LanguageModel:
         self.model: Any = model.to(device=self.device, dtype=torch.float32).eval()
         _remove_dropout(self.model)
         _fuse_activations(self.model)
+        if self.device.type == "cpu":
+            choose_linear_layers(self.model)
 
         config = self.model.config.get_text_config(decoder=True)
         self.layers: int = config.num_hidden_layers
@@ -486,7 +489,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits ``(N, V)`` of ``hidden`` ``(N, D)``, in a buffer that the next call writes to;
+        """Logits ``(N, V)`` of ``hidden`` ``(N, D)``, in memory that the next call may write to;
         :attr:`softcap` is yet to be applied to them."""
         head = self.head
         if head is None:

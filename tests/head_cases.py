@@ -40,6 +40,12 @@ CASES = [
 ]
 
 
+# Which library makes the products, and whether they are in two parts, as on a GPU.
+PRODUCTS = pytest.mark.parametrize(
+    ("library", "granule"), [("torch", 1), ("torch", 8), ("onednn", 1)]
+)
+
+
 class Inputs(NamedTuple):
     hidden: Tensor
     weight: Tensor
@@ -101,6 +107,27 @@ def plain(case: Case, x: Inputs) -> list[Tensor]:
 def worst(a: list[Tensor], b: list[Tensor]) -> float:
     pairs = [(x.double(), y.double()) for x, y in zip(a, b, strict=True) if x.numel()]
     return max(((x - y).abs().max().item() for x, y in pairs), default=0.0)
+
+
+def multiply_by(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    """Take fp32 products from one library, whatever this CPU would have, however small they are."""
+    products = sys.modules["fdpg_fast.ops.products"]
+    monkeypatch.setattr(products, "library", lambda: (library == "onednn", "the test says so"))
+    monkeypatch.setattr(products, "_LEAST", 0)
+
+
+def calls_of_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Have it take all that it can; the shapes of what it will be given."""
+    multiply_by(monkeypatch, "onednn")
+    products = sys.modules["fdpg_fast.ops.products"]
+    found, original = [], products._by_onednn
+
+    def spy(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+        found.append((*a.shape, b.shape[1]))
+        return original(a, b, bias)
+
+    monkeypatch.setattr(products, "_by_onednn", spy)
+    return found
 
 
 def keep_bf16(monkeypatch: pytest.MonkeyPatch, where: str) -> None:

@@ -67,6 +67,14 @@ VocabularyKernels kernels(Dtype dtype) { return active().load()->kernels(dtype);
 
 const char* isa() { return active().load()->name; }
 
+const char* vendor() {
+#if defined(__x86_64__)
+  if (__builtin_cpu_is("amd")) return "amd";
+  if (__builtin_cpu_is("intel")) return "intel";
+#endif
+  return "other";
+}
+
 bool set_isa(const char* name) {
   const Isa* chosen = find(name);
   if (chosen) active().store(chosen);

@@ -191,6 +191,7 @@ def _policy_gradient(
             head.backward(c, z if e is None else e, row_scale, *grads)
         else:
             logp[c], lse[c], _ = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, False, cap)
+        del z  # or two chunks are alive while the next is made
     grad_hidden = spread(rows, grads[0], n) if need_hidden else grads[0]
     return spread(rows, logp, n), spread(rows, lse, n), grad_hidden
 

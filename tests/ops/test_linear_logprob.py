@@ -8,10 +8,12 @@ import pytest
 import torch
 from head_cases import (
     CASES,
+    PRODUCTS,
     Case,
     Inputs,
     keep_bf16,
     make,
+    multiply_by,
     options,
     plain,
     split_vocabulary,
@@ -41,10 +43,14 @@ def fused(case: Case, x: Inputs, keep_bytes: int | None = None) -> list[Tensor]:
     return [result.logp, result.lse, result.entropy]
 
 
+@pytest.mark.parametrize("library", ["torch", "onednn"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_values(case: Case, dtype: torch.dtype) -> None:
+def test_values(
+    case: Case, dtype: torch.dtype, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No further from fp64 than plain PyTorch is; bf16 inputs give fp32 log-probs."""
+    multiply_by(monkeypatch, library)
     x = make(case, dtype)
     truth = plain(case, x.to(torch.float64))
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -54,11 +60,16 @@ def test_values(case: Case, dtype: torch.dtype) -> None:
 
 
 @KEPT
-@pytest.mark.parametrize("granule", [1, 8])
+@PRODUCTS
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients(
-    case: Case, granule: int, keep_bytes: int | None, monkeypatch: pytest.MonkeyPatch
+    case: Case,
+    library: str,
+    granule: int,
+    keep_bytes: int | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    multiply_by(monkeypatch, library)
     split_vocabulary(monkeypatch, granule)
     x = make(case)
     c = torch.randn(3, case.n)

@@ -9,10 +9,12 @@ import pytest
 import torch
 from head_cases import (
     CASES,
+    PRODUCTS,
     Case,
     Inputs,
     keep_bf16,
     make,
+    multiply_by,
     options,
     plain,
     split_vocabulary,
@@ -51,13 +53,18 @@ def by_autograd(case: Case, x: Inputs, coefficient: Tensor) -> list[Tensor]:
     return [logp.detach(), lse.detach(), *torch.autograd.grad(loss, x.leaves())]
 
 
-@pytest.mark.parametrize("granule", [1, 8])
+@PRODUCTS
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_value_and_gradients(
-    case: Case, dtype: torch.dtype, granule: int, monkeypatch: pytest.MonkeyPatch
+    case: Case,
+    dtype: torch.dtype,
+    library: str,
+    granule: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Within twice plain PyTorch's distance from fp64; fp32 even for bf16 inputs."""
+    multiply_by(monkeypatch, library)
     split_vocabulary(monkeypatch, granule)
     widen_bf16(monkeypatch)
     x = make(case, dtype)

@@ -17,6 +17,10 @@ const char* isa();
 // name is unknown. Tests run every kernel through each.
 bool set_isa(const char* name);
 
+// Who made the CPU: "amd", "intel" or "other". For no kernel of ours; libraries ask it too, and are
+// not equally good to all.
+const char* vendor();
+
 int64_t token_logprob(const TokenLogprobParams& p, int64_t begin, int64_t end);
 int64_t token_logprob_backward(const TokenLogprobBackwardParams& p, int64_t begin, int64_t end);
 int64_t token_logprob_numerators(const TokenLogprobNumeratorsParams& p, int64_t begin, int64_t end);

@@ -1,0 +1,84 @@
+"""Layers that take their products elsewhere are the layers that they were."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from head_cases import calls_of_onednn
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from fdpg_fast import linear_layers
+from fdpg_fast.linear_layers import choose_linear_layers
+from fdpg_fast.ops import products
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    monkeypatch.setattr(linear_layers, "library", lambda: (True, "the test says so"))
+    return calls_of_onednn(monkeypatch)
+
+
+class Two(nn.Module):
+    """One layer of each kind, and one that is neither."""
+
+    class Own(nn.Linear):
+        pass
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down, self.own = nn.Linear(8, 16), Conv1D(6, 16), self.Own(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.own(self.down(self.up(x).tanh()))
+
+
+def test_layers_stay_what_they_are(calls: list[tuple[int, ...]]) -> None:
+    torch.manual_seed(0)
+    plain = Two()
+    chosen = copy.deepcopy(plain)
+    choose_linear_layers(chosen)
+    assert isinstance(chosen.up, nn.Linear)
+    assert isinstance(chosen.down, Conv1D)
+    assert type(chosen.own) is Two.Own  # it may do anything
+    x = torch.randn(3, 4, 8)
+    torch.testing.assert_close(chosen(x), plain(x))
+    assert calls == [(12, 8, 16), (12, 16, 6)]
+    assert chosen.state_dict().keys() == plain.state_dict().keys()
+    copied = copy.deepcopy(chosen)
+    with torch.no_grad():
+        copied.up.weight.zero_()
+    assert not torch.equal(copied(x), chosen(x))
+
+
+def test_layers_under_autocast_and_in_a_compiler(calls: list[tuple[int, ...]]) -> None:
+    plain = Two()
+    chosen = copy.deepcopy(plain)
+    choose_linear_layers(chosen)
+    x = torch.randn(3, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(chosen(x), plain(x))
+    compiled = torch.compile(chosen, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), plain(x))
+    torch.testing.assert_close(chosen.double()(x.double()), plain.double()(x.double()))
+    assert calls == []
+
+
+def test_small_products_go_the_short_way(
+    calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(products, "_LEAST", 1000)
+    layer = nn.Sequential(nn.Linear(10, 10))
+    choose_linear_layers(layer)
+    layer(torch.ones(9, 10)), layer(torch.ones(10, 10))
+    assert calls == [(10, 10, 10)]
+
+
+def test_nothing_happens_where_torch_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_layers, "library", lambda: (False, "the test says so"))
+    model = Two()
+    choose_linear_layers(model)
+    assert type(model.up) is nn.Linear
+    assert type(model.down) is Conv1D
