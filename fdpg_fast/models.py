@@ -258,7 +258,8 @@ class LanguageModel:
     def from_model(cls, model: Any, tokenizer: Any = None, **options: Any) -> LanguageModel:
         """Wrap a transformers model made elsewhere, with the options of :meth:`load` and ``name``.
 
-        The model is changed in place: moved, cast to fp32, its dropout set to zero.
+        The model is changed in place: moved, cast to fp32, its dropout set to zero; on a CPU that
+        gains by it, its linear layers take their products from oneDNN.
         """
         return _kind(model.config)(model, tokenizer, **options)
 

@@ -176,7 +176,6 @@ MAY_IMPORT_TRANSFORMERS = {
     "attention",
     "linear_layers",
     "scorers",
-    "decoding",
 }
 
 
