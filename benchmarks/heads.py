@@ -16,7 +16,7 @@ import torch
 from shapes import SHAPES, Shape
 from torch import Tensor
 
-from fdpg_fast.ops.products import product
+from fdpg_fast.ops.products import makes_room, product
 
 __all__ = [
     "DTYPES",
@@ -151,7 +151,9 @@ def products(x: Head, of_hidden: bool = False, of_weight: bool = False) -> Entry
         made = product(hidden, weight.t(), out=logits)
         if grad_hidden is not None:  # the logits stand for their gradient: as long a product
             product(made, weight, out=grad_hidden)
-        if grad_weight is not None:
+        if grad_weight is not None and makes_room(hidden.t(), made):  # oneDNN is faster so
+            product(hidden.t(), made)
+        elif grad_weight is not None:
             product(made.t(), hidden, out=grad_weight)
 
     return run

@@ -303,7 +303,8 @@ def has_wide_products(matrix: Tensor) -> bool:
 @contextlib.contextmanager
 def rounded_products(device: torch.device) -> Iterator[None]:
     """Matrix products of fp32 numbers that the hardware may round on the way in, to bf16 on a CPU
-    and to TF32 on a GPU; sums and results are fp32, so logits keep their last bits.
+    with AMX and to TF32 on a GPU; sums and results are fp32, so logits keep their last bits. A CPU
+    without gains nothing by it, and does not round.
 
     No 16-bit copies of the weight are made, which would have to be renewed at every step.
     """

@@ -41,7 +41,7 @@ def library() -> tuple[bool, str]:
     if not torch.backends.mkl.is_available():
         return False, "torch's own: this torch has no MKL to stay away from"
     if load().cpu_vendor() != "amd" or not torch.cpu._is_avx512_supported():
-        return False, "torch's own: MKL, at home on this CPU"
+        return False, "torch's own: MKL; AMD's CPUs with AVX-512 alone are known to gain by another"
     try:  # it is not one of torch's documented ops
         threes = _by_onednn(torch.ones(2, 3), torch.ones(3, 4), None)
     except (AttributeError, RuntimeError, TypeError):
