@@ -37,7 +37,7 @@ demo: install ## tunes the embedded model; ends with a table, samples and a repo
 	$(BIN)/fdpg train demo --out runs/demo
 
 test: install ## every test: C++, emulated CUDA, Python, end to end
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto
 
 check: install ## ruff, mypy --strict, clang-format, import law
 	$(BIN)/ruff check .
@@ -67,7 +67,7 @@ gpu: venv ## on a machine with a GPU: the CUDA extension, every test, compute-sa
 	ctest --test-dir build/gpu -L gpu --output-on-failure
 	for test in build/gpu/tests/gpu_*; do for tool in memcheck racecheck synccheck; do \
 	  compute-sanitizer --error-exitcode 1 --report-api-errors no --tool $$tool $$test; done; done
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto
 	FDPG_TEST_GPU=1 $(BIN)/python -m pytest -m gpu
 	FDPG_TEST_GPU=1 $(BIN)/python -m pytest tests/test_end_to_end.py
 	$(MAKE) bench

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,17 +40,30 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         )
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Which tests stay in one process of several: those of a file, for they share fixtures, and all
-    that compile C++, for they share a build folder. Whole runs go to whoever is free."""
     for item in items:
-        name = item.path.stem
-        if name != "test_end_to_end":
-            group = "compiled" if name in ("test_csrc", "test_simt") else name
-            item.add_marker(pytest.mark.xdist_group(group))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a GPU: make gpu"))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hands tests to processes by the file, for those of a file share fixtures.
+
+    All that compile C++ go to one process, for they share a build folder; whole runs, to whoever is
+    free. Said here and not by marks: --dist loadgroup reads them from the ids of tests, which it
+    cannot change since pytest 9.2 (pytest-xdist issue 1386).
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            name = Path(nodeid.split("::")[0]).stem
+            if name == "test_end_to_end":
+                return nodeid
+            return "compiled" if name in ("test_csrc", "test_simt") else name
+
+    return ByFile(config, log)
 
 
 @pytest.fixture(scope="session")
