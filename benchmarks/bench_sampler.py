@@ -34,8 +34,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from fdpg_fast.models import LanguageModel
-from fdpg_fast.ops.linear_head import rounded_products
-from fdpg_fast.ops.products import product
+from fdpg_fast.ops.matmul import product, rounded_products
 from fdpg_fast.rollout import PromptBatch, Rollout
 from fdpg_fast.sampler import Sampler
 

@@ -23,7 +23,7 @@ from conftest import Contest
 from step_peers import PROMPT, WORD, StepShape, contenders
 
 import fdpg_fast as fdpg
-from fdpg_fast.ops.products import product
+from fdpg_fast.ops.matmul import product
 
 SHARED = Path(os.environ.get("FDPG_SHARED", Path(__file__).parents[2] / "shared"))
 MODEL = SHARED / "models" / "tinystories-instruct-3M-chat-gpt2"

@@ -12,7 +12,7 @@ import torch
 from fdpg_fast._build import load
 from fdpg_fast._version import __version__
 from fdpg_fast.attention import attention_report
-from fdpg_fast.ops.products import library
+from fdpg_fast.ops.matmul import library
 
 __all__ = ["describe", "device_name", "versions"]
 

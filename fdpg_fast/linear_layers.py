@@ -1,11 +1,11 @@
-"""Linear layers of a model on a CPU, by the library that is fast there: see ``ops/products.py``."""
+"""Linear layers of a model on a CPU, by the library that is fast there: see ``ops/matmul.py``."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fdpg_fast.ops.products import is_worthwhile, library, linear
+from fdpg_fast.ops.matmul import is_worthwhile, library, linear
 
 __all__ = ["choose_linear_layers"]
 

@@ -43,7 +43,8 @@ from fdpg_fast.attention import (
     rounded_reach,
 )
 from fdpg_fast.linear_layers import choose_linear_layers
-from fdpg_fast.ops.linear_head import project, rounded_products
+from fdpg_fast.ops.linear_head import project
+from fdpg_fast.ops.matmul import rounded_products
 from fdpg_fast.packing import Packing, announced
 from fdpg_fast.rollout import Rollout
 
@@ -259,7 +260,7 @@ class LanguageModel:
         """Wrap a transformers model made elsewhere, with the options of :meth:`load` and ``name``.
 
         The model is changed in place: moved, cast to fp32, its dropout set to zero; on a CPU that
-        gains by it, its linear layers take their products from oneDNN.
+        gains by it, its linear layers multiply by our own kernel.
         """
         return _kind(model.config)(model, tokenizer, **options)
 

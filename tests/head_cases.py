@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Case(NamedTuple):
@@ -40,10 +43,8 @@ CASES = [
 ]
 
 
-# Which library makes the products, and whether they are in two parts, as on a GPU.
-PRODUCTS = pytest.mark.parametrize(
-    ("library", "granule"), [("torch", 1), ("torch", 8), ("onednn", 1)]
-)
+# Whose products they are, and whether they are in two parts, as on a GPU.
+PRODUCTS = pytest.mark.parametrize(("whose", "granule"), [("torch", 1), ("torch", 8), ("ours", 1)])
 
 
 class Inputs(NamedTuple):
@@ -109,33 +110,38 @@ def worst(a: list[Tensor], b: list[Tensor]) -> float:
     return max(((x - y).abs().max().item() for x, y in pairs), default=0.0)
 
 
-def multiply_by(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
-    """Take fp32 products from one library, whatever this CPU would have, however small they are."""
-    products = sys.modules["fdpg_fast.ops.products"]
-    monkeypatch.setattr(products, "library", lambda: (library == "onednn", "the test says so"))
-    monkeypatch.setattr(products, "_LEAST", 0)
+def multiply_by(monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
+    """Have fp32 products be ours or torch's, whatever this CPU would have, and small ones too."""
+    matmul = sys.modules["fdpg_fast.ops.matmul"]
+    monkeypatch.setattr(matmul, "library", lambda: (whose == "ours", "the test says so"))
+    monkeypatch.setattr(matmul, "_LEAST", 0)
+    monkeypatch.setattr(matmul, "_LEAST_ROWS", 0)
 
 
-def calls_of_onednn(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Have it take all that it can; the shapes of what it will be given."""
-    multiply_by(monkeypatch, "onednn")
-    products = sys.modules["fdpg_fast.ops.products"]
-    found, original = [], products._by_onednn
+@contextlib.contextmanager
+def calls_of_ours() -> Iterator[list[tuple[int, ...]]]:
+    """n, k, m of each product of ours."""
+    found: list[tuple[int, ...]] = []
 
-    def spy(a: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-        found.append((*a.shape, b.shape[1]))
-        return original(a, b, bias)
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> object:
+            if func is torch.ops.fdpg.matmul_.default:
+                found.append((*args[1].shape, args[2].shape[1]))
+            return func(*args, **(kwargs or {}))
 
-    monkeypatch.setattr(products, "_by_onednn", spy)
-    return found
+    with Watch():
+        yield found
 
 
 def keep_bf16(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """Take the path that multiplies bf16 inputs as they are: of a CPU, whether this one has
-    instructions for them or not, or of a GPU, with torch's GPU-only product imitated."""
-    head = sys.modules["fdpg_fast.ops.linear_head"]
+    """Take the path that multiplies bf16 inputs as they are: of a CPU with or without AMX, whatever
+    this one has, or of a GPU, with torch's GPU-only product imitated."""
+    head, matmul = (sys.modules[f"fdpg_fast.ops.{name}"] for name in ("linear_head", "matmul"))
     monkeypatch.setattr(head, "_CPU_HAS_BF16", True)
-    if where == "cpu":
+    monkeypatch.setattr(head, "has_wide_products", lambda _: where != "cpu with amx")
+    if where != "gpu":
         return
 
     def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -150,7 +156,7 @@ def keep_bf16(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
         return out.add_(mm(a, b, out_dtype=out_dtype), alpha=alpha)
 
     split_vocabulary(monkeypatch, 16)
-    monkeypatch.setattr(head, "has_wide_products", lambda _: True)
+    monkeypatch.setattr(matmul, "_is_ours", lambda a, b: False)
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
 

@@ -1,24 +1,32 @@
-"""Layers that take their products elsewhere are the layers that they were."""
+"""Layers that multiply by our own kernel are the layers that they were."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
-from head_cases import calls_of_onednn
+from head_cases import calls_of_ours, multiply_by
 from torch import Tensor, nn
+from torch.fx import GraphModule
 from transformers.pytorch_utils import Conv1D
 
 from fdpg_fast import linear_layers
 from fdpg_fast.linear_layers import choose_linear_layers
-from fdpg_fast.ops import products
+from fdpg_fast.ops import matmul
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+def _ours(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(linear_layers, "library", lambda: (True, "the test says so"))
-    return calls_of_onednn(monkeypatch)
+    multiply_by(monkeypatch, "ours")
+
+
+@pytest.fixture
+def calls(_ours: None) -> Iterator[list[tuple[int, ...]]]:
+    with calls_of_ours() as found:
+        yield found
 
 
 class Two(nn.Module):
@@ -53,23 +61,38 @@ def test_layers_stay_what_they_are(calls: list[tuple[int, ...]]) -> None:
     assert not torch.equal(copied(x), chosen(x))
 
 
-def test_layers_under_autocast_and_in_a_compiler(calls: list[tuple[int, ...]]) -> None:
+def test_other_numbers_than_fp32_are_torchs(calls: list[tuple[int, ...]]) -> None:
     plain = Two()
     chosen = copy.deepcopy(plain)
     choose_linear_layers(chosen)
     x = torch.randn(3, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(chosen(x), plain(x))
-    compiled = torch.compile(chosen, backend="eager", fullgraph=True)
-    torch.testing.assert_close(compiled(x), plain(x))
     torch.testing.assert_close(chosen.double()(x.double()), plain.double()(x.double()))
     assert calls == []
+
+
+@pytest.mark.usefixtures("_ours")
+def test_a_compiler_sees_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, ops = Two(), []
+    chosen = copy.deepcopy(plain)
+    choose_linear_layers(chosen)
+    x = torch.randn(3, 8)
+
+    def backend(graph: GraphModule, _: object) -> object:
+        ops.extend(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    compiled = torch.compile(chosen, backend=backend, fullgraph=True)
+    torch.testing.assert_close(compiled(x), plain(x))
+    assert any("linear" in op for op in ops)
+    assert not any("fdpg" in op for op in ops)
 
 
 def test_small_products_go_the_short_way(
     calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(products, "_LEAST", 1000)
+    monkeypatch.setattr(matmul, "_LEAST", 1000)
     layer = nn.Sequential(nn.Linear(10, 10))
     choose_linear_layers(layer)
     layer(torch.ones(9, 10)), layer(torch.ones(10, 10))

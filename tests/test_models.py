@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2LMHeadModel
 from fdpg_fast import models, ops
 from fdpg_fast.attention import SLOT, SLOT_MASKED, attention_report
 from fdpg_fast.models import Head, LanguageModel, ModelError
-from fdpg_fast.ops import linear_head
+from fdpg_fast.ops import matmul
 from fdpg_fast.rollout import Rollout
 from fdpg_fast.sampler import Sampler
 
@@ -114,9 +114,10 @@ def test_gradients_in_fp16_are_not_lost(family: str, denominator: int) -> None:
 def test_only_the_head_of_bf16_compute_rounds_its_products(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Of a CPU that is faster so, which one with AMX is."""
+    """Of a CPU that is faster so: torch's where it has AMX, else ours if it has other instructions
+    for bf16."""
     setting = torch.backends.mkldnn.matmul
-    monkeypatch.setattr(linear_head, "_CPU_ROUNDS", True)
+    monkeypatch.setattr(matmul, "_TORCH_ROUNDS", True)
     before, seen = setting.fp32_precision, []
     models = [language_model("llama", eos_ids=EOS, compute=name) for name in ("fp32", "bf16")]
     monkeypatch.setattr(Head, "logits", lambda *_, **__: seen.append(setting.fp32_precision))
@@ -124,6 +125,14 @@ def test_only_the_head_of_bf16_compute_rounds_its_products(
         model.logits(torch.zeros(3, model.head.weight.shape[1]))
     assert seen == [before, "bf16"]
     assert setting.fp32_precision == before
+    monkeypatch.setattr(matmul, "_TORCH_ROUNDS", False)
+    monkeypatch.setattr(matmul, "_OURS_ROUNDS", True)
+    seen.clear()
+    monkeypatch.setattr(Head, "logits", lambda *_, **__: seen.append(matmul._may_round))
+    for model in models:
+        model.logits(torch.zeros(3, model.head.weight.shape[1]))
+    assert seen == [False, True]
+    assert not matmul._may_round
 
 
 def test_auto_compute_is_fp32_on_the_cpu() -> None:

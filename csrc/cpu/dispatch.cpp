@@ -1,9 +1,12 @@
 // dispatch.cpp: the only file that asks what the CPU is. It chooses once, through a table of
 // function pointers; no kernel branches on the instruction set.
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 
 #include "fdpg/cpu.h"
 #include "kernels.h"
@@ -17,16 +20,20 @@ struct Isa {
   VocabularyKernels (*kernels)(Dtype dtype);
 };
 
+#if defined(__x86_64__)
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
+
 // THE list, best first. The conditions name what the target pragma of simd_<isa>-inl.h names; each
 // also implies, in __builtin_cpu_supports, that the operating system saves the registers.
 constexpr Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-     },
-     avx512_kernels},
+    {"avx512bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
+     avx512bf16_kernels},
+    {"avx512", has_avx512, avx512_kernels},
     {"avx2",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -100,6 +107,21 @@ int64_t sample_logprob(const SampleLogprobParams& p, int64_t begin, int64_t end)
 
 int64_t decode_attention(const DecodeAttentionParams& p, int64_t begin, int64_t end) {
   return kernels(p.dtype).decode_attention(p, begin, end);
+}
+
+int64_t matmul(const MatmulParams& p, int64_t begin, int64_t end) {
+  // A tile of a, and the panels of b: of no more columns than there are.
+  const int64_t number = p.dtype == Dtype::kFloat64 ? sizeof(double) : sizeof(float);
+  const int64_t deep = (p.depth + 1) * number;
+  const int64_t column = p.rounds_out ? deep : std::min(kMatmulColumnBytes, deep);
+  const int64_t columns = (p.columns + kMatmulTileColumns - 1) / kMatmulTileColumns;
+  const int64_t panels = std::min(std::max(kMatmulPanelBytes, kMatmulTileColumns * column),
+                                  columns * kMatmulTileColumns * column);
+  const auto bytes = static_cast<size_t>(kMatmulTileRows * column + panels);
+  constexpr std::align_val_t kLine{64};
+  const auto release = [](void* memory) { ::operator delete(memory, kLine); };
+  const std::unique_ptr<void, decltype(release)> workspace(::operator new(bytes, kLine), release);
+  return kernels(p.dtype).matmul(p, begin, end, workspace.get());
 }
 
 }  // namespace fdpg::cpu

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "fdpg/cpu.h"  // kMatmulTileRows
 #include "fdpg/params.h"
 
 namespace fdpg::cpu {
@@ -17,7 +18,13 @@ struct VocabularyKernels {
                                       int64_t end);
   int64_t (*sample_logprob)(const SampleLogprobParams& p, int64_t begin, int64_t end);
   int64_t (*decode_attention)(const DecodeAttentionParams& p, int64_t begin, int64_t end);
+  // `workspace`: as dispatch.cpp makes it, aligned to a cache line.
+  int64_t (*matmul)(const MatmulParams& p, int64_t begin, int64_t end, void* workspace);
 };
+
+// Of what matmul packs: bytes of a column at a time, and of all columns at a time. Three quarters
+// of a second-level cache of 1 MB; on less, its panels come from the third.
+inline constexpr int64_t kMatmulColumnBytes = 4096, kMatmulPanelBytes = 768 << 10;
 
 VocabularyKernels portable_kernels(Dtype dtype);
 
@@ -25,6 +32,7 @@ VocabularyKernels portable_kernels(Dtype dtype);
 // fp64 comes from the portable build: it is there to check gradients by, not to be fast.
 VocabularyKernels avx2_kernels(Dtype dtype);
 VocabularyKernels avx512_kernels(Dtype dtype);
+VocabularyKernels avx512bf16_kernels(Dtype dtype);
 #endif
 
 }  // namespace fdpg::cpu

@@ -5,6 +5,7 @@
 #include "simd_avx2-inl.h"
 //
 #include "decode_attention-inl.h"
+#include "matmul-inl.h"
 #include "sample_logprob-inl.h"
 #include "token_logprob-inl.h"
 
@@ -15,9 +16,12 @@ VocabularyKernels avx2_kernels(Dtype dtype) {
   visit_dtype(dtype, [&](auto storage) {
     using T = decltype(storage);
     if constexpr (sizeof(accumulate_t<T>) == sizeof(float)) {
-      kernels = {token_logprob<Avx2, T>, token_logprob_backward<Avx2, T>,
-                 token_logprob_numerators<Avx2, T>, sample_logprob<Avx2, T>,
-                 decode_attention<Avx2, T>};
+      kernels = {token_logprob<Avx2, T>,
+                 token_logprob_backward<Avx2, T>,
+                 token_logprob_numerators<Avx2, T>,
+                 sample_logprob<Avx2, T>,
+                 decode_attention<Avx2, T>,
+                 matmul<Singly<Avx2, T>>};
     }
   });
   return kernels;

@@ -5,6 +5,7 @@
 #include "simd_avx512-inl.h"
 //
 #include "decode_attention-inl.h"
+#include "matmul-inl.h"
 #include "sample_logprob-inl.h"
 #include "token_logprob-inl.h"
 
@@ -15,9 +16,12 @@ VocabularyKernels avx512_kernels(Dtype dtype) {
   visit_dtype(dtype, [&](auto storage) {
     using T = decltype(storage);
     if constexpr (sizeof(accumulate_t<T>) == sizeof(float)) {
-      kernels = {token_logprob<Avx512, T>, token_logprob_backward<Avx512, T>,
-                 token_logprob_numerators<Avx512, T>, sample_logprob<Avx512, T>,
-                 decode_attention<Avx512, T>};
+      kernels = {token_logprob<Avx512, T>,
+                 token_logprob_backward<Avx512, T>,
+                 token_logprob_numerators<Avx512, T>,
+                 sample_logprob<Avx512, T>,
+                 decode_attention<Avx512, T>,
+                 matmul<Singly<Avx512, T>>};
     }
   });
   return kernels;

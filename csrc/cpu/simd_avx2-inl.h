@@ -131,6 +131,23 @@ struct Avx2 {
     return add(_mm256_permute2f128_ps(halves[0], halves[1], 0x20),
                _mm256_permute2f128_ps(halves[0], halves[1], 0x31));
   }
+  static FDPG_ALWAYS_INLINE void transpose(Vec (&x)[kLanes]) {
+    Vec fours[kLanes];  // 4 i + j: lanes j of vectors 4 i to 4 i + 3, of each 128 bits
+    for (int64_t i = 0; i < kLanes; i += 4) {
+      const Vec low_a = _mm256_unpacklo_ps(x[i], x[i + 1]);
+      const Vec high_a = _mm256_unpackhi_ps(x[i], x[i + 1]);
+      const Vec low_b = _mm256_unpacklo_ps(x[i + 2], x[i + 3]);
+      const Vec high_b = _mm256_unpackhi_ps(x[i + 2], x[i + 3]);
+      fours[i] = _mm256_shuffle_ps(low_a, low_b, 0x44);
+      fours[i + 1] = _mm256_shuffle_ps(low_a, low_b, 0xee);
+      fours[i + 2] = _mm256_shuffle_ps(high_a, high_b, 0x44);
+      fours[i + 3] = _mm256_shuffle_ps(high_a, high_b, 0xee);
+    }
+    for (int64_t j = 0; j < 4; ++j) {
+      x[j] = _mm256_permute2f128_ps(fours[j], fours[j + 4], 0x20);
+      x[j + 4] = _mm256_permute2f128_ps(fours[j], fours[j + 4], 0x31);
+    }
+  }
   static FDPG_ALWAYS_INLINE float largest(Vec x) {
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));

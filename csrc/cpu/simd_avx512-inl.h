@@ -133,6 +133,29 @@ struct Avx512 {
                          _mm512_shuffle_f32x4(quarters[2], quarters[3], 0xdd));
     return add(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
   }
+  static FDPG_ALWAYS_INLINE void transpose(Vec (&x)[kLanes]) {
+    Vec fours[kLanes];  // 4 i + j: lanes j of vectors 4 i to 4 i + 3, of each 128 bits
+    for (int64_t i = 0; i < kLanes; i += 4) {
+      const Vec low_a = _mm512_unpacklo_ps(x[i], x[i + 1]);
+      const Vec high_a = _mm512_unpackhi_ps(x[i], x[i + 1]);
+      const Vec low_b = _mm512_unpacklo_ps(x[i + 2], x[i + 3]);
+      const Vec high_b = _mm512_unpackhi_ps(x[i + 2], x[i + 3]);
+      fours[i] = unpack_pairs<0x00>(low_a, low_b);
+      fours[i + 1] = unpack_pairs<0xff>(low_a, low_b);
+      fours[i + 2] = unpack_pairs<0x00>(high_a, high_b);
+      fours[i + 3] = unpack_pairs<0xff>(high_a, high_b);
+    }
+    for (int64_t j = 0; j < 4; ++j) {
+      const Vec even_low = _mm512_shuffle_f32x4(fours[j], fours[j + 4], 0x88);
+      const Vec odd_low = _mm512_shuffle_f32x4(fours[j], fours[j + 4], 0xdd);
+      const Vec even_high = _mm512_shuffle_f32x4(fours[j + 8], fours[j + 12], 0x88);
+      const Vec odd_high = _mm512_shuffle_f32x4(fours[j + 8], fours[j + 12], 0xdd);
+      x[j] = _mm512_shuffle_f32x4(even_low, even_high, 0x88);
+      x[j + 4] = _mm512_shuffle_f32x4(odd_low, odd_high, 0x88);
+      x[j + 8] = _mm512_shuffle_f32x4(even_low, even_high, 0xdd);
+      x[j + 12] = _mm512_shuffle_f32x4(odd_low, odd_high, 0xdd);
+    }
+  }
   static FDPG_ALWAYS_INLINE float largest(Vec x) { return _mm512_reduce_max_ps(x); }
 
  private:

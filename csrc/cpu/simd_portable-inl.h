@@ -15,6 +15,8 @@
 //   clamp_low(x)           a finite number in place of -inf, whose exp is 0; NaN stays NaN
 //   sum(x) largest(x)      across lanes, in a fixed order; the sum in double
 //   totals(x)              lane i: the sum of vector i of kLanes vectors, in Real
+//   transpose(x)           of kLanes vectors, lane i of vector j and lane j of vector i trade
+//   places
 #pragma once
 
 #include <cstdint>
@@ -130,6 +132,15 @@ struct Portable {
       for (int64_t j = 0; j < kLanes; ++j) totals[j] += x[j][i];
     }
     return totals;
+  }
+  static FDPG_ALWAYS_INLINE void transpose(Vec (&x)[kLanes]) {
+    for (int64_t i = 0; i < kLanes; ++i) {
+      for (int64_t j = 0; j < i; ++j) {
+        const Real y = x[i][j];
+        x[i][j] = x[j][i];
+        x[j][i] = y;
+      }
+    }
   }
   static FDPG_ALWAYS_INLINE Real largest(Vec x) {
     Real most = x[0];

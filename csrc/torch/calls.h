@@ -260,6 +260,43 @@ struct DecodeAttention {
   }
 };
 
+struct Matmul {
+  Arguments args;
+  MatmulParams params{};
+
+  Matmul(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& bias,
+         double alpha, bool accumulate, bool may_round)
+      : args("matmul_", "a", a) {
+    const ScalarType type = a.scalar_type();
+    args.one_of("a", type,
+                {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
+    args.dimensions("a", a, 2);
+    args.dimensions("b", b, 2);
+    const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
+    args.shape("b", b, {depth, columns});
+    args.shape("out", out, {rows, columns});
+    params.a = args.factor("a", a, type, params.a_stride);
+    params.b = args.factor("b", b, type, params.b_stride);
+    const ScalarType out_type = out.scalar_type();
+    if (out_type != type) args.one_of("out", out_type, {result_type(type)});
+    params.out = const_cast<void*>(args.unit_stride("out", out, out_type));
+    params.rounds_out = out_type != result_type(type);
+    params.dtype = dtype_of(type);
+    params.rows = rows;
+    params.depth = depth;
+    params.columns = columns;
+    params.out_stride = rows > 1 ? out.stride(0) : columns;
+    if (params.out_stride < columns) {
+      fail("matmul_: `out` has rows that overlap, got strides ", list_of(out.strides()),
+           " for shape ", list_of(out.sizes()));
+    }
+    params.bias = args.optional_vector("bias", bias, columns, result_type(type));
+    params.alpha = alpha;
+    params.accumulate = accumulate;
+    params.may_round = may_round;
+  }
+};
+
 struct SequenceLogprob {
   Arguments args;
   SequenceLogprobParams params{};

@@ -157,6 +157,21 @@ class Arguments {
     return t.data_ptr();
   }
 
+  // A matrix of this type, contiguous along one of its dimensions or the other; its strides.
+  const void* factor(const char* name, const Tensor& t, ScalarType type,
+                     int64_t (&strides)[2]) const {
+    same_device(name, t);
+    one_of(name, t.scalar_type(), {type});
+    // A dimension of one element has any stride: that of a contiguous one, if that helps.
+    strides[0] = t.size(0) > 1 ? t.stride(0) : 1;
+    strides[1] = t.size(1) > 1 ? t.stride(1) : 1;
+    if (strides[0] != 1 && strides[1] != 1) {
+      fail(op_, ": `", name, "` must be contiguous along one of its dimensions, got strides ",
+           list_of(t.strides()), ". Call .contiguous() on it");
+    }
+    return t.data_ptr();
+  }
+
   // State that the op writes: fp64, contiguous, of exactly this shape.
   double* state(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) const {
     same_device(name, t);

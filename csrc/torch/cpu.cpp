@@ -147,6 +147,19 @@ Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& v
   return call.out;
 }
 
+void matmul_(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& bias,
+             double alpha, bool accumulate, bool may_round) {
+  const Matmul call(out, a, b, bias, alpha, accumulate, may_round);
+  const MatmulParams& p = call.params;
+  const auto tiles = [](int64_t size, int64_t of) { return (size + of - 1) / of; };
+  const int64_t rows = std::min(p.rows, cpu::kMatmulTileRows);
+  const int64_t columns = std::min(p.columns, cpu::kMatmulTileColumns);
+  // 32 multiplications take as long as other kernels need for an element.
+  over_rows(tiles(p.rows, cpu::kMatmulTileRows) * tiles(p.columns, cpu::kMatmulTileColumns),
+            rows * columns * p.depth / 32,
+            [&](int64_t begin, int64_t end) { return cpu::matmul(p, begin, end); });
+}
+
 Tensor sequence_logprob(const Tensor& values, const Tensor& lengths) {
   const SequenceLogprob call(values, lengths);
   const SequenceLogprobParams& p = call.params;
@@ -202,6 +215,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdpg, CPU, m) {
   m.impl("sample_logprob", TORCH_BOX(&sample_logprob));
   m.impl("cache_append_", TORCH_BOX(&cache_append_));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("matmul_", TORCH_BOX(&matmul_));
   m.impl("sequence_logprob", TORCH_BOX(&sequence_logprob));
   m.impl("log_partition_", TORCH_BOX(&log_partition_));
   m.impl("fdiv_weights", TORCH_BOX(&fdiv_weights));

@@ -29,6 +29,9 @@ STABLE_TORCH_LIBRARY(fdpg, m) {
   m.def(
       "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor end, Tensor? begin=None, "
       "Tensor? sinks=None, float scale=1., float softcap=0.) -> Tensor");
+  m.def(
+      "matmul_(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias=None, float alpha=1., "
+      "bool accumulate=False, bool may_round=False) -> ()");
   m.def("sequence_logprob(Tensor values, Tensor lengths) -> Tensor");
   m.def("log_partition_(Tensor(a!) state, Tensor log_weight, Tensor prompt) -> ()");
   m.def(

@@ -11,7 +11,6 @@ Shape legend: N rows (tokens), n rows of a chunk, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Iterator
 from typing import Any
@@ -19,20 +18,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdpg_fast.ops.products import add_product_, makes_room, product, put
+from fdpg_fast.ops.matmul import add_product_, has_wide_products, product, rounded_products
 from fdpg_fast.ops.token_logprob import result_dtype
 
 __all__ = [
     "LinearHead",
     "check_head",
-    "has_wide_products",
     "kept_rows",
     "multiplies_as_they_are",
     "new_rows",
     "pick",
     "project",
     "require_in_range",
-    "rounded_products",
     "spread",
 ]
 
@@ -55,9 +52,6 @@ _ALIGNMENT = 64
 # Of a CPU: whether bf16 products are much faster than fp32's, and how many rows of a bf16 weight
 # are in fp32 at a time where a product must be.
 _CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
-# Whether products of fp32 numbers that may be rounded to bf16 are faster than exact ones: with AMX.
-# Without (AMD EPYC, 342 x 768 x 50257): 133 ms, exact ones 84.
-_CPU_ROUNDS = torch.cpu._is_amx_tile_supported()
 _TILE = 4096
 
 
@@ -151,20 +145,12 @@ class LinearHead:
         return (slice(i, min(i + self.chunk, n)) for i in range(0, n, self.chunk))
 
     def logits(self, rows: slice, out: Tensor | None = None) -> Tensor:
-        """``[n, V]`` in ``out``, or in memory that the next call may overwrite."""
+        """``[n, V]`` in ``out``, or in memory that the next call overwrites."""
         hidden = self.hidden[rows]
-        if out is None and makes_room(hidden, self.weight.t()):
-            return project(hidden, self.weight, self.bias, self.scale)
-        place = self.buffer[: len(hidden)] if out is None else out
-        if self.low_precision:
-            self._wide_logits(hidden, place)
-            if self.bias is not None:
-                place += self.bias
-            if self.scale != 1.0:
-                place *= self.scale
-            return place
-        logits = project(hidden, self.weight, self.bias, self.scale, place)
-        return logits if out is None else put(logits, out)
+        out = self.buffer[: len(hidden)] if out is None else out
+        if self.low_precision and not has_wide_products(hidden):
+            return self._wide_logits(hidden, out)
+        return project(hidden, self.weight, self.bias, self.scale, out)
 
     def recall(self, kept: Tensor) -> Tensor:
         """What :meth:`logits` gave for a chunk, ``[n, V]`` in the buffer."""
@@ -185,60 +171,43 @@ class LinearHead:
         hidden, weight, scale = self.hidden[rows], self.weight, self.scale
         if self.low_precision:
             numerators = numerators.to(hidden.dtype)
+        narrow = self.low_precision and not has_wide_products(hidden)
         if grad_hidden.numel():
             place = grad_hidden[rows]
-            first, *rest = spans(weight)
-            result = self._product(numerators[:, first], weight[first], out=place)
-            for span in rest:
-                self._add_product(result, numerators[:, span], weight[span])
-            if row_scale is not None:
-                torch.mul(result, (scale * row_scale)[:, None], out=place)
+            if narrow:
+                place.copy_(torch.mm(numerators, weight))
             else:
-                torch.mul(result, scale, out=place)
+                first, *rest = spans(weight)
+                product(numerators[:, first], weight[first], out=place)
+                for span in rest:
+                    add_product_(place, numerators[:, span], weight[span])
+            place *= scale if row_scale is None else (scale * row_scale)[:, None]
         if row_scale is not None and (grad_weight.numel() or grad_bias.numel()):
             hidden = (hidden * row_scale[:, None]).to(hidden.dtype)
         if grad_weight.numel():
-            if self.low_precision and not has_wide_products(hidden):
+            if narrow:
                 for tile in self._tiles():
                     part = torch.mm(numerators[:, tile].t(), hidden)
                     grad_weight[tile].add_(part, alpha=scale)
             else:
                 for span in spans(weight):
-                    columns = numerators[:, span].t()
-                    self._add_product(grad_weight[span], columns, hidden, alpha=scale)
+                    add_product_(grad_weight[span], numerators[:, span].t(), hidden, scale)
         if grad_bias.numel():
             if row_scale is None:
                 grad_bias.add_(numerators.sum(0, dtype=self.dtype), alpha=scale)
             else:
                 grad_bias.addmv_(numerators.t().to(self.dtype), row_scale, alpha=scale)
 
-    def _product(self, a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-        if not self.low_precision:
-            return product(a, b, out=out)
-        if has_wide_products(a):
-            return torch.mm(a, b, out_dtype=self.dtype, out=out)
-        return out.copy_(torch.mm(a, b))
-
-    def _add_product(self, to: Tensor, a: Tensor, b: Tensor, alpha: float = 1.0) -> None:
-        if self.low_precision:
-            torch.addmm(to, a, b, out_dtype=self.dtype, alpha=alpha, out=to)
-        else:
-            add_product_(to, a, b, alpha)
-
-    def _wide_logits(self, hidden: Tensor, out: Tensor) -> None:
-        """``hidden`` times the weight in fp32, of 16-bit inputs."""
-        if has_wide_products(hidden):
-            for span in spans(self.weight):
-                part = out[:, span]
-                torch.mm(hidden, self.weight[span].t(), out_dtype=self.dtype, out=part)
-            return
-        # torch's CPU has no product of bf16 with an fp32 result, but one of fp32 numbers that may
-        # be rounded to bf16 on the way in, which these have been already.
+    def _wide_logits(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """``hidden`` times the weight in fp32, of 16-bit inputs that have no such product."""
+        # But fp32 numbers that may be rounded to bf16 on the way in do; these have been already.
         hidden = hidden.to(self.dtype)
         with rounded_products(hidden.device):
             for tile in self._tiles():
-                place = out[:, tile]
-                put(product(hidden, self.weight[tile].to(self.dtype).t(), out=place), place)
+                bias = None if self.bias is None else self.bias[tile]
+                weight = self.weight[tile].to(self.dtype)
+                product(hidden, weight.t(), bias, scale=self.scale, out=out[:, tile])
+        return out
 
     def _tiles(self) -> Iterator[slice]:
         """Of the vocabulary, where a product is followed by a pass over its result."""
@@ -257,15 +226,9 @@ class LinearHead:
 
 
 def project(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor | None = None
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor
 ) -> Tensor:
-    """``scale * (hidden W^T + bias)``, ``[n, V]``; one dtype, no gradient.
-
-    It is in ``out`` or, where that is faster, in memory of its own.
-    """
-    if makes_room(hidden, weight.t()):
-        return product(hidden, weight.t(), bias, scale=scale)
-    out = new_rows(weight, len(hidden), weight.dtype) if out is None else out
+    """``scale * (hidden W^T + bias)``, ``[n, V]`` in ``out``; one dtype, no gradient."""
     for span in spans(weight):
         part = None if bias is None else bias[span]
         product(hidden, weight[span].t(), part, scale=scale, out=out[:, span])
@@ -292,33 +255,6 @@ def multiplies_as_they_are(hidden: Tensor, weight: Tensor) -> bool:
     if hidden.dtype != weight.dtype or hidden.dtype.itemsize >= 4:
         return False
     return hidden.is_cuda or (hidden.dtype == torch.bfloat16 and _CPU_HAS_BF16)
-
-
-def has_wide_products(matrix: Tensor) -> bool:
-    """Whether torch has the fp32 result of such a product there. On a CPU it is rounded to 16 bits:
-    logits take another way, and gradients are rounded once per chunk."""
-    return matrix.is_cuda
-
-
-@contextlib.contextmanager
-def rounded_products(device: torch.device) -> Iterator[None]:
-    """Matrix products of fp32 numbers that the hardware may round on the way in, to bf16 on a CPU
-    with AMX and to TF32 on a GPU; sums and results are fp32, so logits keep their last bits. A CPU
-    without gains nothing by it, and does not round.
-
-    No 16-bit copies of the weight are made, which would have to be renewed at every step.
-    """
-    on_gpu = device.type == "cuda"
-    if not on_gpu and not _CPU_ROUNDS:
-        yield
-        return
-    backends: Any = torch.backends
-    backend = backends.cuda.matmul if on_gpu else backends.mkldnn.matmul
-    before, backend.fp32_precision = backend.fp32_precision, "tf32" if on_gpu else "bf16"
-    try:
-        yield
-    finally:
-        backend.fp32_precision = before
 
 
 def kept_rows(mask: Tensor | None) -> Tensor | None:

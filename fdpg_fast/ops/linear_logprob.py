@@ -61,7 +61,7 @@ def linear_logprob(
     Arithmetic is fp32 whatever the dtypes (fp64 if an input is fp64), except that matrix products
     of bf16 (on CUDA fp16 too) take their inputs as they are and accumulate in fp32, where the
     hardware can. Log-probs are as exact then; gradients are of softmax numerators in 16 bits, and
-    on a CPU each chunk's are rounded to 16 bits themselves.
+    on a CPU with AMX each chunk's are rounded to 16 bits themselves.
 
     Args:
         hidden: ``[N, D]`` floating point.
@@ -170,7 +170,6 @@ def _linear_logprob(
             values = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, entropy, cap)
         for result, value in zip(results, values, strict=False):
             result[c] = value
-        del z  # or two chunks are alive while the next is made
     logp, lse, *ent = (spread(rows, r, n) for r in results)
     return logp, lse, ent[0] if entropy else logp.new_empty(0), kept, row_scale
 
@@ -239,7 +238,6 @@ def _linear_logprob_backward(
         z = head.recall(kept[c]) if has_logits else head.logits(c)
         torch.ops.fdpg.token_logprob_backward_(z, y, s, h, g0, g1, g2, inv_temperature, m, cap)
         head.backward(c, z, None, *grads)
-        del z
     if of_hidden:
         grads[0] = spread(rows, grads[0], n)
     return (

@@ -81,7 +81,7 @@ def policy_gradient(
     Arithmetic is fp32 whatever the dtypes (fp64 if an input is fp64), except that matrix products
     of bf16 (on CUDA fp16 too) take their inputs as they are and accumulate in fp32, where the
     hardware can. Log-probs are as exact then; gradients are of softmax numerators in 16 bits, and
-    on a CPU each chunk's are rounded to 16 bits themselves.
+    on a CPU with AMX each chunk's are rounded to 16 bits themselves.
 
     Args:
         hidden: ``[N, D]`` floating point.
@@ -191,7 +191,6 @@ def _policy_gradient(
             head.backward(c, z if e is None else e, row_scale, *grads)
         else:
             logp[c], lse[c], _ = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, False, cap)
-        del z  # or two chunks are alive while the next is made
     grad_hidden = spread(rows, grads[0], n) if need_hidden else grads[0]
     return spread(rows, logp, n), spread(rows, lse, n), grad_hidden
 

@@ -43,14 +43,14 @@ def fused(case: Case, x: Inputs, keep_bytes: int | None = None) -> list[Tensor]:
     return [result.logp, result.lse, result.entropy]
 
 
-@pytest.mark.parametrize("library", ["torch", "onednn"])
+@pytest.mark.parametrize("whose", ["torch", "ours"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_values(
-    case: Case, dtype: torch.dtype, library: str, monkeypatch: pytest.MonkeyPatch
+    case: Case, dtype: torch.dtype, whose: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No further from fp64 than plain PyTorch is; bf16 inputs give fp32 log-probs."""
-    multiply_by(monkeypatch, library)
+    multiply_by(monkeypatch, whose)
     x = make(case, dtype)
     truth = plain(case, x.to(torch.float64))
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -64,12 +64,12 @@ def test_values(
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients(
     case: Case,
-    library: str,
+    whose: str,
     granule: int,
     keep_bytes: int | None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    multiply_by(monkeypatch, library)
+    multiply_by(monkeypatch, whose)
     split_vocabulary(monkeypatch, granule)
     x = make(case)
     c = torch.randn(3, case.n)
@@ -199,7 +199,7 @@ def test_compiles_to_one_node() -> None:
 
 
 @KEPT
-@pytest.mark.parametrize("where", ["cpu", "gpu"])
+@pytest.mark.parametrize("where", ["cpu", "cpu with amx", "gpu"])
 @pytest.mark.parametrize("entropy", [False, True])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bf16_as_it_is(
@@ -233,7 +233,7 @@ def test_bf16_as_it_is(
         torch.testing.assert_close(a.double(), b, rtol=0.02, atol=0.02)
 
 
-@pytest.mark.parametrize("where", ["cpu", "gpu"])
+@pytest.mark.parametrize("where", ["cpu", "cpu with amx", "gpu"])
 def test_numerators_are_kept_in_16_bits(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     n, d, v = 64, 8, 4096
     x = make(Case(n, d, v), torch.bfloat16)

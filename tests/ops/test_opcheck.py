@@ -84,6 +84,16 @@ def sample_logprob() -> Iterator[Sample]:
 
 
 @samples
+def matmul_() -> Iterator[Sample]:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        yield normal(N, V, dtype=wide), normal(N, D, dtype=dtype), normal(V, D, dtype=dtype).t()
+    a, b = normal(D, N).t(), normal(D, V)
+    yield normal(N, V), a, b, normal(V), 0.5, True, True
+    yield normal(N, V, dtype=torch.bfloat16), a.bfloat16(), b.bfloat16(), normal(V)
+
+
+@samples
 def sequence_logprob() -> Iterator[Sample]:
     for dtype in (torch.float32, torch.float64):
         yield normal(B, T, dtype=dtype, grad=True), integers(T + 1, B)

@@ -59,12 +59,12 @@ def by_autograd(case: Case, x: Inputs, coefficient: Tensor) -> list[Tensor]:
 def test_value_and_gradients(
     case: Case,
     dtype: torch.dtype,
-    library: str,
+    whose: str,
     granule: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Within twice plain PyTorch's distance from fp64; fp32 even for bf16 inputs."""
-    multiply_by(monkeypatch, library)
+    multiply_by(monkeypatch, whose)
     split_vocabulary(monkeypatch, granule)
     widen_bf16(monkeypatch)
     x = make(case, dtype)
@@ -189,7 +189,7 @@ def test_two_runs_are_equal_bit_for_bit() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("where", ["cpu", "gpu"])
+@pytest.mark.parametrize("where", ["cpu", "cpu with amx", "gpu"])
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bf16_as_it_is(case: Case, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Log-probs are those of fp32 logits all the same."""

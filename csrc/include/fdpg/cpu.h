@@ -9,8 +9,8 @@
 
 namespace fdpg::cpu {
 
-// Instruction set the dispatcher settled on: "avx512", "avx2" or "portable". The environment
-// variable FDPG_CPU_ISA=portable|avx2|avx512 lowers it (for tests and bug reports).
+// Instruction set the dispatcher settled on: "avx512bf16", "avx512", "avx2" or "portable". The
+// environment variable FDPG_CPU_ISA=portable|avx2|avx512 lowers it (for tests and bug reports).
 const char* isa();
 
 // Chooses an instruction set by name for the calls that follow; false if this CPU lacks it or the
@@ -27,6 +27,10 @@ int64_t token_logprob_numerators(const TokenLogprobNumeratorsParams& p, int64_t 
 int64_t sample_logprob(const SampleLogprobParams& p, int64_t begin, int64_t end);
 // Of B * Hk items, (sequence, key head) with the key head fastest; a bad row is such an item.
 int64_t decode_attention(const DecodeAttentionParams& p, int64_t begin, int64_t end);
+// Of the tiles of out, kMatmulTileRows by kMatmulTileColumns; which they are is the kernel's
+// affair.
+int64_t matmul(const MatmulParams& p, int64_t begin, int64_t end);
+inline constexpr int64_t kMatmulTileRows = 48, kMatmulTileColumns = 64;
 int64_t cache_append(const CacheAppendParams& p, int64_t begin, int64_t end);  // of B
 int64_t sequence_logprob(const SequenceLogprobParams& p, int64_t begin, int64_t end);
 int64_t fdiv_terms(const FdivTermsParams& p, int64_t begin, int64_t end);

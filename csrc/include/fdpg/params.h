@@ -209,6 +209,26 @@ struct DecodeAttentionParams {
 
 inline constexpr int64_t kMaxHeadSize = 1024;
 
+// A product of two matrices, each in either orientation, summed in fp32 (fp64 where dtype is):
+//   out = alpha (a b + bias), or out += alpha (a b + bias)
+struct MatmulParams {
+  const void* a;        // (N, K), unit stride along N or K
+  const void* b;        // (K, M), unit stride along K or M
+  Dtype dtype;          // of a and b
+  void* out;            // (N, M) as it is summed, or of `dtype`; unit stride along M
+  int64_t rows;         // N
+  int64_t depth;        // K
+  int64_t columns;      // M
+  int64_t a_stride[2];  // along N, K
+  int64_t b_stride[2];  // along K, M
+  int64_t out_stride;   // along N
+  const void* bias;     // (M,) of the type of the sums, or null
+  double alpha;
+  bool accumulate;
+  bool rounds_out;  // `out` is of 16 bits
+  bool may_round;   // fp32 factors to bf16, where the CPU multiplies that faster
+};
+
 // New keys and values to their places in a cache whose sequences are at positions of their own:
 //   cache[b, h, position[b] + q, :] = states[b, h, q, :]
 // once for keys and once for values. Bytes are copied, whatever they mean.

@@ -1,0 +1,25 @@
+// kernels_avx512bf16.cpp: those of AVX-512, but products of bf16 by the instructions for them.
+#if defined(__x86_64__)
+
+#include "kernels.h"
+#include "simd_avx512bf16-inl.h"
+//
+#include "matmul-inl.h"
+
+namespace fdpg::cpu {
+
+VocabularyKernels avx512bf16_kernels(Dtype dtype) {
+  VocabularyKernels kernels = avx512_kernels(dtype);
+  if (dtype == Dtype::kBFloat16) kernels.matmul = matmul<InPairs<BFloat16>>;
+  if (dtype == Dtype::kFloat32) {
+    kernels.matmul = [](const MatmulParams& p, int64_t begin, int64_t end, void* workspace) {
+      const auto run = p.may_round ? matmul<InPairs<float>> : matmul<Singly<Avx512, float>>;
+      return run(p, begin, end, workspace);
+    };
+  }
+  return kernels;
+}
+
+}  // namespace fdpg::cpu
+
+#endif  // __x86_64__

@@ -1,0 +1,274 @@
+// matmul-inl.h: products of matrices of any storage type and either orientation, with results in
+// fp32, or in that type, that are written where the caller wants them, or added to what is there.
+//
+// Some columns of b, by some of the depth, are packed into panels that the second-level cache
+// holds, and strips of kStrip rows of a pass over them. What a strip and a panel have in common of
+// out stays in registers while the depth goes by: per step, one load of each vector of b and one
+// broadcast of each row of a (the inner kernel of Goto and van de Geijn, ACM TOMS 34(3), 2008).
+// Rows of a are read where they lie if they are contiguous along the depth and need no conversion;
+// else they are packed too, a tile at a time.
+//
+// Every element of out is summed along the depth in order, in blocks whose length depends on the
+// depth alone: its bits depend on its row of a and its column of b, not on what else there is.
+#pragma once
+
+#include <cstdint>
+
+#include "fdpg/types.h"  // load
+#include "kernels.h"     // kMatmulColumnBytes, kMatmulPanelBytes
+#include "simd_target.h"
+
+FDPG_BEGIN_SIMD
+namespace fdpg::cpu {
+namespace {
+
+constexpr int64_t kStrip = 6;  // rows: 6 x 4 sums, 4 vectors of b and one of a fit 32 registers
+static_assert(kMatmulTileRows % kStrip == 0, "a tile is whole strips");
+
+// How factors are multiplied: by the numbers that they add up in, one step of the depth at a time.
+template <class S, class T>
+struct Singly {
+  using Simd = S;
+  using Stored = T;
+  using Vec = typename S::Vec;
+  using Unit = typename S::Real;  // what is packed: kSteps steps of one row or column
+  static constexpr int64_t kSteps = 1;
+  static constexpr bool kAsStored = sizeof(T) == sizeof(Unit);
+
+  static FDPG_ALWAYS_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) { return S::fma(a, b, sum); }
+  static FDPG_ALWAYS_INLINE Vec broadcast(Unit x) { return S::broadcast(x); }
+  static FDPG_ALWAYS_INLINE Vec load_units(const Unit* p) { return S::load(p); }
+  static FDPG_ALWAYS_INLINE void store_units(Unit* p, Vec x) { S::store(p, x); }
+
+  // The unit that begins at p; `left` steps are there, `stride` apart.
+  static FDPG_ALWAYS_INLINE Unit unit(const T* p, int64_t /*stride*/, int64_t /*left*/) {
+    return fdpg::load(*p);
+  }
+  // The units of kLanes neighbours, or kLanes units along the depth.
+  static FDPG_ALWAYS_INLINE Vec across(const T* p, int64_t /*stride*/, int64_t /*left*/) {
+    return S::load(p);
+  }
+  static FDPG_ALWAYS_INLINE Vec along(const T* p) { return S::load(p); }
+};
+
+template <class M, class Out>
+class Matmul {
+  using S = typename M::Simd;
+  using T = typename M::Stored;
+  using Real = typename S::Real;
+  using Vec = typename S::Vec;
+  using Unit = typename M::Unit;
+  static constexpr int64_t kVectors = sizeof(Vec) == 64 ? 4 : 2;  // as many registers as there are
+  static constexpr int64_t kPanel = kVectors * S::kLanes;         // columns
+  static_assert(kMatmulTileColumns % kPanel == 0, "a tile is whole panels");
+
+ public:
+  FDPG_ALWAYS_INLINE Matmul(const MatmulParams& p, void* workspace) : p_(p) {
+    const int64_t units = (p.depth + M::kSteps - 1) / M::kSteps;
+    const int64_t most = kMatmulColumnBytes / static_cast<int64_t>(sizeof(Unit));
+    // What is rounded is rounded once: its depth is not divided.
+    const bool divides = sizeof(Out) == sizeof(Real) && units > most;
+    const int64_t blocks = divides ? (units + most - 1) / most : 1;
+    units_ = (units + blocks - 1) / blocks;
+    const int64_t panels =
+        kMatmulPanelBytes / (units_ * kPanel * static_cast<int64_t>(sizeof(Unit)) + 1);
+    columns_ = (panels > 1 ? panels : 1) * kPanel;
+    tile_ = static_cast<Unit*>(workspace);
+    panels_ = tile_ + kMatmulTileRows * units_;
+  }
+
+  void block(int64_t row, int64_t end_row, int64_t column, int64_t end_column) {
+    const int64_t most = units_ * M::kSteps;
+    for (int64_t j = column; j < end_column; j += columns_) {
+      const int64_t end = end_column - j < columns_ ? end_column : j + columns_;
+      int64_t k = 0;
+      do {  // once where there is no depth: zeros, or the bias
+        const int64_t depth = p_.depth - k < most ? p_.depth - k : most;
+        for (int64_t c = j; c < end; c += kPanel) {
+          const T* const b = static_cast<const T*>(p_.b) + k * p_.b_stride[0] + c * p_.b_stride[1];
+          pack<kPanel>(b, p_.b_stride, depth, end - c, panel(c - j));
+        }
+        for (int64_t i = row; i < end_row; i += kMatmulTileRows) {
+          rows(i, end_row - i < kMatmulTileRows ? end_row - i : kMatmulTileRows, j, end, k, depth);
+        }
+        k += depth;
+      } while (k < p_.depth);
+    }
+  }
+
+ private:
+  FDPG_ALWAYS_INLINE Unit* panel(int64_t column) const { return panels_ + column * units_; }
+
+  // kWidth neighbours, rows of a or columns of b, of which `count` are there: [units][kWidth], with
+  // zeros where the depth or the neighbours have ended. `steps`: along the depth, among neighbours.
+  template <int64_t kWidth>
+  static void pack(const T* from, const int64_t (&steps)[2], int64_t depth, int64_t count,
+                   Unit* to) {
+    const int64_t units = (depth + M::kSteps - 1) / M::kSteps, stride = M::kSteps * steps[0];
+    for (int64_t first = 0; first < kWidth; first += S::kLanes) {
+      const T* const neighbour = from + first * steps[1];
+      Unit* const place = to + first;
+      int64_t u = 0;
+      if (count - first >= S::kLanes) {
+        if (steps[1] == 1) {
+          for (; u < units; ++u) {
+            M::store_units(place + u * kWidth,
+                           M::across(neighbour + u * stride, steps[0], depth - u * M::kSteps));
+          }
+        } else if (steps[0] == 1) {
+          for (; (u + S::kLanes) * M::kSteps <= depth; u += S::kLanes) {
+            Vec x[S::kLanes];
+            for (int64_t i = 0; i < S::kLanes; ++i) {
+              x[i] = M::along(neighbour + i * steps[1] + u * stride);
+            }
+            S::transpose(x);
+            for (int64_t i = 0; i < S::kLanes; ++i) M::store_units(place + (u + i) * kWidth, x[i]);
+          }
+        }
+      }
+      for (; u < units; ++u) {
+        for (int64_t i = 0; i < S::kLanes; ++i) {
+          place[u * kWidth + i] = first + i < count ? M::unit(neighbour + i * steps[1] + u * stride,
+                                                              steps[0], depth - u * M::kSteps)
+                                                    : Unit{0};
+        }
+      }
+    }
+  }
+
+  // `count` rows over the panels of columns [begin, end), at `depth` steps from k on.
+  void rows(int64_t row, int64_t count, int64_t begin, int64_t end, int64_t k, int64_t depth) {
+    const T* const a = static_cast<const T*>(p_.a) + row * p_.a_stride[0] + k * p_.a_stride[1];
+    const int64_t units = (depth + M::kSteps - 1) / M::kSteps;
+    const bool as_it_is = M::kAsStored && p_.a_stride[1] == 1 && depth % M::kSteps == 0;
+    if (!as_it_is) {
+      pack<kMatmulTileRows>(a, {p_.a_stride[1], p_.a_stride[0]}, depth, count, tile_);
+    }
+    Strip s;
+    s.row_bytes = as_it_is ? p_.a_stride[0] * static_cast<int64_t>(sizeof(T)) : sizeof(Unit);
+    s.unit_bytes = (as_it_is ? 1 : kMatmulTileRows) * static_cast<int64_t>(sizeof(Unit));
+    s.units = units;
+    s.out_stride = p_.out_stride;
+    s.adds = p_.accumulate || k > 0;
+    s.alpha = S::broadcast(static_cast<Real>(p_.alpha));
+    for (int64_t i = 0; i < count; i += kStrip) {
+      s.a = as_it_is ? reinterpret_cast<const char*>(a + i * p_.a_stride[0])
+                     : reinterpret_cast<const char*>(tile_ + i);
+      const int64_t height = count - i < kStrip ? count - i : kStrip;
+      for (int64_t c = begin; c < end; c += kPanel) {
+        s.panel = panel(c - begin);
+        s.out = static_cast<Out*>(p_.out) + (row + i) * p_.out_stride + c;
+        s.bias = p_.bias && k == 0 ? static_cast<const Real*>(p_.bias) + c : nullptr;
+        s.columns = end - c < kPanel ? end - c : kPanel;
+        strip<kStrip>(s, height);
+      }
+    }
+  }
+
+  struct Strip {
+    const char* a;  // row r at a + r row_bytes, its units unit_bytes apart
+    int64_t row_bytes, unit_bytes, units;
+    const Unit* panel;
+    Out* out;
+    int64_t out_stride;
+    const Real* bias;  // or null
+    int64_t columns;   // of the panel that are there
+    bool adds;
+    Vec alpha;
+  };
+
+  template <int kRows>
+  static FDPG_ALWAYS_INLINE void strip(const Strip& s, int64_t height) {
+    if constexpr (kRows > 1) {
+      if (height < kRows) return strip<kRows - 1>(s, height);
+    }
+    strip_of<kRows>(s);
+  }
+
+  // Not inlined: all registers are for its sums.
+  template <int kRows>
+  static __attribute__((noinline)) void strip_of(const Strip& s) {
+    Vec sums[kRows][kVectors];
+    for (auto& row : sums) {
+      for (Vec& sum : row) sum = S::broadcast(0);
+    }
+    const char* a = s.a;
+    const Unit* b = s.panel;
+    const int64_t row_bytes = s.row_bytes, unit_bytes = s.unit_bytes;
+    for (int64_t u = 0; u < s.units; ++u, a += unit_bytes, b += kPanel) {
+      Vec column[kVectors];
+      for (int64_t v = 0; v < kVectors; ++v) column[v] = M::load_units(b + v * S::kLanes);
+      for (int64_t r = 0; r < kRows; ++r) {
+        Unit unit;
+        __builtin_memcpy(&unit, a + r * row_bytes, sizeof(unit));
+        const Vec x = M::broadcast(unit);
+        for (int64_t v = 0; v < kVectors; ++v) {
+          sums[r][v] = M::multiply_add(x, column[v], sums[r][v]);
+        }
+      }
+    }
+    for (int64_t r = 0; r < kRows; ++r) {
+      for (int64_t v = 0; v < kVectors; ++v) {
+        finish(s, s.out + r * s.out_stride, v * S::kLanes, sums[r][v]);
+      }
+    }
+  }
+
+  static FDPG_ALWAYS_INLINE void finish(const Strip& s, Out* out, int64_t at, Vec x) {
+    const int64_t left = s.columns - at;
+    if (left >= S::kLanes) {
+      if (s.bias) x = S::add(x, S::load(s.bias + at));
+      x = S::mul(x, s.alpha);
+      if (s.adds) x = S::add(S::load(out + at), x);
+      S::store(out + at, x);
+    } else if (left > 0) {
+      if (s.bias) x = S::add(x, S::load_zeros(s.bias + at, left));
+      x = S::mul(x, s.alpha);
+      if (s.adds) x = S::add(S::load_zeros(out + at, left), x);
+      S::store_first(out + at, x, left);
+    }
+  }
+
+  const MatmulParams& p_;
+  int64_t units_;    // of a block of the depth
+  int64_t columns_;  // whose panels are packed at a time
+  Unit* tile_;
+  Unit* panels_;
+};
+
+// Tiles [begin, end) of out, counted along its longer side first: each of several threads packs its
+// own part of the larger factor, and all of the smaller.
+template <class M, class Out>
+void matmul_into(const MatmulParams& p, int64_t begin, int64_t end, void* workspace) {
+  Matmul<M, Out> product(p, workspace);
+  const bool by_rows = p.rows > p.columns;
+  const int64_t high = (p.rows + kMatmulTileRows - 1) / kMatmulTileRows;
+  const int64_t wide = (p.columns + kMatmulTileColumns - 1) / kMatmulTileColumns;
+  const int64_t line = by_rows ? wide : high;  // tiles across the shorter side
+  while (begin < end) {
+    // What is left of a line, or as many whole lines as there are.
+    const int64_t at = begin / line, from = begin % line;
+    const bool whole = from == 0 && end - begin >= line;
+    const int64_t lines = whole ? (end - begin) / line : 1;
+    const int64_t to = whole ? line : from + end - begin < line ? from + end - begin : line;
+    const int64_t row = (by_rows ? at : from) * kMatmulTileRows;
+    const int64_t column = (by_rows ? from : at) * kMatmulTileColumns;
+    const int64_t end_row = (by_rows ? at + lines : to) * kMatmulTileRows;
+    const int64_t end_column = (by_rows ? to : at + lines) * kMatmulTileColumns;
+    product.block(row, end_row < p.rows ? end_row : p.rows, column,
+                  end_column < p.columns ? end_column : p.columns);
+    begin += lines * (to - from);
+  }
+}
+
+template <class M>
+int64_t matmul(const MatmulParams& p, int64_t begin, int64_t end, void* workspace) {
+  using Real = typename M::Simd::Real;
+  const auto run = p.rounds_out ? matmul_into<M, typename M::Stored> : matmul_into<M, Real>;
+  run(p, begin, end, workspace);
+  return kOk;
+}
+
+}  // namespace
+}  // namespace fdpg::cpu
+FDPG_END_SIMD

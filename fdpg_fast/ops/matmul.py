@@ -1,0 +1,211 @@
+"""Matrix products on a CPU, by our own kernel where torch's are slow, or do not exist.
+
+torch hands fp32 products to MKL, whose AVX-512 code is for Intel's CPUs: AMD's get half of what
+they can do. oneDNN, which torch takes for 16-bit products, does better on them, but its results are
+in memory of its own, and those of 16-bit factors in 16 bits. ``matmul_`` (csrc/cpu/matmul-inl.h)
+writes fp32 results where they are wanted or adds them to what is there, whichever way its factors
+lie. ms on an AMD EPYC with AVX-512 and avx512_bf16, 2 cores, [n, k] x [k, m]:
+
+                    342, 768, 50257    64, 768, 3072    256, 128, 384    256, 64, 64
+    MKL                         143             1.63            0.123          0.013
+    oneDNN                       77             0.68            0.064          0.016
+    ours                         56             0.68            0.058          0.009
+    oneDNN, bf16                 38             0.44            0.046          0.018
+    ours, bf16                   29             0.35            0.034          0.007
+
+A sum has an order that depends on k alone, so a row of a product of ours has the same bits whatever
+other rows there are. Which of them is used depends on the machine and on shapes.
+
+Shape legend: n rows, k what is summed over, m columns.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fdpg_fast._build import load
+from fdpg_fast.ops.token_logprob import require_one_device, result_dtype
+
+__all__ = [
+    "add_product_",
+    "has_wide_products",
+    "is_worthwhile",
+    "library",
+    "linear",
+    "product",
+    "rounded_products",
+]
+
+# Below so many multiply-adds the way to ours costs as much as it saves (us, torch's and ours):
+#   16 x 64 x 64: 3.9, 3.2     64 x 64 x 64: 5.7, 4.9     32 x 64 x 172: 7.6, 7.2
+_LEAST = 1 << 16
+# And for so few rows packing the other factor does.
+_LEAST_ROWS = 4
+# Of a CPU: whether torch rounds fp32 factors to bf16 faster than it multiplies them, with AMX;
+# and whether ours does, by instructions for bf16.
+_TORCH_ROUNDS = torch.cpu._is_amx_tile_supported()
+_OURS_ROUNDS = torch.cpu._is_avx512_bf16_supported() and not _TORCH_ROUNDS
+_may_round = False  # inside rounded_products, on a CPU where ours rounds
+
+
+@functools.cache
+def library() -> tuple[bool, str]:
+    """Whether fp32 products are ours, and why."""
+    if not torch.backends.mkl.is_available():
+        return False, "torch's own: this torch has no MKL to stay away from"
+    if load().cpu_vendor() != "amd" or not torch.cpu._is_avx512_supported():
+        return False, "torch's own: MKL; AMD's CPUs with AVX-512 alone are known to gain by ours"
+    return True, "ours: MKL keeps its AVX-512 code for Intel's CPUs"
+
+
+def has_wide_products(factor: Tensor) -> bool:
+    """Whether 16-bit factors like this one are multiplied as they are into fp32 results: on a GPU,
+    and bf16 on a CPU with instructions for it. With AMX, torch's products are faster than ours, but
+    their results are rounded to 16 bits."""
+    return factor.is_cuda or (
+        factor.dtype == torch.bfloat16 and factor.device.type == "cpu" and _OURS_ROUNDS
+    )
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    out: Tensor | None = None,
+) -> Tensor:
+    """``scale (a b + bias)``, ``[n, m]``, of ``a`` ``[n, k]`` and ``b`` ``[k, m]``, without a
+    gradient.
+
+    The result is fp32 (fp64 if they are fp64), in ``out`` if that is given. Factors of 16 bits are
+    for where they have such a product: see :func:`has_wide_products`.
+    """
+    if out is None:
+        out = a.new_empty(len(a), b.shape[1], dtype=result_dtype(a.dtype, b.dtype))
+    if _is_ours(a, b):
+        torch.ops.fdpg.matmul_(out, a, b, bias, scale, False, _may_round)
+    elif a.dtype != out.dtype:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        if bias is not None:
+            out += bias
+        if scale != 1.0:
+            out *= scale
+    elif bias is None:
+        torch.addmm(out, a, b, beta=0.0, alpha=scale, out=out)
+    else:
+        torch.addmm(bias, a, b, beta=scale, alpha=scale, out=out)
+    return out
+
+
+def add_product_(to: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
+    """Adds ``scale a b`` to ``to``, which is as a result of :func:`product`."""
+    if _is_ours(a, b):
+        torch.ops.fdpg.matmul_(to, a, b, None, scale, True, _may_round)
+    elif a.dtype != to.dtype:
+        torch.addmm(to, a, b, out_dtype=to.dtype, alpha=scale, out=to)
+    else:
+        to.addmm_(a, b, alpha=scale)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + bias``, ``[..., m]``, of ``x`` ``[..., k]`` and ``W`` ``[m, k]``; once
+    differentiable."""
+    rows = x.reshape(-1, x.shape[-1])
+    learns = torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    apply: Any = _Linear.apply
+    y: Tensor = apply(rows, weight, bias) if learns else product(rows, weight.t(), bias)
+    return y.view(*x.shape[:-1], len(weight))
+
+
+def is_worthwhile(x: Tensor, weight: Tensor) -> bool:
+    """Whether :func:`linear` may be faster than torch's own, here and now. A compiler makes choices
+    of its own, and should not be asked about sizes, of which it would make constants."""
+    return (
+        not torch.compiler.is_compiling()
+        and x.numel() * len(weight) >= _LEAST
+        and x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+@contextlib.contextmanager
+def rounded_products(device: torch.device) -> Iterator[None]:
+    """Matrix products of fp32 numbers that the hardware may round on the way in, to bf16 on a CPU
+    with instructions for it and to TF32 on a GPU; sums and results are fp32, so logits keep their
+    last bits. A CPU without gains nothing by it, and does not round.
+
+    No 16-bit copies of the weight are made, which would have to be renewed at every step.
+    """
+    global _may_round
+    if device.type == "cuda" or _TORCH_ROUNDS:
+        backends: Any = torch.backends
+        on_gpu = device.type == "cuda"
+        backend = backends.cuda.matmul if on_gpu else backends.mkldnn.matmul
+        before, backend.fp32_precision = backend.fp32_precision, "tf32" if on_gpu else "bf16"
+        try:
+            yield
+        finally:
+            backend.fp32_precision = before
+        return
+    outside, _may_round = _may_round, _OURS_ROUNDS
+    try:
+        yield
+    finally:
+        _may_round = outside
+
+
+@torch.library.register_fake("fdpg::matmul_")
+def _fake(
+    out: Tensor,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None = None,
+    alpha: float = 1.0,
+    accumulate: bool = False,
+    may_round: bool = False,
+) -> None:
+    require_one_device("matmul_", a=a, out=out, b=b, bias=bias)
+
+
+def _is_ours(a: Tensor, b: Tensor) -> bool:
+    if a.device.type != "cpu" or a.dtype != b.dtype:
+        return False
+    if a.dtype.itemsize == 2:
+        return True  # nobody else has a wide product of them
+    return (
+        a.dtype == torch.float32
+        and (library()[0] or _may_round)
+        and len(a) * b.numel() >= _LEAST
+        and len(a) >= _LEAST_ROWS
+        and 1 in a.stride()
+        and 1 in b.stride()
+    )
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight.t(), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            product(grad, weight) if of_x else None,
+            product(grad.t(), x) if of_weight else None,
+            grad.sum(0) if of_bias else None,
+        )
