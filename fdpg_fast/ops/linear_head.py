@@ -12,13 +12,14 @@ Shape legend: N rows (tokens), n rows of a chunk, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fdpg_fast.ops.matmul import add_product_, has_wide_products, product, rounded_products
+from fdpg_fast.ops.memory import in_huge_pages
 from fdpg_fast.ops.token_logprob import result_dtype
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "kept_rows",
     "multiplies_as_they_are",
     "new_rows",
+    "new_sum",
     "pick",
     "project",
     "require_in_range",
@@ -138,7 +140,8 @@ class LinearHead:
     @functools.cached_property
     def buffer(self) -> Tensor:
         """``[chunk, V]``; not made where nobody asks for it."""
-        return new_rows(self.weight, min(self.chunk, max(1, len(self.hidden))), self.dtype)
+        rows = min(self.chunk, max(1, len(self.hidden)))
+        return in_huge_pages(new_rows(self.weight, rows, self.dtype))
 
     def chunks(self) -> Iterator[slice]:
         n = self.hidden.shape[0]
@@ -221,8 +224,7 @@ class LinearHead:
             (of_weight, self.weight.shape),
             (of_bias, self.weight.shape[:1]),
         )
-        zeros = self.hidden.new_zeros
-        return [zeros(shape if want else (0,), dtype=self.dtype) for want, shape in wanted]
+        return [new_sum(self.hidden, shape if want else (0,), self.dtype) for want, shape in wanted]
 
 
 def project(
@@ -240,6 +242,11 @@ def spans(weight: Tensor) -> list[slice]:
     vocab = len(weight)
     even = vocab - vocab % _GRANULE.get(weight.device.type, 1)
     return [slice(a, b) for a, b in ((0, even), (even, vocab)) if a < b]
+
+
+def new_sum(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Zeros."""
+    return in_huge_pages(like.new_empty(shape, dtype=dtype)).zero_()
 
 
 def new_rows(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
