@@ -117,7 +117,10 @@ int64_t matmul(const MatmulParams& p, int64_t begin, int64_t end) {
   const int64_t columns = (p.columns + kMatmulTileColumns - 1) / kMatmulTileColumns;
   const int64_t panels = std::min(std::max(kMatmulPanelBytes, kMatmulTileColumns * column),
                                   columns * kMatmulTileColumns * column);
-  const auto bytes = static_cast<size_t>(kMatmulTileRows * column + panels);
+  // And 4 bytes for each cache line of what they come from, which is as large or twice, and whose
+  // rows begin a line each.
+  const int64_t lines = panels / 8 + 4 * (p.depth + columns * kMatmulTileColumns);
+  const auto bytes = static_cast<size_t>((kMatmulTileRows + 1) * column + panels + lines);
   constexpr std::align_val_t kLine{64};
   const auto release = [](void* memory) { ::operator delete(memory, kLine); };
   const std::unique_ptr<void, decltype(release)> workspace(::operator new(bytes, kLine), release);

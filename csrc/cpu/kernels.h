@@ -22,9 +22,11 @@ struct VocabularyKernels {
   int64_t (*matmul)(const MatmulParams& p, int64_t begin, int64_t end, void* workspace);
 };
 
-// Of what matmul packs: bytes of a column at a time, and of all columns at a time. Three quarters
-// of a second-level cache of 1 MB; on less, its panels come from the third.
-inline constexpr int64_t kMatmulColumnBytes = 4096, kMatmulPanelBytes = 768 << 10;
+// Of what matmul packs of b: bytes of a column at a time, and of all columns at a time. Three
+// quarters of a second-level cache of 1 MB, so that a is packed seldom; where it is not, a quarter,
+// and room for what comes next.
+inline constexpr int64_t kMatmulColumnBytes = 4096;
+inline constexpr int64_t kMatmulPanelBytes = 768 << 10, kMatmulFewPanelBytes = 256 << 10;
 
 VocabularyKernels portable_kernels(Dtype dtype);
 

@@ -70,11 +70,14 @@ class Matmul {
     const bool divides = sizeof(Out) == sizeof(Real) && units > most;
     const int64_t blocks = divides ? (units + most - 1) / most : 1;
     units_ = (units + blocks - 1) / blocks;
-    const int64_t panels =
-        kMatmulPanelBytes / (units_ * kPanel * static_cast<int64_t>(sizeof(Unit)) + 1);
-    columns_ = (panels > 1 ? panels : 1) * kPanel;
+    const int64_t room = packs_a() ? kMatmulPanelBytes : kMatmulFewPanelBytes;
+    const int64_t panels = room / (units_ * kPanel * static_cast<int64_t>(sizeof(Unit)) + 1);
+    const int64_t all = (p.columns + kPanel - 1) / kPanel;
+    columns_ = (panels < 1 ? 1 : panels < all ? panels : all) * kPanel;
     tile_ = static_cast<Unit*>(workspace);
     panels_ = tile_ + kMatmulTileRows * units_;
+    lines_ = reinterpret_cast<int32_t*>(panels_ + columns_ * units_);
+    find_lines();
   }
 
   void block(int64_t row, int64_t end_row, int64_t column, int64_t end_column) {
@@ -85,8 +88,14 @@ class Matmul {
       do {  // once where there is no depth: zeros, or the bias
         const int64_t depth = p_.depth - k < most ? p_.depth - k : most;
         for (int64_t c = j; c < end; c += kPanel) {
-          const T* const b = static_cast<const T*>(p_.b) + k * p_.b_stride[0] + c * p_.b_stride[1];
-          pack<kPanel>(b, p_.b_stride, depth, end - c, panel(c - j));
+          pack<kPanel>(b_at(k, c), p_.b_stride, depth, end - c, panel(c - j));
+        }
+        if (k + depth < p_.depth) {
+          ask_for(b_at(k + depth, j));
+        } else if (end < end_column) {
+          ask_for(b_at(0, end));
+        } else {
+          ask_for(nullptr);
         }
         for (int64_t i = row; i < end_row; i += kMatmulTileRows) {
           rows(i, end_row - i < kMatmulTileRows ? end_row - i : kMatmulTileRows, j, end, k, depth);
@@ -97,6 +106,38 @@ class Matmul {
   }
 
  private:
+  // Whether tiles of a are packed, but for an odd end of the depth.
+  bool packs_a() const { return !M::kAsStored || p_.a_stride[1] != 1; }
+
+  FDPG_ALWAYS_INLINE const T* b_at(int64_t k, int64_t column) const {
+    return static_cast<const T*>(p_.b) + k * p_.b_stride[0] + column * p_.b_stride[1];
+  }
+
+  // What a block of b comes from, as offsets of its cache lines from the first, and zeros for one
+  // strip more. While strips go over a block they ask for the next: a weight comes from memory, and
+  // to wait for it while it is packed takes half as long as the product of 64 rows with it.
+  void find_lines() {
+    const int64_t line = 64 / static_cast<int64_t>(sizeof(T)), depth = units_ * M::kSteps;
+    const bool across = p_.b_stride[1] == 1;
+    const int64_t rows = across ? depth : columns_, row = across ? columns_ : depth;
+    const int64_t stride = p_.b_stride[across ? 0 : 1] * static_cast<int64_t>(sizeof(T));
+    const bool alone = columns_ >= p_.columns && depth >= p_.depth;
+    count_ = 0;
+    if (!packs_a() && !alone && rows * stride < INT32_MAX) {
+      for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t i = 0; i < row; i += line) {
+          lines_[count_++] = static_cast<int32_t>(r * stride + i * sizeof(T));
+        }
+      }
+    }
+    for (int64_t u = 0; u < units_; ++u) lines_[count_ + u] = 0;
+  }
+
+  void ask_for(const T* block) {
+    ahead_ = reinterpret_cast<const char*>(block ? block : static_cast<const T*>(p_.b));
+    asked_ = block ? 0 : count_;
+  }
+
   FDPG_ALWAYS_INLINE Unit* panel(int64_t column) const { return panels_ + column * units_; }
 
   // kWidth neighbours, rows of a or columns of b, of which `count` are there: [units][kWidth], with
@@ -160,6 +201,9 @@ class Matmul {
         s.out = static_cast<Out*>(p_.out) + (row + i) * p_.out_stride + c;
         s.bias = p_.bias && k == 0 ? static_cast<const Real*>(p_.bias) + c : nullptr;
         s.columns = end - c < kPanel ? end - c : kPanel;
+        s.ahead = ahead_;
+        s.lines = lines_ + asked_;
+        asked_ = asked_ + units < count_ ? asked_ + units : count_;
         strip<kStrip>(s, height);
       }
     }
@@ -171,8 +215,10 @@ class Matmul {
     const Unit* panel;
     Out* out;
     int64_t out_stride;
-    const Real* bias;  // or null
-    int64_t columns;   // of the panel that are there
+    const Real* bias;   // or null
+    int64_t columns;    // of the panel that are there
+    const char* ahead;  // cache lines to ask for, one per unit
+    const int32_t* lines;
     bool adds;
     Vec alpha;
   };
@@ -195,7 +241,10 @@ class Matmul {
     const char* a = s.a;
     const Unit* b = s.panel;
     const int64_t row_bytes = s.row_bytes, unit_bytes = s.unit_bytes;
+    const char* const ahead = s.ahead;
+    const int32_t* const lines = s.lines;
     for (int64_t u = 0; u < s.units; ++u, a += unit_bytes, b += kPanel) {
+      __builtin_prefetch(ahead + lines[u], 0, 2);  // to the second level
       Vec column[kVectors];
       for (int64_t v = 0; v < kVectors; ++v) column[v] = M::load_units(b + v * S::kLanes);
       for (int64_t r = 0; r < kRows; ++r) {
@@ -234,6 +283,9 @@ class Matmul {
   int64_t columns_;  // whose panels are packed at a time
   Unit* tile_;
   Unit* panels_;
+  int32_t* lines_;
+  int64_t count_, asked_ = 0;  // lines of a block; of the next one
+  const char* ahead_ = nullptr;
 };
 
 // Tiles [begin, end) of out, counted along its longer side first: each of several threads packs its
