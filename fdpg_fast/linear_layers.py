@@ -1,41 +1,65 @@
-"""Linear layers of a model on a CPU, by the library that is fast there: see ``ops/matmul.py``."""
+"""Linear layers of a model on a CPU, by our own product where torch's is slow: see
+``ops/matmul.py``."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fdpg_fast.ops.matmul import is_worthwhile, library, linear
+from fdpg_fast.ops.matmul import has_rounded_products, is_worthwhile, library, linear, rounded_once
 
 __all__ = ["choose_linear_layers"]
 
 
 def choose_linear_layers(model: nn.Module) -> None:
-    """Let the linear layers of a model take their products from where they are fast, if torch's own
-    are not.
+    """Let the linear layers of a model be products of ours, if torch's own are slower.
 
     They stay what they are to whoever looks for them: the class of each becomes one derived from
     its own.
     """
-    if not library()[0]:
+    if not (library()[0] or has_rounded_products()):
         return
     for module in model.modules():
         if (chosen := _LAYERS.get(type(module))) is not None:
             module.__class__ = chosen
 
 
+def _by_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """``x W^T + bias``, ``W`` ``[m, k]``, or None: where it is no faster by ours."""
+    # A compiler makes choices of its own, and would make constants of sizes that are looked at.
+    if torch.compiler.is_compiling():
+        return None
+    if is_worthwhile(x, weight):
+        return linear(x, weight, bias)
+    if (
+        has_rounded_products()
+        and torch.is_autocast_enabled("cpu")
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
+        and not torch.is_grad_enabled()
+        and x.device.type == "cpu"
+        and weight.dtype == torch.float32
+    ):
+        # As autocast would have it: 16-bit factors and results.
+        if (rounded := rounded_once(weight)) is None:
+            rounded = weight.bfloat16()
+        rows = x.reshape(-1, x.shape[-1]).to(rounded.dtype)
+        y = rows.new_empty(len(rows), len(weight))
+        torch.ops.fdpg.matmul_(y, rows, rounded.t(), bias)
+        return y.view(*x.shape[:-1], len(weight))
+    return None
+
+
 class _Linear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
-        if is_worthwhile(input, self.weight):
-            return linear(input, self.weight, self.bias)
-        return nn.functional.linear(input, self.weight, self.bias)
+        y = _by_ours(input, self.weight, self.bias)
+        return nn.functional.linear(input, self.weight, self.bias) if y is None else y
 
 
 class _Conv1D(Conv1D):
     def forward(self, x: Tensor) -> Tensor:
-        if is_worthwhile(x, weight := self.weight.t()):
-            return linear(x, weight, self.bias)
-        result: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        y = _by_ours(x, self.weight.t(), self.bias)
+        result: Tensor = super().forward(x) if y is None else y  # type: ignore[no-untyped-call]
         return result
 
 

@@ -44,7 +44,7 @@ from fdpg_fast.attention import (
 )
 from fdpg_fast.linear_layers import choose_linear_layers
 from fdpg_fast.ops.linear_head import project
-from fdpg_fast.ops.matmul import rounded_products
+from fdpg_fast.ops.matmul import rounded_products, rounding_once
 from fdpg_fast.packing import Packing, announced
 from fdpg_fast.rollout import Rollout
 
@@ -527,7 +527,9 @@ class LanguageModel:
         try:
             for weight in frozen:
                 weight.requires_grad_(True)
-            with torch.no_grad(), self._autocast():
+            with torch.no_grad(), self._autocast(), contextlib.ExitStack() as stack:
+                if self.compute == "bf16":
+                    stack.enter_context(rounding_once(self.device))
                 yield
         finally:
             for weight in frozen:

@@ -72,6 +72,32 @@ def test_other_numbers_than_fp32_are_torchs(calls: list[tuple[int, ...]]) -> Non
     assert calls == []
 
 
+@pytest.mark.parametrize("rounds", [True, False])
+def test_weights_are_rounded_once(
+    rounds: bool, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While they do not change: what autocast makes of them, by our product."""
+    monkeypatch.setattr(matmul, "_OURS_ROUNDS", rounds)
+    torch.manual_seed(0)
+    plain = Two()
+    chosen = copy.deepcopy(plain)
+    choose_linear_layers(chosen)
+    x = torch.randn(3, 4, 8)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = plain(x)
+        with matmul.rounding_once(x.device):
+            first = chosen(x)
+            chosen.up.weight.zero_()  # against the rules, and not noticed
+            second = chosen(x)
+        third = chosen(x)
+    assert first.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(first, expected, rtol=2e-2, atol=2e-3)
+    assert torch.equal(first, second)
+    if rounds:
+        assert not torch.equal(first, third)
+    assert calls == [(12, 8, 16), (12, 16, 6)] * (3 if rounds else 0)
+
+
 @pytest.mark.usefixtures("_ours")
 def test_a_compiler_sees_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, ops = Two(), []
@@ -100,6 +126,7 @@ def test_small_products_go_the_short_way(
 
 
 def test_nothing_happens_where_torch_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(matmul, "_OURS_ROUNDS", False)
     monkeypatch.setattr(linear_layers, "library", lambda: (False, "the test says so"))
     model = Two()
     choose_linear_layers(model)

@@ -376,9 +376,11 @@ def test_weights_are_rounded_once_in_a_draw(learns: bool) -> None:
             self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
         ) -> Any:
             nonlocal rounded
-            if op.overloadpacket.__name__ == "_to_copy":
-                rounded += args[0].data_ptr() == weight.data_ptr()
-            return op(*args, **(kwargs or {}))
+            result = op(*args, **(kwargs or {}))
+            if op.overloadpacket.__name__ in ("_to_copy", "copy_"):
+                source = args[-1].data_ptr()
+                rounded += source == weight.data_ptr() and result.dtype == torch.bfloat16
+            return result
 
     for _ in range(2):
         rounded = 0

@@ -18,7 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fdpg_fast.ops.matmul import add_product_, has_wide_products, product, rounded_products
+from fdpg_fast.ops.matmul import (
+    add_product_,
+    has_wide_products,
+    product,
+    rounded_once,
+    rounded_products,
+)
 from fdpg_fast.ops.memory import in_huge_pages
 from fdpg_fast.ops.token_logprob import result_dtype
 
@@ -231,6 +237,8 @@ def project(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor
 ) -> Tensor:
     """``scale * (hidden W^T + bias)``, ``[n, V]`` in ``out``; one dtype, no gradient."""
+    if (kept := rounded_once(weight)) is not None:
+        hidden, weight = hidden.to(kept.dtype), kept
     for span in spans(weight):
         part = None if bias is None else bias[span]
         product(hidden, weight[span].t(), part, scale=scale, out=out[:, span])

@@ -31,16 +31,20 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fdpg_fast._build import load
+from fdpg_fast.ops.memory import in_huge_pages
 from fdpg_fast.ops.token_logprob import require_one_device, result_dtype
 
 __all__ = [
     "add_product_",
+    "has_rounded_products",
     "has_wide_products",
     "is_worthwhile",
     "library",
     "linear",
     "product",
+    "rounded_once",
     "rounded_products",
+    "rounding_once",
 ]
 
 # Below so many multiply-adds the way to ours costs as much as it saves (us, torch's and ours):
@@ -53,6 +57,7 @@ _LEAST_ROWS = 4
 _TORCH_ROUNDS = torch.cpu._is_amx_tile_supported()
 _OURS_ROUNDS = torch.cpu._is_avx512_bf16_supported() and not _TORCH_ROUNDS
 _may_round = False  # inside rounded_products, on a CPU where ours rounds
+_rounded: dict[int, tuple[Tensor, Tensor]] | None = None  # inside rounding_once
 
 
 @functools.cache
@@ -63,6 +68,11 @@ def library() -> tuple[bool, str]:
     if load().cpu_vendor() != "amd" or not torch.cpu._is_avx512_supported():
         return False, "torch's own: MKL; AMD's CPUs with AVX-512 alone are known to gain by ours"
     return True, "ours: MKL keeps its AVX-512 code for Intel's CPUs"
+
+
+def has_rounded_products() -> bool:
+    """Whether there is a CPU here whose bf16 products are ours."""
+    return _OURS_ROUNDS
 
 
 def has_wide_products(factor: Tensor) -> bool:
@@ -128,10 +138,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def is_worthwhile(x: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`linear` may be faster than torch's own, here and now. A compiler makes choices
-    of its own, and should not be asked about sizes, of which it would make constants."""
+    """Whether :func:`linear` may be faster than torch's own, here and now."""
     return (
-        not torch.compiler.is_compiling()
+        library()[0]
         and x.numel() * len(weight) >= _LEAST
         and x.dtype == torch.float32
         and x.device.type == "cpu"
@@ -178,19 +187,42 @@ def _fake(
     require_one_device("matmul_", a=a, out=out, b=b, bias=bias)
 
 
+@contextlib.contextmanager
+def rounding_once(device: torch.device) -> Iterator[None]:
+    """While in here weights do not change: :func:`rounded_once` keeps what it has rounded. On a CPU
+    whose bf16 products are ours."""
+    global _rounded
+    outside, _rounded = _rounded, {} if device.type == "cpu" and _OURS_ROUNDS else None
+    try:
+        yield
+    finally:
+        _rounded = outside
+
+
+def rounded_once(weight: Tensor) -> Tensor | None:
+    """``weight`` ``[m, k]`` in bf16, the same tensor every time, inside :func:`rounding_once`; None
+    outside."""
+    if _rounded is None or weight.dtype != torch.float32:
+        return None
+    key = weight.data_ptr()  # of the parameter, whatever view of all of it this is
+    found = _rounded.get(key)
+    if found is None or found[0].shape != weight.shape:
+        found = weight, in_huge_pages(torch.empty_like(weight, dtype=torch.bfloat16)).copy_(weight)
+        _rounded[key] = found
+    return found[1]
+
+
 def _is_ours(a: Tensor, b: Tensor) -> bool:
     if a.device.type != "cpu" or a.dtype != b.dtype:
         return False
     if a.dtype.itemsize == 2:
         return True  # nobody else has a wide product of them
-    return (
-        a.dtype == torch.float32
-        and (library()[0] or _may_round)
-        and len(a) * b.numel() >= _LEAST
-        and len(a) >= _LEAST_ROWS
-        and 1 in a.stride()
-        and 1 in b.stride()
-    )
+    if a.dtype != torch.float32 or 1 not in a.stride() or 1 not in b.stride():
+        return False
+    # Whether factors are rounded does not depend on how many there are: a sampler's log-probs
+    # would differ from the trainer's.
+    large = len(a) * b.numel() >= _LEAST and len(a) >= _LEAST_ROWS
+    return _may_round or (library()[0] and large)
 
 
 class _Linear(torch.autograd.Function):

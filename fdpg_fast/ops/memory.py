@@ -14,7 +14,7 @@ from fdpg_fast._build import load
 
 __all__ = ["in_huge_pages"]
 
-_LEAST_BYTES = 8 << 20  # for less it is not worth asking
+_LEAST_BYTES = 2 << 20  # a huge page; for less there is nothing to ask for
 
 
 def in_huge_pages(fresh: Tensor) -> Tensor:
