@@ -61,7 +61,15 @@ class DecodeAttention {
     for (int64_t j = 0; j < n; j += S::kLanes) {
       const T* const first = keys + j * p_.key_stride[2];
       const int64_t count = n - j < S::kLanes ? n - j : S::kLanes;
-      for (int64_t g = 0; g < group_; ++g) S::store(weight_[g] + j, dots(query_[g], first, count));
+      if (p_.size <= S::kLanes / 2) {
+        short_dots<S::kLanes / 2>(first, count, j);
+      } else if (p_.size <= S::kLanes) {
+        short_dots<S::kLanes>(first, count, j);
+      } else {
+        for (int64_t g = 0; g < group_; ++g) {
+          S::store(weight_[g] + j, dots(query_[g], first, count));
+        }
+      }
     }
     for (int64_t g = 0; g < group_; ++g) {
       to_weights(g, n);
@@ -110,6 +118,25 @@ class DecodeAttention {
     for (int64_t j = 0; j < count; ++j) sums[j] = products(query, keys + j * stride, size);
     for (int64_t j = count; j < S::kLanes; ++j) sums[j] = S::broadcast(0);
     return S::totals(sums);
+  }
+
+  // The same of all queries, to weight_[g] + j, where a key is no longer than a vector: with a key
+  // to a lane, a product per number of the query is all it takes. kSize: at least p_.size.
+  template <int64_t kSize>
+  FDPG_ALWAYS_INLINE void short_dots(const T* keys, int64_t count, int64_t j) {
+    Vec x[S::kLanes];
+    for (int64_t i = 0; i < S::kLanes; ++i) {  // past the end the last one, of no use
+      x[i] = load_at(keys + (i < count ? i : count - 1) * p_.key_stride[2], 0, p_.size);
+    }
+    S::transpose(x);
+    for (int64_t g = 0; g < group_; ++g) {
+      Vec even = S::broadcast(0), odd = even;
+      for (int64_t d = 0; d < kSize; d += 2) {
+        even = S::fma(S::broadcast(query_[g][d]), x[d], even);
+        odd = S::fma(S::broadcast(query_[g][d + 1]), x[d + 1], odd);
+      }
+      S::store(weight_[g] + j, S::add(even, odd));
+    }
   }
 
   static FDPG_ALWAYS_INLINE Vec largest_of(const Real* x, int64_t n) {
