@@ -7,12 +7,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>  // madvise
-#include <unistd.h>    // sysconf
-#endif
-
-#include <cstdint>
 #include <string>
 #include <vector>
 
@@ -83,19 +77,6 @@ std::vector<std::string> statistics() {
   };
 }
 
-// Whether whole pages lie between address and address + bytes, and the system took the advice.
-bool advise_huge_pages(uintptr_t address, size_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t begin = (address + page - 1) / page * page, end = (address + bytes) / page * page;
-  return begin < end && madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0;
-#else
-  static_cast<void>(address);
-  static_cast<void>(bytes);
-  return false;
-#endif
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -112,8 +93,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &fdpg::cpu::isa,
         "The instruction set in use: avx512bf16, avx512, avx2 or portable.");
   m.def("cpu_vendor", &fdpg::cpu::vendor, "Who made the CPU: amd, intel or other.");
-  m.def("advise_huge_pages", &advise_huge_pages, py::arg("address"), py::arg("bytes"),
-        "Asks for huge pages there; whether the system took the advice.");
   m.def("set_cpu_isa", &fdpg::cpu::set_isa, py::arg("name"),
         "Chooses an instruction set; False if this CPU lacks it or the name is unknown.");
 }

@@ -12,7 +12,7 @@ Shape legend: N rows (tokens), n rows of a chunk, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -25,7 +25,6 @@ from fdpg_fast.ops.matmul import (
     rounded_once,
     rounded_products,
 )
-from fdpg_fast.ops.memory import in_huge_pages
 from fdpg_fast.ops.token_logprob import result_dtype
 
 __all__ = [
@@ -34,7 +33,6 @@ __all__ = [
     "kept_rows",
     "multiplies_as_they_are",
     "new_rows",
-    "new_sum",
     "pick",
     "project",
     "require_in_range",
@@ -146,8 +144,7 @@ class LinearHead:
     @functools.cached_property
     def buffer(self) -> Tensor:
         """``[chunk, V]``; not made where nobody asks for it."""
-        rows = min(self.chunk, max(1, len(self.hidden)))
-        return in_huge_pages(new_rows(self.weight, rows, self.dtype))
+        return new_rows(self.weight, min(self.chunk, max(1, len(self.hidden))), self.dtype)
 
     def chunks(self) -> Iterator[slice]:
         n = self.hidden.shape[0]
@@ -230,7 +227,8 @@ class LinearHead:
             (of_weight, self.weight.shape),
             (of_bias, self.weight.shape[:1]),
         )
-        return [new_sum(self.hidden, shape if want else (0,), self.dtype) for want, shape in wanted]
+        zeros = self.hidden.new_zeros
+        return [zeros(shape if want else (0,), dtype=self.dtype) for want, shape in wanted]
 
 
 def project(
@@ -250,11 +248,6 @@ def spans(weight: Tensor) -> list[slice]:
     vocab = len(weight)
     even = vocab - vocab % _GRANULE.get(weight.device.type, 1)
     return [slice(a, b) for a, b in ((0, even), (even, vocab)) if a < b]
-
-
-def new_sum(like: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Zeros."""
-    return in_huge_pages(like.new_empty(shape, dtype=dtype)).zero_()
 
 
 def new_rows(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:

@@ -33,7 +33,6 @@ from fdpg_fast.ops.linear_head import (
     require_in_range,
     spread,
 )
-from fdpg_fast.ops.memory import in_huge_pages
 from fdpg_fast.ops.token_logprob import TokenLogprob, result_dtype
 
 __all__ = ["linear_logprob"]
@@ -151,7 +150,6 @@ def _linear_logprob(
     require_in_range("linear_logprob", target, mask, len(weight))
     n = hidden.shape[0]
     kept, row_scale = _new_kept(hidden, weight, keep, entropy)
-    in_huge_pages(kept)
     rows = kept_rows(mask)  # the first so many rows of what is kept
     if rows is not None:
         hidden, target, mask = hidden[rows], target[rows], None

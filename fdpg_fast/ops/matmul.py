@@ -31,7 +31,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fdpg_fast._build import load
-from fdpg_fast.ops.memory import in_huge_pages
 from fdpg_fast.ops.token_logprob import require_one_device, result_dtype
 
 __all__ = [
@@ -207,7 +206,7 @@ def rounded_once(weight: Tensor) -> Tensor | None:
     key = weight.data_ptr()  # of the parameter, whatever view of all of it this is
     found = _rounded.get(key)
     if found is None or found[0].shape != weight.shape:
-        found = weight, in_huge_pages(torch.empty_like(weight, dtype=torch.bfloat16)).copy_(weight)
+        found = weight, weight.detach().bfloat16()
         _rounded[key] = found
     return found[1]
 

@@ -25,12 +25,10 @@ from fdpg_fast.ops.linear_head import (
     check_head,
     kept_rows,
     new_rows,
-    new_sum,
     pick,
     require_in_range,
     spread,
 )
-from fdpg_fast.ops.memory import in_huge_pages
 from fdpg_fast.ops.token_logprob import result_dtype
 
 __all__ = ["PolicyGradient", "policy_gradient"]
@@ -116,8 +114,8 @@ def policy_gradient(
         ("add_to_bias", add_to_bias, bias if need_weight else None),
     ):
         if like is None or given is None:
-            size = (0,) if like is None else like.shape
-            accumulators.append(new_sum(weight, size, dtype))
+            size = 0 if like is None else like.shape
+            accumulators.append(weight.new_zeros(size, dtype=dtype))
             continue
         if given.shape != like.shape or given.dtype != dtype or given.device != like.device:
             raise ValueError(
@@ -180,7 +178,7 @@ def _policy_gradient(
     learns = any(grad.numel() for grad in grads)
     numerators = None  # they overwrite the logits, unless the products take 16 bits
     if learns and head.low_precision:
-        numerators = in_huge_pages(new_rows(weight, len(head.buffer), hidden.dtype))
+        numerators = new_rows(weight, len(head.buffer), hidden.dtype)
     logp, lse = (hidden.new_empty(len(hidden), dtype=head.dtype) for _ in range(2))
     for c in head.chunks():
         z, y = head.logits(c), target[c]
