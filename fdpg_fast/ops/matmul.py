@@ -54,7 +54,7 @@ _LEAST_ROWS = 4
 # Of a CPU: whether torch rounds fp32 factors to bf16 faster than it multiplies them, with AMX;
 # and whether ours does, by instructions for bf16.
 _TORCH_ROUNDS = torch.cpu._is_amx_tile_supported()
-_OURS_ROUNDS = torch.cpu._is_avx512_bf16_supported() and not _TORCH_ROUNDS
+_OURS_ROUNDS = load().cpu_isa() == "avx512bf16" and not _TORCH_ROUNDS
 _may_round = False  # inside rounded_products, on a CPU where ours rounds
 _rounded: dict[int, tuple[Tensor, Tensor]] | None = None  # inside rounding_once
 
@@ -64,7 +64,7 @@ def library() -> tuple[bool, str]:
     """Whether fp32 products are ours, and why."""
     if not torch.backends.mkl.is_available():
         return False, "torch's own: this torch has no MKL to stay away from"
-    if load().cpu_vendor() != "amd" or not torch.cpu._is_avx512_supported():
+    if load().cpu_vendor() != "amd" or not load().cpu_isa().startswith("avx512"):
         return False, "torch's own: MKL; AMD's CPUs with AVX-512 alone are known to gain by ours"
     return True, "ours: MKL keeps its AVX-512 code for Intel's CPUs"
 

@@ -159,19 +159,17 @@ def test_whose_products_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     decide = matmul.library.__wrapped__
 
     class Cpu:
-        def __init__(self, vendor: str) -> None:
-            self.cpu_vendor = lambda: vendor
+        def __init__(self, vendor: str, isa: str = "avx512") -> None:
+            self.cpu_vendor, self.cpu_isa = lambda: vendor, lambda: isa
 
     assert _build.load().cpu_vendor() in ("amd", "intel", "other")
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     for name, expected in (("amd", True), ("intel", False), ("other", False)):
         monkeypatch.setattr(matmul, "load", lambda name=name: Cpu(name))
         used, why = decide()
         assert used == expected
         assert why.startswith("ours" if used else "torch's own")
-    monkeypatch.setattr(matmul, "load", lambda: Cpu("amd"))
-    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: False)
+    monkeypatch.setattr(matmul, "load", lambda: Cpu("amd", "avx2"))  # or told so: FDPG_CPU_ISA
     assert not decide()[0]
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert decide() == (False, "torch's own: this torch has no MKL to stay away from")
