@@ -163,7 +163,12 @@ class LinearHead:
         return self.buffer[: len(kept)].copy_(kept)
 
     def backward(
-        self, rows: slice, numerators: Tensor, row_scale: Tensor | None, *grads: Tensor
+        self,
+        rows: slice,
+        numerators: Tensor,
+        row_scale: Tensor | None,
+        *grads: Tensor,
+        new: bool = False,
     ) -> None:
         """Adds what a chunk sends back to its gradients of hidden, weight and bias.
 
@@ -172,6 +177,7 @@ class LinearHead:
             numerators: ``[n, V]``, overwritten.
             row_scale: ``[n]``; None: ones.
             grads: as :meth:`gradients` makes them; those of size 0 are skipped.
+            new: there is nothing yet to add to; but for the bias, whose gradient is zeros.
         """
         grad_hidden, grad_weight, grad_bias = grads
         hidden, weight, scale = self.hidden[rows], self.weight, self.scale
@@ -194,10 +200,17 @@ class LinearHead:
             if narrow:
                 for tile in self._tiles():
                     part = torch.mm(numerators[:, tile].t(), hidden)
-                    grad_weight[tile].add_(part, alpha=scale)
+                    if new:
+                        torch.mul(part, scale, out=grad_weight[tile])
+                    else:
+                        grad_weight[tile].add_(part, alpha=scale)
             else:
                 for span in spans(weight):
-                    add_product_(grad_weight[span], numerators[:, span].t(), hidden, scale)
+                    place, columns = grad_weight[span], numerators[:, span].t()
+                    if new:
+                        product(columns, hidden, scale=scale, out=place)
+                    else:
+                        add_product_(place, columns, hidden, scale)
         if grad_bias.numel():
             if row_scale is None:
                 grad_bias.add_(numerators.sum(0, dtype=self.dtype), alpha=scale)
@@ -221,14 +234,18 @@ class LinearHead:
         return (slice(i, min(i + _TILE, vocab)) for i in range(0, vocab, _TILE))
 
     def gradients(self, of_hidden: bool, of_weight: bool, of_bias: bool) -> list[Tensor]:
-        """Accumulators of hidden, weight and bias; of size 0 where not wanted."""
+        """Gradients of hidden, weight and bias, which the first chunk writes and the others add to;
+        of size 0 where not wanted."""
         wanted = (
             (of_hidden, self.hidden.shape),
             (of_weight, self.weight.shape),
             (of_bias, self.weight.shape[:1]),
         )
-        zeros = self.hidden.new_zeros
-        return [zeros(shape if want else (0,), dtype=self.dtype) for want, shape in wanted]
+        empty = self.hidden.new_empty
+        found = [empty(shape if want else (0,), dtype=self.dtype) for want, shape in wanted]
+        for grad in found if len(self.hidden) == 0 else found[2:]:
+            grad.zero_()
+        return found
 
 
 def project(

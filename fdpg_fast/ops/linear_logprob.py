@@ -233,11 +233,11 @@ def _linear_logprob_backward(
     for c in head.chunks():
         y, s, h, g0, g1, g2, m = (None if t is None else t[c] for t in per_row[1:])
         if from_numerators and g0 is not None:
-            head.backward(c, kept[c], row_scale[c] * g0, *grads)
+            head.backward(c, kept[c], row_scale[c] * g0, *grads, new=c.start == 0)
             continue
         z = head.recall(kept[c]) if has_logits else head.logits(c)
         torch.ops.fdpg.token_logprob_backward_(z, y, s, h, g0, g1, g2, inv_temperature, m, cap)
-        head.backward(c, z, None, *grads)
+        head.backward(c, z, None, *grads, new=c.start == 0)
     if of_hidden:
         grads[0] = spread(rows, grads[0], n)
     return (

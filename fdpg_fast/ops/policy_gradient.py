@@ -108,21 +108,21 @@ def policy_gradient(
     chunk = check_head(op, hidden, weight, target, bias, softcap, mask, chunk, **per_row)
     require_in_range(op, target, mask, len(weight))
     dtype = result_dtype(hidden.dtype, weight.dtype)
-    accumulators = []
+    grads = []  # in which the first chunk of rows writes that of the weight, if there is none yet
     for name, given, like in (
         ("add_to_weight", add_to_weight, weight if need_weight else None),
         ("add_to_bias", add_to_bias, bias if need_weight else None),
     ):
         if like is None or given is None:
-            size = 0 if like is None else like.shape
-            accumulators.append(weight.new_zeros(size, dtype=dtype))
+            new = weight.new_empty if name == "add_to_weight" else weight.new_zeros
+            grads.append(new((0,) if like is None else like.shape, dtype=dtype))
             continue
         if given.shape != like.shape or given.dtype != dtype or given.device != like.device:
             raise ValueError(
                 f"{op}: `{name}` must be {dtype} of shape {list(like.shape)} on {like.device}, got "
                 f"{given.dtype} of shape {list(given.shape)} on {given.device}"
             )
-        accumulators.append(given)
+        grads.append(given)
     logp, lse, grad_hidden = _policy_gradient(
         hidden,
         weight,
@@ -136,14 +136,15 @@ def policy_gradient(
         None if lse_hint is None else lse_hint.to(dtype),
         chunk,
         need_hidden,
-        *accumulators,
+        add_to_weight is not None,
+        *grads,
     )
     return PolicyGradient(
         logp,
         lse,
         grad_hidden if need_hidden else None,
-        accumulators[0] if need_weight else None,
-        accumulators[1] if need_weight and bias is not None else None,
+        grads[0] if need_weight else None,
+        grads[1] if need_weight and bias is not None else None,
     )
 
 
@@ -161,10 +162,12 @@ def _policy_gradient(
     lse_hint: Tensor | None,
     chunk: int,
     need_hidden: bool,
+    adds_to_weight: bool,
     grad_weight: Tensor,
     grad_bias: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logp, lse, and the gradient of hidden; adds to the others, of size 0 where not wanted."""
+    """logp, lse, and the gradient of hidden; adds to the others, of size 0 where not wanted, or
+    writes that of the weight."""
     n = len(hidden)
     rows = kept_rows(mask)
     if rows is not None:
@@ -175,6 +178,8 @@ def _policy_gradient(
     head = LinearHead(hidden, weight, bias, scale, chunk)
     cap = softcap or 0.0
     grads = [head.gradients(need_hidden, False, False)[0], grad_weight, grad_bias]
+    if not adds_to_weight and len(hidden) == 0:
+        grad_weight.zero_()
     learns = any(grad.numel() for grad in grads)
     numerators = None  # they overwrite the logits, unless the products take 16 bits
     if learns and head.low_precision:
@@ -188,7 +193,8 @@ def _policy_gradient(
             logp[c], lse[c], row_scale = torch.ops.fdpg.token_logprob_numerators_(
                 z, e, y, coefficient[c], hint, inv_temperature, m, cap
             )
-            head.backward(c, z if e is None else e, row_scale, *grads)
+            new = not adds_to_weight and c.start == 0
+            head.backward(c, z if e is None else e, row_scale, *grads, new=new)
         else:
             logp[c], lse[c], _ = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, False, cap)
     grad_hidden = spread(rows, grads[0], n) if need_hidden else grads[0]

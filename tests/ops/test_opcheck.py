@@ -196,9 +196,27 @@ def policy_gradient() -> Iterator[Sample]:
         hidden, weight, target, bias = (t.detach() for t in head(dtype))
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         c, hint = normal(N, dtype=wide), normal(N, dtype=wide)
-        sums, none = (normal(V, D, dtype=wide), normal(V, dtype=wide)), torch.zeros(0, dtype=wide)
-        yield hidden, weight, target, c, bias, 0.5, 3.0, 1.3, MASK, hint, 2, True, *sums
-        yield hidden, weight, target, c, None, 1.0, None, 1.0, None, None, 2, False, none, none
+        none = torch.zeros(0, dtype=wide)
+        for adds in (True, False):
+            sums = normal(V, D, dtype=wide), normal(V, dtype=wide)
+            yield hidden, weight, target, c, bias, 0.5, 3.0, 1.3, MASK, hint, 2, True, adds, *sums
+        yield (
+            hidden,
+            weight,
+            target,
+            c,
+            None,
+            1.0,
+            None,
+            1.0,
+            None,
+            None,
+            2,
+            False,
+            True,
+            none,
+            none,
+        )
 
 
 def registered() -> list[str]:

@@ -142,6 +142,40 @@ def test_adds_to_what_is_there() -> None:
     torch.testing.assert_close(added.bias, bias + fresh.bias)
 
 
+@pytest.mark.parametrize("all_masked", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_what_new_memory_holds_is_nowhere_in_a_gradient(
+    case: Case, all_masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new gradient is written by the first chunk, or is zeros if there is none."""
+    x, c = make(case), torch.randn(case.n)
+    if all_masked:
+        x = x._replace(mask=torch.zeros(case.n, dtype=torch.bool))
+    weight = torch.zeros(case.v, case.d)
+    expected = gradients(policy_gradient(case, x, c, add_to_weight=weight))
+    empty = Tensor.new_empty
+
+    def poisoned(self: Tensor, *size: Any, **options: Any) -> Tensor:
+        made = empty(self, *size, **options)
+        return made.fill_(torch.nan) if made.is_floating_point() else made
+
+    monkeypatch.setattr(Tensor, "new_empty", poisoned)
+    torch.testing.assert_close(gradients(policy_gradient(case, x, c)), expected)
+    for keep_bytes in (None, 0):
+        logp, _, _ = ops.linear_logprob(
+            x.hidden,
+            x.weight,
+            x.target,
+            bias=x.bias,
+            mask=x.mask,
+            chunk=case.chunk,
+            keep_bytes=keep_bytes,
+            **options(case),
+        )
+        found = torch.autograd.grad((c * logp).sum(), x.leaves())
+        torch.testing.assert_close(list(found), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_only_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     case = Case(9, 4, 17, bias=True, chunk=4)
     x, c = make(case), torch.randn(9)
