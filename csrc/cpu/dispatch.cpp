@@ -1,11 +1,9 @@
 // dispatch.cpp: the only file that asks what the CPU is. It chooses once, through a table of
 // function pointers; no kernel branches on the instruction set.
-#include <algorithm>
 #include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <new>
 
 #include "fdpg/cpu.h"
@@ -68,9 +66,18 @@ std::atomic<const Isa*>& active() {
   return isa;
 }
 
+constexpr std::align_val_t kCacheLine{64};
+
 VocabularyKernels kernels(Dtype dtype) { return active().load()->kernels(dtype); }
 
 }  // namespace
+
+void* Workspace::allocate(int64_t bytes) {
+  memory_ = ::operator new(static_cast<size_t>(bytes), kCacheLine);
+  return memory_;
+}
+
+Workspace::~Workspace() { ::operator delete(memory_, kCacheLine); }
 
 const char* isa() { return active().load()->name; }
 
@@ -110,21 +117,8 @@ int64_t decode_attention(const DecodeAttentionParams& p, int64_t begin, int64_t 
 }
 
 int64_t matmul(const MatmulParams& p, int64_t begin, int64_t end) {
-  // A tile of a, and the panels of b: of no more columns than there are.
-  const int64_t number = p.dtype == Dtype::kFloat64 ? sizeof(double) : sizeof(float);
-  const int64_t deep = (p.depth + 1) * number;
-  const int64_t column = p.rounds_out ? deep : std::min(kMatmulColumnBytes, deep);
-  const int64_t columns = (p.columns + kMatmulTileColumns - 1) / kMatmulTileColumns;
-  const int64_t panels = std::min(std::max(kMatmulPanelBytes, kMatmulTileColumns * column),
-                                  columns * kMatmulTileColumns * column);
-  // And 4 bytes for each cache line of what they come from, which is as large or twice, and whose
-  // rows begin a line each.
-  const int64_t lines = panels / 8 + 4 * (p.depth + columns * kMatmulTileColumns);
-  const auto bytes = static_cast<size_t>((kMatmulTileRows + 1) * column + panels + lines);
-  constexpr std::align_val_t kLine{64};
-  const auto release = [](void* memory) { ::operator delete(memory, kLine); };
-  const std::unique_ptr<void, decltype(release)> workspace(::operator new(bytes, kLine), release);
-  return kernels(p.dtype).matmul(p, begin, end, workspace.get());
+  Workspace workspace;
+  return kernels(p.dtype).matmul(p, begin, end, workspace);
 }
 
 }  // namespace fdpg::cpu

@@ -9,6 +9,21 @@
 
 namespace fdpg::cpu {
 
+// Memory of one call, whose kernel alone knows how much it needs. Not inline: the code between
+// FDPG_BEGIN_SIMD and FDPG_END_SIMD may call it.
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace();
+
+  void* allocate(int64_t bytes);  // once; begins on a cache line
+
+ private:
+  void* memory_ = nullptr;
+};
+
 // The vocabulary kernels for one dtype of logits; meanings as in fdpg/cpu.h.
 struct VocabularyKernels {
   int64_t (*token_logprob)(const TokenLogprobParams& p, int64_t begin, int64_t end);
@@ -18,8 +33,7 @@ struct VocabularyKernels {
                                       int64_t end);
   int64_t (*sample_logprob)(const SampleLogprobParams& p, int64_t begin, int64_t end);
   int64_t (*decode_attention)(const DecodeAttentionParams& p, int64_t begin, int64_t end);
-  // `workspace`: as dispatch.cpp makes it, aligned to a cache line.
-  int64_t (*matmul)(const MatmulParams& p, int64_t begin, int64_t end, void* workspace);
+  int64_t (*matmul)(const MatmulParams& p, int64_t begin, int64_t end, Workspace& workspace);
 };
 
 // Of what matmul packs of b: bytes of a column at a time, and of all columns at a time. Three

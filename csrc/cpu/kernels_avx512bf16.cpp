@@ -12,7 +12,7 @@ VocabularyKernels avx512bf16_kernels(Dtype dtype) {
   VocabularyKernels kernels = avx512_kernels(dtype);
   if (dtype == Dtype::kBFloat16) kernels.matmul = matmul<InPairs<BFloat16>>;
   if (dtype == Dtype::kFloat32) {
-    kernels.matmul = [](const MatmulParams& p, int64_t begin, int64_t end, void* workspace) {
+    kernels.matmul = [](const MatmulParams& p, int64_t begin, int64_t end, Workspace& workspace) {
       const auto run = p.may_round ? matmul<InPairs<float>> : matmul<Singly<Avx512, float>>;
       return run(p, begin, end, workspace);
     };

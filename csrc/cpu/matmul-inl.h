@@ -15,7 +15,7 @@
 #include <cstdint>
 
 #include "fdpg/types.h"  // load
-#include "kernels.h"     // kMatmulColumnBytes, kMatmulPanelBytes
+#include "kernels.h"     // Workspace, kMatmulColumnBytes, kMatmulPanelBytes
 #include "simd_target.h"
 
 FDPG_BEGIN_SIMD
@@ -60,10 +60,11 @@ class Matmul {
   using Unit = typename M::Unit;
   static constexpr int64_t kVectors = sizeof(Vec) == 64 ? 4 : 2;  // as many registers as there are
   static constexpr int64_t kPanel = kVectors * S::kLanes;         // columns
+  static constexpr int64_t kLine = 64;                            // bytes of a cache line
   static_assert(kMatmulTileColumns % kPanel == 0, "a tile is whole panels");
 
  public:
-  FDPG_ALWAYS_INLINE Matmul(const MatmulParams& p, void* workspace) : p_(p) {
+  FDPG_ALWAYS_INLINE Matmul(const MatmulParams& p, Workspace& workspace) : p_(p) {
     const int64_t units = (p.depth + M::kSteps - 1) / M::kSteps;
     const int64_t most = kMatmulColumnBytes / static_cast<int64_t>(sizeof(Unit));
     // What is rounded is rounded once: its depth is not divided.
@@ -74,9 +75,13 @@ class Matmul {
     const int64_t panels = room / (units_ * kPanel * static_cast<int64_t>(sizeof(Unit)) + 1);
     const int64_t all = (p.columns + kPanel - 1) / kPanel;
     columns_ = (panels < 1 ? 1 : panels < all ? panels : all) * kPanel;
-    tile_ = static_cast<Unit*>(workspace);
+    // A tile of a, the panels of b, the lines of the next ones: see find_lines.
+    const int64_t packed = (kMatmulTileRows + columns_) * units_;
+    const int64_t lines = rows_of_lines() * lines_of_row() + units_;
+    tile_ = static_cast<Unit*>(workspace.allocate(packed * static_cast<int64_t>(sizeof(Unit)) +
+                                                  lines * static_cast<int64_t>(sizeof(int32_t))));
     panels_ = tile_ + kMatmulTileRows * units_;
-    lines_ = reinterpret_cast<int32_t*>(panels_ + columns_ * units_);
+    lines_ = reinterpret_cast<int32_t*>(tile_ + packed);
     find_lines();
   }
 
@@ -117,21 +122,29 @@ class Matmul {
   // strip more. While strips go over a block they ask for the next: a weight comes from memory, and
   // to wait for it while it is packed takes half as long as the product of 64 rows with it.
   void find_lines() {
-    const int64_t line = 64 / static_cast<int64_t>(sizeof(T)), depth = units_ * M::kSteps;
-    const bool across = p_.b_stride[1] == 1;
-    const int64_t rows = across ? depth : columns_, row = across ? columns_ : depth;
-    const int64_t stride = p_.b_stride[across ? 0 : 1] * static_cast<int64_t>(sizeof(T));
-    const bool alone = columns_ >= p_.columns && depth >= p_.depth;
     count_ = 0;
-    if (!packs_a() && !alone && rows * stride < INT32_MAX) {
-      for (int64_t r = 0; r < rows; ++r) {
-        for (int64_t i = 0; i < row; i += line) {
-          lines_[count_++] = static_cast<int32_t>(r * stride + i * sizeof(T));
-        }
+    for (int64_t r = 0; r < rows_of_lines(); ++r) {
+      for (int64_t i = 0; i < lines_of_row(); ++i) {
+        lines_[count_++] = static_cast<int32_t>(r * row_bytes_of_b() + i * kLine);
       }
     }
     for (int64_t u = 0; u < units_; ++u) lines_[count_ + u] = 0;
   }
+
+  // Of a block of b, as it lies in memory; none where there is one block only, or nobody asks.
+  int64_t rows_of_lines() const {
+    const int64_t depth = units_ * M::kSteps, rows = b_lies_across() ? depth : columns_;
+    const bool alone = columns_ >= p_.columns && depth >= p_.depth;
+    return packs_a() || alone || rows * row_bytes_of_b() >= INT32_MAX ? 0 : rows;
+  }
+  int64_t lines_of_row() const {
+    const int64_t row = b_lies_across() ? columns_ : units_ * M::kSteps;
+    return (row * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine;
+  }
+  int64_t row_bytes_of_b() const {
+    return p_.b_stride[b_lies_across() ? 0 : 1] * static_cast<int64_t>(sizeof(T));
+  }
+  bool b_lies_across() const { return p_.b_stride[1] == 1; }
 
   void ask_for(const T* block) {
     ahead_ = reinterpret_cast<const char*>(block ? block : static_cast<const T*>(p_.b));
@@ -291,7 +304,7 @@ class Matmul {
 // Tiles [begin, end) of out, counted along its longer side first: each of several threads packs its
 // own part of the larger factor, and all of the smaller.
 template <class M, class Out>
-void matmul_into(const MatmulParams& p, int64_t begin, int64_t end, void* workspace) {
+void matmul_into(const MatmulParams& p, int64_t begin, int64_t end, Workspace& workspace) {
   Matmul<M, Out> product(p, workspace);
   const bool by_rows = p.rows > p.columns;
   const int64_t high = (p.rows + kMatmulTileRows - 1) / kMatmulTileRows;
@@ -314,7 +327,7 @@ void matmul_into(const MatmulParams& p, int64_t begin, int64_t end, void* worksp
 }
 
 template <class M>
-int64_t matmul(const MatmulParams& p, int64_t begin, int64_t end, void* workspace) {
+int64_t matmul(const MatmulParams& p, int64_t begin, int64_t end, Workspace& workspace) {
   using Real = typename M::Simd::Real;
   const auto run = p.rounds_out ? matmul_into<M, typename M::Stored> : matmul_into<M, Real>;
   run(p, begin, end, workspace);

@@ -275,21 +275,26 @@ struct Matmul {
     const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
     args.shape("b", b, {depth, columns});
     args.shape("out", out, {rows, columns});
+    args.same_device("out", out);
     params.a = args.factor("a", a, type, params.a_stride);
     params.b = args.factor("b", b, type, params.b_stride);
     const ScalarType out_type = out.scalar_type();
     if (out_type != type) args.one_of("out", out_type, {result_type(type)});
-    params.out = const_cast<void*>(args.unit_stride("out", out, out_type));
+    const int64_t row_stride = rows > 1 ? out.stride(0) : columns;
+    if ((columns > 1 && out.stride(1) != 1) || row_stride < columns) {
+      fail(
+          "matmul_: `out` is written in place: its rows must be contiguous and not overlap, got "
+          "strides ",
+          list_of(out.strides()), " for shape ", list_of(out.sizes()),
+          ". Give a new tensor, or columns of one");
+    }
+    params.out = out.data_ptr();
     params.rounds_out = out_type != result_type(type);
     params.dtype = dtype_of(type);
     params.rows = rows;
     params.depth = depth;
     params.columns = columns;
-    params.out_stride = rows > 1 ? out.stride(0) : columns;
-    if (params.out_stride < columns) {
-      fail("matmul_: `out` has rows that overlap, got strides ", list_of(out.strides()),
-           " for shape ", list_of(out.sizes()));
-    }
+    params.out_stride = row_stride;
     params.bias = args.optional_vector("bias", bias, columns, result_type(type));
     params.alpha = alpha;
     params.accumulate = accumulate;

@@ -56,25 +56,18 @@ def test_doubles_are_torchs() -> None:
     assert calls == []
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512", "avx512bf16"])
+@pytest.mark.usefixtures("cpu_isa")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_16_bits_have_wide_products(dtype: torch.dtype, isa: str) -> None:
+def test_16_bits_have_wide_products(dtype: torch.dtype) -> None:
     """A sum of so many terms would lose most of its digits in 16 bits."""
-    compiled = _build.load()
-    before = compiled.cpu_isa()
-    if not compiled.set_cpu_isa(isa):
-        pytest.skip(f"this CPU has no {isa}")
-    try:
-        torch.manual_seed(0)
-        a, b = torch.randn(7, 999).to(dtype), torch.randn(999, 65).to(dtype)
-        got = matmul.product(a, b)
-        assert got.dtype == torch.float32
-        torch.testing.assert_close(got.double(), a.double() @ b.double(), rtol=0, atol=5e-4)
-        rounded = torch.empty(7, 65, dtype=dtype)
-        torch.ops.fdpg.matmul_(rounded, a, b)
-        assert torch.equal(rounded, got.to(dtype))
-    finally:
-        compiled.set_cpu_isa(before)
+    torch.manual_seed(0)
+    a, b = torch.randn(7, 999).to(dtype), torch.randn(999, 65).to(dtype)
+    got = matmul.product(a, b)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got.double(), a.double() @ b.double(), rtol=0, atol=5e-4)
+    rounded = torch.empty(7, 65, dtype=dtype)
+    torch.ops.fdpg.matmul_(rounded, a, b)
+    assert torch.equal(rounded, got.to(dtype))
 
 
 @pytest.mark.usefixtures("_ours")
@@ -187,8 +180,9 @@ def test_messages() -> None:
     refused("`out` must have shape [2, 4], got [2, 3]", a, a, b)
     refused("`b` must be float32, got float64", out, a, b.double())
     refused("`out` must be float32, got float64", out.double(), a, b)
-    refused("`out` must be contiguous along its last dimension", out.t().contiguous().t(), a, b)
-    refused("`out` has rows that overlap, got strides [0, 1]", out[:1].expand(2, 4), a, b)
+    rows = "`out` is written in place: its rows must be contiguous and not overlap, got strides "
+    refused(rows + "[1, 2] for shape [2, 4]. Give a new tensor", out.t().contiguous().t(), a, b)
+    refused(rows + "[0, 1] for shape [2, 4]. Give a new tensor", out[:1].expand(2, 4), a, b)
     refused("`bias` must have shape [4], got [3]", out, a, b, a[0])
     odd = torch.ones(6, 8)[::2, ::2]
     refused("`b` must be contiguous along one of its dimensions, got strides [16, 2]", out, a, odd)
