@@ -149,7 +149,7 @@ def products(
     wide = None if hidden.is_cuda or by is not product else torch.float32
     logits = hidden.new_empty(len(hidden), len(weight), dtype=wide)
     # The logits stand for their gradient: as long a product.
-    numerators = logits if logits.dtype == hidden.dtype else torch.zeros_like(logits).to(hidden)
+    numerators = logits if logits.dtype == hidden.dtype else hidden.new_zeros(logits.shape)
     grad_hidden = torch.empty_like(hidden, dtype=wide) if of_hidden else None
     grad_weight = torch.empty_like(weight, dtype=wide) if of_weight else None
 

@@ -200,23 +200,8 @@ def policy_gradient() -> Iterator[Sample]:
         for adds in (True, False):
             sums = normal(V, D, dtype=wide), normal(V, dtype=wide)
             yield hidden, weight, target, c, bias, 0.5, 3.0, 1.3, MASK, hint, 2, True, adds, *sums
-        yield (
-            hidden,
-            weight,
-            target,
-            c,
-            None,
-            1.0,
-            None,
-            1.0,
-            None,
-            None,
-            2,
-            False,
-            True,
-            none,
-            none,
-        )
+        frozen = (hidden, weight, target, c, None, 1.0, None, 1.0, None, None, 2, False, True)
+        yield *frozen, none, none
 
 
 def registered() -> list[str]:

@@ -42,6 +42,19 @@ def policy_gradient(
     )
 
 
+def linear_logprob(case: Case, x: Inputs, **further: Any) -> ops.TokenLogprob:
+    return ops.linear_logprob(
+        x.hidden,
+        x.weight,
+        x.target,
+        bias=x.bias,
+        mask=x.mask,
+        chunk=case.chunk,
+        **options(case),
+        **further,
+    )
+
+
 def gradients(result: ops.PolicyGradient) -> list[Tensor]:
     return [t for t in result[2:] if t is not None]
 
@@ -105,15 +118,7 @@ def test_says_what_the_definition_says(needs: tuple[bool, bool], bias: bool) -> 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_gradient_of_linear_logprob(case: Case) -> None:
     x, c = make(case), torch.randn(case.n)
-    logp, lse, _ = ops.linear_logprob(
-        x.hidden,
-        x.weight,
-        x.target,
-        bias=x.bias,
-        mask=x.mask,
-        chunk=case.chunk,
-        **options(case),
-    )
+    logp, lse, _ = linear_logprob(case, x)
     result = policy_gradient(case, x, c)
     assert torch.equal(result.logp, logp.detach())
     assert torch.equal(result.lse, lse.detach())
@@ -162,16 +167,7 @@ def test_what_new_memory_holds_is_nowhere_in_a_gradient(
     monkeypatch.setattr(Tensor, "new_empty", poisoned)
     torch.testing.assert_close(gradients(policy_gradient(case, x, c)), expected)
     for keep_bytes in (None, 0):
-        logp, _, _ = ops.linear_logprob(
-            x.hidden,
-            x.weight,
-            x.target,
-            bias=x.bias,
-            mask=x.mask,
-            chunk=case.chunk,
-            keep_bytes=keep_bytes,
-            **options(case),
-        )
+        logp = linear_logprob(case, x, keep_bytes=keep_bytes).logp
         found = torch.autograd.grad((c * logp).sum(), x.leaves())
         torch.testing.assert_close(list(found), expected, rtol=1e-5, atol=1e-5)
 
