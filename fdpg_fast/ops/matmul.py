@@ -1,4 +1,4 @@
-"""Matrix products on a CPU, by our own kernel where torch's are slow, or do not exist.
+"""Matrix products: torch's, and on a CPU our own where torch's are slow, or do not exist.
 
 torch hands fp32 products to MKL, whose AVX-512 code is for Intel's CPUs: AMD's get half of what
 they can do. oneDNN, which torch takes for 16-bit products, does better on them, but its results are
