@@ -10,6 +10,9 @@
 //
 // Every element of out is summed along the depth in order, in blocks whose length depends on the
 // depth alone: its bits depend on its row of a and its column of b, not on what else there is.
+//
+// What becomes of the sums is a sink's affair: Result writes them, linear_numerators-inl.h takes
+// their exponentials.
 #pragma once
 
 #include <cstdint>
@@ -51,25 +54,71 @@ struct Singly {
   static FDPG_ALWAYS_INLINE Vec along(const T* p) { return S::load(p); }
 };
 
-template <class M, class Out>
+template <class S>
+constexpr int64_t kVectors = sizeof(typename S::Vec) == 64 ? 4 : 2;  // of as many registers
+
+// Part of a row of out: from `column` on, `columns` of what kVectors vectors hold.
+template <class S>
+struct Place {
+  int64_t row, column, columns;
+  bool adds;   // to earlier blocks of the depth, or to what the caller has there
+  bool first;  // block of the depth
+  bool last;
+};
+
+// alpha (sum + bias), plus what is at `out` already if the place adds; `left` lanes of it are there.
+template <class S, class Out>
+FDPG_ALWAYS_INLINE typename S::Vec finished(const MatmulParams& p, const Place<S>& place,
+                                            int64_t at, typename S::Vec sum, const Out* out) {
+  using Real = typename S::Real;
+  const int64_t left = place.columns - at;
+  const Real* const bias =
+      p.bias && place.first ? static_cast<const Real*>(p.bias) + place.column + at : nullptr;
+  if (bias) sum = S::add(sum, left >= S::kLanes ? S::load(bias) : S::load_zeros(bias, left));
+  sum = S::mul(sum, S::broadcast(static_cast<Real>(p.alpha)));
+  if (place.adds) sum = S::add(left >= S::kLanes ? S::load(out) : S::load_zeros(out, left), sum);
+  return sum;
+}
+
+// Writes sums where they are wanted.
+template <class S, class Out>
+struct Result {
+  // What is rounded is rounded once.
+  static constexpr bool kInBlocks = sizeof(Out) == sizeof(typename S::Real);
+  const MatmulParams& p;
+
+  FDPG_ALWAYS_INLINE void take(const Place<S>& place,
+                               const typename S::Vec (&sums)[kVectors<S>]) const {
+    Out* const out = static_cast<Out*>(p.out) + place.row * p.out_stride + place.column;
+    for (int64_t v = 0; v < kVectors<S>; ++v) {
+      const int64_t at = v * S::kLanes, left = place.columns - at;
+      if (left <= 0) break;
+      const typename S::Vec x = finished(p, place, at, sums[v], out + at);
+      if (left >= S::kLanes) {
+        S::store(out + at, x);
+      } else {
+        S::store_first(out + at, x, left);
+      }
+    }
+  }
+};
+
+template <class M, class Sink>
 class Matmul {
   using S = typename M::Simd;
   using T = typename M::Stored;
-  using Real = typename S::Real;
   using Vec = typename S::Vec;
   using Unit = typename M::Unit;
-  static constexpr int64_t kVectors = sizeof(Vec) == 64 ? 4 : 2;  // as many registers as there are
-  static constexpr int64_t kPanel = kVectors * S::kLanes;         // columns
+  static constexpr int64_t kPanel = kVectors<S> * S::kLanes;  // columns
   static constexpr int64_t kLine = 64;                            // bytes of a cache line
   static_assert(kMatmulTileColumns % kPanel == 0, "a tile is whole panels");
 
  public:
-  FDPG_ALWAYS_INLINE Matmul(const MatmulParams& p, Workspace& workspace) : p_(p) {
+  FDPG_ALWAYS_INLINE Matmul(const MatmulParams& p, const Sink& sink, Workspace& workspace)
+      : p_(p), sink_(sink) {
     const int64_t units = (p.depth + M::kSteps - 1) / M::kSteps;
     const int64_t most = kMatmulColumnBytes / static_cast<int64_t>(sizeof(Unit));
-    // What is rounded is rounded once: its depth is not divided.
-    const bool divides = sizeof(Out) == sizeof(Real) && units > most;
-    const int64_t blocks = divides ? (units + most - 1) / most : 1;
+    const int64_t blocks = Sink::kInBlocks && units > most ? (units + most - 1) / most : 1;
     units_ = (units + blocks - 1) / blocks;
     const int64_t room = packs_a() ? kMatmulPanelBytes : kMatmulFewPanelBytes;
     const int64_t panels = room / (units_ * kPanel * static_cast<int64_t>(sizeof(Unit)) + 1);
@@ -202,22 +251,22 @@ class Matmul {
     s.row_bytes = as_it_is ? p_.a_stride[0] * static_cast<int64_t>(sizeof(T)) : sizeof(Unit);
     s.unit_bytes = (as_it_is ? 1 : kMatmulTileRows) * static_cast<int64_t>(sizeof(Unit));
     s.units = units;
-    s.out_stride = p_.out_stride;
-    s.adds = p_.accumulate || k > 0;
-    s.alpha = S::broadcast(static_cast<Real>(p_.alpha));
+    s.place.adds = p_.accumulate || k > 0;
+    s.place.first = k == 0;
+    s.place.last = k + depth == p_.depth;
     for (int64_t i = 0; i < count; i += kStrip) {
       s.a = as_it_is ? reinterpret_cast<const char*>(a + i * p_.a_stride[0])
                      : reinterpret_cast<const char*>(tile_ + i);
       const int64_t height = count - i < kStrip ? count - i : kStrip;
       for (int64_t c = begin; c < end; c += kPanel) {
         s.panel = panel(c - begin);
-        s.out = static_cast<Out*>(p_.out) + (row + i) * p_.out_stride + c;
-        s.bias = p_.bias && k == 0 ? static_cast<const Real*>(p_.bias) + c : nullptr;
-        s.columns = end - c < kPanel ? end - c : kPanel;
+        s.place.row = row + i;
+        s.place.column = c;
+        s.place.columns = end - c < kPanel ? end - c : kPanel;
         s.ahead = ahead_;
         s.lines = lines_ + asked_;
         asked_ = asked_ + units < count_ ? asked_ + units : count_;
-        strip<kStrip>(s, height);
+        strip<kStrip>(s, sink_, height);
       }
     }
   }
@@ -226,28 +275,23 @@ class Matmul {
     const char* a;  // row r at a + r row_bytes, its units unit_bytes apart
     int64_t row_bytes, unit_bytes, units;
     const Unit* panel;
-    Out* out;
-    int64_t out_stride;
-    const Real* bias;   // or null
-    int64_t columns;    // of the panel that are there
+    Place<S> place;     // of row 0
     const char* ahead;  // cache lines to ask for, one per unit
     const int32_t* lines;
-    bool adds;
-    Vec alpha;
   };
 
   template <int kRows>
-  static FDPG_ALWAYS_INLINE void strip(const Strip& s, int64_t height) {
+  static FDPG_ALWAYS_INLINE void strip(const Strip& s, const Sink& sink, int64_t height) {
     if constexpr (kRows > 1) {
-      if (height < kRows) return strip<kRows - 1>(s, height);
+      if (height < kRows) return strip<kRows - 1>(s, sink, height);
     }
-    strip_of<kRows>(s);
+    strip_of<kRows>(s, sink);
   }
 
   // Not inlined: all registers are for its sums.
   template <int kRows>
-  static __attribute__((noinline)) void strip_of(const Strip& s) {
-    Vec sums[kRows][kVectors];
+  static __attribute__((noinline)) void strip_of(const Strip& s, const Sink& sink) {
+    Vec sums[kRows][kVectors<S>];
     for (auto& row : sums) {
       for (Vec& sum : row) sum = S::broadcast(0);
     }
@@ -258,40 +302,23 @@ class Matmul {
     const int32_t* const lines = s.lines;
     for (int64_t u = 0; u < s.units; ++u, a += unit_bytes, b += kPanel) {
       __builtin_prefetch(ahead + lines[u], 0, 2);  // to the second level
-      Vec column[kVectors];
-      for (int64_t v = 0; v < kVectors; ++v) column[v] = M::load_units(b + v * S::kLanes);
+      Vec column[kVectors<S>];
+      for (int64_t v = 0; v < kVectors<S>; ++v) column[v] = M::load_units(b + v * S::kLanes);
       for (int64_t r = 0; r < kRows; ++r) {
         Unit unit;
         __builtin_memcpy(&unit, a + r * row_bytes, sizeof(unit));
         const Vec x = M::broadcast(unit);
-        for (int64_t v = 0; v < kVectors; ++v) {
+        for (int64_t v = 0; v < kVectors<S>; ++v) {
           sums[r][v] = M::multiply_add(x, column[v], sums[r][v]);
         }
       }
     }
-    for (int64_t r = 0; r < kRows; ++r) {
-      for (int64_t v = 0; v < kVectors; ++v) {
-        finish(s, s.out + r * s.out_stride, v * S::kLanes, sums[r][v]);
-      }
-    }
-  }
-
-  static FDPG_ALWAYS_INLINE void finish(const Strip& s, Out* out, int64_t at, Vec x) {
-    const int64_t left = s.columns - at;
-    if (left >= S::kLanes) {
-      if (s.bias) x = S::add(x, S::load(s.bias + at));
-      x = S::mul(x, s.alpha);
-      if (s.adds) x = S::add(S::load(out + at), x);
-      S::store(out + at, x);
-    } else if (left > 0) {
-      if (s.bias) x = S::add(x, S::load_zeros(s.bias + at, left));
-      x = S::mul(x, s.alpha);
-      if (s.adds) x = S::add(S::load_zeros(out + at, left), x);
-      S::store_first(out + at, x, left);
-    }
+    Place<S> place = s.place;
+    for (int64_t r = 0; r < kRows; ++r, ++place.row) sink.take(place, sums[r]);
   }
 
   const MatmulParams& p_;
+  const Sink& sink_;
   int64_t units_;    // of a block of the depth
   int64_t columns_;  // whose panels are packed at a time
   Unit* tile_;
@@ -303,9 +330,10 @@ class Matmul {
 
 // Tiles [begin, end) of out, counted along its longer side first: each of several threads packs its
 // own part of the larger factor, and all of the smaller.
-template <class M, class Out>
-void matmul_into(const MatmulParams& p, int64_t begin, int64_t end, Workspace& workspace) {
-  Matmul<M, Out> product(p, workspace);
+template <class M, class Sink>
+void matmul_into(const Sink& sink, const MatmulParams& p, int64_t begin, int64_t end,
+                 Workspace& workspace) {
+  Matmul<M, Sink> product(p, sink, workspace);
   const bool by_rows = p.rows > p.columns;
   const int64_t high = (p.rows + kMatmulTileRows - 1) / kMatmulTileRows;
   const int64_t wide = (p.columns + kMatmulTileColumns - 1) / kMatmulTileColumns;
@@ -328,9 +356,12 @@ void matmul_into(const MatmulParams& p, int64_t begin, int64_t end, Workspace& w
 
 template <class M>
 int64_t matmul(const MatmulParams& p, int64_t begin, int64_t end, Workspace& workspace) {
-  using Real = typename M::Simd::Real;
-  const auto run = p.rounds_out ? matmul_into<M, typename M::Stored> : matmul_into<M, Real>;
-  run(p, begin, end, workspace);
+  using S = typename M::Simd;
+  if (p.rounds_out) {
+    matmul_into<M>(Result<S, typename M::Stored>{p}, p, begin, end, workspace);
+  } else {
+    matmul_into<M>(Result<S, typename S::Real>{p}, p, begin, end, workspace);
+  }
   return kOk;
 }
 
