@@ -121,4 +121,10 @@ int64_t matmul(const MatmulParams& p, int64_t begin, int64_t end) {
   return kernels(p.dtype).matmul(p, begin, end, workspace);
 }
 
+int64_t linear_numerators(const LinearNumeratorsParams& p, LinearWalk walk, int64_t begin,
+                          int64_t end) {
+  Workspace workspace;
+  return kernels(p.product.dtype).linear_numerators(p, walk, begin, end, workspace);
+}
+
 }  // namespace fdpg::cpu

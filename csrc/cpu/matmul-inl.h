@@ -63,21 +63,20 @@ struct Place {
   int64_t row, column, columns;
   bool adds;   // to earlier blocks of the depth, or to what the caller has there
   bool first;  // block of the depth
-  bool last;
 };
 
-// alpha (sum + bias), plus what is at `out` already if the place adds; `left` lanes of it are there.
-template <class S, class Out>
+// alpha (sum + bias) of a vector that begins at lane `at` of a place; the bias is the first
+// block's.
+template <class S>
 FDPG_ALWAYS_INLINE typename S::Vec finished(const MatmulParams& p, const Place<S>& place,
-                                            int64_t at, typename S::Vec sum, const Out* out) {
+                                            int64_t at, typename S::Vec sum) {
   using Real = typename S::Real;
-  const int64_t left = place.columns - at;
-  const Real* const bias =
-      p.bias && place.first ? static_cast<const Real*>(p.bias) + place.column + at : nullptr;
-  if (bias) sum = S::add(sum, left >= S::kLanes ? S::load(bias) : S::load_zeros(bias, left));
-  sum = S::mul(sum, S::broadcast(static_cast<Real>(p.alpha)));
-  if (place.adds) sum = S::add(left >= S::kLanes ? S::load(out) : S::load_zeros(out, left), sum);
-  return sum;
+  if (p.bias && place.first) {
+    const Real* const bias = static_cast<const Real*>(p.bias) + place.column + at;
+    const int64_t left = place.columns - at;
+    sum = S::add(sum, left >= S::kLanes ? S::load(bias) : S::load_zeros(bias, left));
+  }
+  return S::mul(sum, S::broadcast(static_cast<Real>(p.alpha)));
 }
 
 // Writes sums where they are wanted.
@@ -93,10 +92,12 @@ struct Result {
     for (int64_t v = 0; v < kVectors<S>; ++v) {
       const int64_t at = v * S::kLanes, left = place.columns - at;
       if (left <= 0) break;
-      const typename S::Vec x = finished(p, place, at, sums[v], out + at);
+      typename S::Vec x = finished(p, place, at, sums[v]);
       if (left >= S::kLanes) {
+        if (place.adds) x = S::add(S::load(out + at), x);
         S::store(out + at, x);
       } else {
+        if (place.adds) x = S::add(S::load_zeros(out + at, left), x);
         S::store_first(out + at, x, left);
       }
     }
@@ -110,7 +111,7 @@ class Matmul {
   using Vec = typename S::Vec;
   using Unit = typename M::Unit;
   static constexpr int64_t kPanel = kVectors<S> * S::kLanes;  // columns
-  static constexpr int64_t kLine = 64;                            // bytes of a cache line
+  static constexpr int64_t kLine = 64;                        // bytes of a cache line
   static_assert(kMatmulTileColumns % kPanel == 0, "a tile is whole panels");
 
  public:
@@ -253,7 +254,6 @@ class Matmul {
     s.units = units;
     s.place.adds = p_.accumulate || k > 0;
     s.place.first = k == 0;
-    s.place.last = k + depth == p_.depth;
     for (int64_t i = 0; i < count; i += kStrip) {
       s.a = as_it_is ? reinterpret_cast<const char*>(a + i * p_.a_stride[0])
                      : reinterpret_cast<const char*>(tile_ + i);

@@ -302,6 +302,73 @@ struct Matmul {
   }
 };
 
+struct LinearNumerators {
+  Arguments args;
+  LinearNumeratorsParams params{};
+  Tensor logp, lse, row_scale;
+
+  // Without `numerators` there is no row scale either.
+  LinearNumerators(const OptionalTensor& numerators, const Tensor& hidden, const Tensor& weight,
+                   const OptionalTensor& bias, const Tensor& target,
+                   const OptionalTensor& coefficient, const OptionalTensor& lse_hint, double scale,
+                   double inv_temperature, double softcap, bool may_round)
+      : args("linear_numerators_", "hidden", hidden) {
+    const ScalarType type = hidden.scalar_type(), sum_type = result_type(type);
+    // fp16 numerators would leave its range.
+    args.one_of("hidden", type, {ScalarType::Float, ScalarType::BFloat16, ScalarType::Double});
+    args.dimensions("hidden", hidden, 2);
+    args.dimensions("weight", weight, 2);
+    const int64_t rows = hidden.size(0), depth = hidden.size(1), vocab = weight.size(0);
+    args.shape("weight", weight, {vocab, depth});
+    if (vocab == 0) fail("linear_numerators_: `weight` has an empty vocabulary");
+    MatmulParams& product = params.product;
+    product.a = args.factor("hidden", hidden, type, product.a_stride);
+    int64_t strides[2];
+    product.b = args.factor("weight", weight, type, strides);
+    product.b_stride[0] = strides[1];
+    product.b_stride[1] = strides[0];
+    product.dtype = dtype_of(type);
+    product.rows = rows;
+    product.depth = depth;
+    product.columns = vocab;
+    product.bias = args.optional_vector("bias", bias, vocab, sum_type);
+    product.alpha = scale;
+    product.may_round = may_round;
+    if (numerators) {
+      const Matrix e = args.logits("numerators", *numerators);
+      args.one_of("numerators", e.type, {type});
+      args.shape("numerators", *numerators, {rows, vocab});
+      if (!coefficient) {
+        fail("linear_numerators_: `coefficient` must be given with `numerators`, got None");
+      }
+      product.out = e.data;
+      product.out_stride = e.row_stride;
+      params.coefficient = args.vector("coefficient", *coefficient, rows, sum_type);
+    }
+    const int64_t tiles = (vocab + kVocabularyTile - 1) / kVocabularyTile;
+    logp = torch::stable::new_empty(hidden, {rows}, sum_type);
+    lse = torch::stable::new_empty(hidden, {rows}, sum_type);
+    row_scale = torch::stable::new_empty(hidden, {numerators ? rows : 0}, sum_type);
+    between_[0] = torch::stable::new_empty(hidden, {rows}, sum_type);
+    between_[1] = torch::stable::new_empty(hidden, {rows}, sum_type);
+    between_[2] = torch::stable::new_empty(hidden, {rows, tiles}, ScalarType::Double);
+
+    params.target = args.vector<int64_t>("target", target, rows);
+    params.lse_hint = args.optional_vector("lse_hint", lse_hint, rows, sum_type);
+    params.inv_temperature = args.positive("inv_temperature", inv_temperature);
+    params.softcap = args.softcap(softcap);
+    params.logp = logp.data_ptr();
+    params.lse = lse.data_ptr();
+    params.row_scale = row_scale.data_ptr();
+    params.offset = between_[0].data_ptr();
+    params.target_logit = between_[1].data_ptr();
+    params.parts = static_cast<double*>(between_[2].data_ptr());
+  }
+
+ private:
+  Tensor between_[3];
+};
+
 struct SequenceLogprob {
   Arguments args;
   SequenceLogprobParams params{};

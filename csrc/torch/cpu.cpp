@@ -147,17 +147,43 @@ Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& v
   return call.out;
 }
 
-void matmul_(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& bias,
-             double alpha, bool accumulate, bool may_round) {
-  const Matmul call(out, a, b, bias, alpha, accumulate, may_round);
-  const MatmulParams& p = call.params;
+// Shares out the tiles of a product among threads.
+template <class Kernel>
+void over_tiles(const MatmulParams& p, const Kernel& kernel) {
   const auto tiles = [](int64_t size, int64_t of) { return (size + of - 1) / of; };
   const int64_t rows = std::min(p.rows, cpu::kMatmulTileRows);
   const int64_t columns = std::min(p.columns, cpu::kMatmulTileColumns);
   // 32 multiplications take as long as other kernels need for an element.
   over_rows(tiles(p.rows, cpu::kMatmulTileRows) * tiles(p.columns, cpu::kMatmulTileColumns),
-            rows * columns * p.depth / 32,
-            [&](int64_t begin, int64_t end) { return cpu::matmul(p, begin, end); });
+            rows * columns * p.depth / 32, kernel);
+}
+
+void matmul_(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& bias,
+             double alpha, bool accumulate, bool may_round) {
+  const Matmul call(out, a, b, bias, alpha, accumulate, may_round);
+  const MatmulParams& p = call.params;
+  over_tiles(p, [&](int64_t begin, int64_t end) { return cpu::matmul(p, begin, end); });
+}
+
+std::tuple<Tensor, Tensor, Tensor> linear_numerators_(
+    const OptionalTensor& numerators, const Tensor& hidden, const Tensor& weight,
+    const OptionalTensor& bias, const Tensor& target, const OptionalTensor& coefficient,
+    const OptionalTensor& lse_hint, double scale, double inv_temperature, double softcap,
+    bool may_round) {
+  const LinearNumerators call(numerators, hidden, weight, bias, target, coefficient, lse_hint,
+                              scale, inv_temperature, softcap, may_round);
+  const LinearNumeratorsParams& p = call.params;
+  const auto walk = [&](LinearWalk which) {
+    return [&p, which](int64_t begin, int64_t end) {
+      return cpu::linear_numerators(p, which, begin, end);
+    };
+  };
+  const int64_t rows = p.product.rows, vocab = p.product.columns;
+  const int64_t bad = over_rows(rows, p.product.depth, walk(LinearWalk::kOffsets));
+  if (bad != kOk) bad_target("linear_numerators_", p.target[bad], vocab, bad);
+  over_tiles(p.product, walk(LinearWalk::kTiles));
+  over_rows(rows, vocab / cpu::kMatmulTileColumns, walk(LinearWalk::kRows));
+  return {call.logp, call.lse, call.row_scale};
 }
 
 Tensor sequence_logprob(const Tensor& values, const Tensor& lengths) {
@@ -216,6 +242,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdpg, CPU, m) {
   m.impl("cache_append_", TORCH_BOX(&cache_append_));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
   m.impl("matmul_", TORCH_BOX(&matmul_));
+  m.impl("linear_numerators_", TORCH_BOX(&linear_numerators_));
   m.impl("sequence_logprob", TORCH_BOX(&sequence_logprob));
   m.impl("log_partition_", TORCH_BOX(&log_partition_));
   m.impl("fdiv_weights", TORCH_BOX(&fdiv_weights));

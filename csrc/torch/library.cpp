@@ -32,6 +32,10 @@ STABLE_TORCH_LIBRARY(fdpg, m) {
   m.def(
       "matmul_(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias=None, float alpha=1., "
       "bool accumulate=False, bool may_round=False) -> ()");
+  m.def(
+      "linear_numerators_(Tensor(a!)? numerators, Tensor hidden, Tensor weight, Tensor? bias, "
+      "Tensor target, Tensor? coefficient, Tensor? lse_hint, float scale, float inv_temperature, "
+      "float softcap, bool may_round) -> (Tensor logp, Tensor lse, Tensor row_scale)");
   m.def("sequence_logprob(Tensor values, Tensor lengths) -> Tensor");
   m.def("log_partition_(Tensor(a!) state, Tensor log_weight, Tensor prompt) -> ()");
   m.def(

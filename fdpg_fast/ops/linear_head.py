@@ -4,7 +4,8 @@
 
 What stands before the softcap is the result of a matrix product, of a chunk of rows, in a buffer
 that every chunk reuses; a kernel reads it, bounds it, and puts in its place what its gradient is
-made of, while it is in the cache.
+made of, while it is in the cache. Where the product is our own, one kernel does both, and logits
+are nowhere in memory (csrc/cpu/linear_numerators-inl.h).
 
 Shape legend: N rows (tokens), n rows of a chunk, D hidden size, V vocabulary.
 """
@@ -21,6 +22,8 @@ from torch import Tensor
 from fdpg_fast.ops.matmul import (
     add_product_,
     has_wide_products,
+    is_ours,
+    may_round,
     product,
     rounded_once,
     rounded_products,
@@ -158,6 +161,87 @@ class LinearHead:
             return self._wide_logits(hidden, out)
         return project(hidden, self.weight, self.bias, self.scale, out)
 
+    def logprob(
+        self,
+        rows: slice,
+        target: Tensor,
+        inv_temperature: float,
+        mask: Tensor | None,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor]:
+        """Log-prob of each target and log-sum-exp, ``[n]``."""
+        if self._is_fused(rows):
+            return self._fused(None, rows, target, None, None, inv_temperature, softcap)[:2]
+        z = self.logits(rows)
+        logp, lse, _ = torch.ops.fdpg.token_logprob(
+            z, target, inv_temperature, mask, False, softcap
+        )
+        return logp, lse
+
+    def new_numerators(self, rows: int) -> Tensor:
+        """``[rows, V]``, of the dtype that :meth:`backward` multiplies."""
+        dtype = self.hidden.dtype if self.low_precision else self.dtype
+        return new_rows(self.weight, rows, dtype)
+
+    def numerators(
+        self,
+        rows: slice,
+        out: Tensor,
+        target: Tensor,
+        coefficient: Tensor,
+        lse_hint: Tensor | None,
+        inv_temperature: float,
+        mask: Tensor | None,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Numerators of a chunk in ``out`` ``[n, V]``; log-probs, log-sum-exps and row scales."""
+        if self._is_fused(rows):
+            return self._fused(out, rows, target, coefficient, lse_hint, inv_temperature, softcap)
+        in_place = out.dtype == self.dtype
+        z = self.logits(rows, out if in_place else None)
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.fdpg.token_logprob_numerators_(
+            z,
+            None if in_place else out,
+            target,
+            coefficient,
+            lse_hint,
+            inv_temperature,
+            mask,
+            softcap,
+        )
+        return found
+
+    def _is_fused(self, rows: slice) -> bool:
+        hidden = self.hidden[rows]
+        return is_ours(hidden, self.weight.t()) and (
+            not self.low_precision or has_wide_products(hidden)
+        )
+
+    def _fused(
+        self,
+        out: Tensor | None,
+        rows: slice,
+        target: Tensor,
+        coefficient: Tensor | None,
+        lse_hint: Tensor | None,
+        inv_temperature: float,
+        softcap: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        found: tuple[Tensor, Tensor, Tensor] = torch.ops.fdpg.linear_numerators_(
+            out,
+            self.hidden[rows],
+            self.weight,
+            self.bias,
+            target,
+            coefficient,
+            lse_hint,
+            self.scale,
+            inv_temperature,
+            softcap,
+            may_round(),
+        )
+        return found
+
     def recall(self, kept: Tensor) -> Tensor:
         """What :meth:`logits` gave for a chunk, ``[n, V]`` in the buffer."""
         return self.buffer[: len(kept)].copy_(kept)
@@ -246,6 +330,18 @@ class LinearHead:
         for grad in found if len(self.hidden) == 0 else found[2:]:
             grad.zero_()
         return found
+
+
+@torch.library.register_fake("fdpg::linear_numerators_")
+def _fake(
+    numerators: Tensor | None, hidden: Tensor, weight: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype, n = result_dtype(hidden.dtype, weight.dtype), len(hidden)
+    return (
+        hidden.new_empty(n, dtype=dtype),
+        hidden.new_empty(n, dtype=dtype),
+        hidden.new_empty(0 if numerators is None else n, dtype=dtype),
+    )
 
 
 def project(

@@ -5,13 +5,15 @@
 
 What is fused: rows go through in chunks; a chunk's logits are the result of a matrix product in a
 buffer that every chunk reuses, and the kernels of token_logprob read it, and overwrite it with its
-own gradient, while it is still in the cache.
+own gradient, while it is still in the cache. On CPUs whose products are ours logits stay in
+registers.
 
-Backward needs what the logits were. They are kept where they fit a budget, and it takes three
-matrix products in all; else a chunk's logits are computed again, four products, and never more than
-a chunk is held. 16-bit products keep softmax numerators of 16 bits, which round as their gradient
-would; others keep the logits themselves, since a numerator of 16 bits would cost an fp32 gradient
-its accuracy. Where the weights of a sum are known beforehand, policy_gradient needs neither.
+Backward needs what the logits were. Their softmax numerators are kept where they fit a budget, in
+the dtype of the products, and it takes three matrix products in all; else a chunk's logits are
+computed again, four products, and never more than a chunk is held. Numerators are of no use to the
+gradient of a log-sum-exp, which computes logits again, or of the entropy: where that is asked for
+fp32 logits are kept. Where the weights of a sum are known beforehand, policy_gradient needs
+neither.
 
 Shape legend: N rows (tokens), D hidden size, V vocabulary.
 """
@@ -74,8 +76,9 @@ def linear_logprob(
         mask: ``[N]`` bool; rows where it is False give zeros and no gradient. On the CPU they cost
             nothing.
         entropy: whether to return the entropy too.
-        keep_bytes: how much may be kept for the backward pass, which then needs no second product
-            with the weight; 0: nothing. None: 512 MiB on the CPU, 2 GiB on a GPU.
+        keep_bytes: how much may be kept for the backward pass, which then computes no logits again
+            (but for the gradient of a log-sum-exp; in 16 bits also of an entropy); 0: nothing.
+            None: 512 MiB on the CPU, 2 GiB on a GPU.
         chunk: rows of logits held at a time; None: as many as suit the device. Changes the results
             by no more than the rounding of a matrix product.
 
@@ -120,15 +123,14 @@ def _kept_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 def _new_kept(hidden: Tensor, weight: Tensor, keep: bool, entropy: bool) -> tuple[Tensor, Tensor]:
     """What backward makes use of, of size 0 where that is nothing.
 
-    Logits [N, V] and nothing, or numerators [N, V] and their row scales [N]. Numerators are of no
-    use to a gradient of the entropy.
+    Numerators [N, V] and their row scales [N]; with an entropy logits [N, V] and nothing, or
+    nothing, where they would be of 16 bits.
     """
-    as_numerators = multiplies_as_they_are(hidden, weight)
-    keep = keep and not (as_numerators and entropy)
+    keep = keep and not (entropy and multiplies_as_they_are(hidden, weight))
     rows, dtype = len(hidden) if keep else 0, result_dtype(hidden.dtype, weight.dtype)
     return (
         new_rows(weight, rows, _kept_dtype(hidden, weight)),
-        weight.new_empty(rows if as_numerators else 0, dtype=dtype),
+        weight.new_empty(0 if entropy else rows, dtype=dtype),
     )
 
 
@@ -161,13 +163,15 @@ def _linear_logprob(
     for c in head.chunks():
         y, m = target[c], None if mask is None else mask[c]
         if len(row_scale):
-            z, ones = head.logits(c), torch.ones_like(row_scale[c])
-            *values, row_scale[c] = torch.ops.fdpg.token_logprob_numerators_(
-                z, kept[c], y, ones, None, inv_temperature, m, cap
+            ones = torch.ones_like(row_scale[c])
+            *values, row_scale[c] = head.numerators(
+                c, kept[c], y, ones, None, inv_temperature, m, cap
             )
-        else:
+        elif entropy:
             z = head.logits(c, out=kept[c] if len(kept) else None)
-            values = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, entropy, cap)
+            values = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, True, cap)
+        else:
+            values = [*head.logprob(c, y, inv_temperature, m, cap)]
         for result, value in zip(results, values, strict=False):
             result[c] = value
     logp, lse, *ent = (spread(rows, r, n) for r in results)

@@ -37,9 +37,11 @@ __all__ = [
     "add_product_",
     "has_rounded_products",
     "has_wide_products",
+    "is_ours",
     "is_worthwhile",
     "library",
     "linear",
+    "may_round",
     "product",
     "rounded_once",
     "rounded_products",
@@ -99,7 +101,7 @@ def product(
     """
     if out is None:
         out = a.new_empty(len(a), b.shape[1], dtype=result_dtype(a.dtype, b.dtype))
-    if _is_ours(a, b):
+    if is_ours(a, b):
         torch.ops.fdpg.matmul_(out, a, b, bias, scale, False, _may_round)
     elif a.dtype != out.dtype:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
@@ -116,7 +118,7 @@ def product(
 
 def add_product_(to: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
     """Adds ``scale a b`` to ``to``, which is as a result of :func:`product`."""
-    if _is_ours(a, b):
+    if is_ours(a, b):
         torch.ops.fdpg.matmul_(to, a, b, None, scale, True, _may_round)
     elif a.dtype != to.dtype:
         torch.addmm(to, a, b, out_dtype=to.dtype, alpha=scale, out=to)
@@ -173,6 +175,11 @@ def rounded_products(device: torch.device) -> Iterator[None]:
         _may_round = outside
 
 
+def may_round() -> bool:
+    """Whether ours round fp32 factors, here and now."""
+    return _may_round
+
+
 @torch.library.register_fake("fdpg::matmul_")
 def _fake(
     out: Tensor,
@@ -211,7 +218,8 @@ def rounded_once(weight: Tensor) -> Tensor | None:
     return found[1]
 
 
-def _is_ours(a: Tensor, b: Tensor) -> bool:
+def is_ours(a: Tensor, b: Tensor) -> bool:
+    """Whether the product ``a b`` is one of ours, here and now."""
     if a.device.type != "cpu" or a.dtype != b.dtype:
         return False
     if a.dtype.itemsize == 2:

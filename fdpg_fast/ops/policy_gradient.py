@@ -5,7 +5,7 @@ said log q, the base log a. So the gradient of a chunk's logits is ready as soon
 and value and gradients come out of one walk over the rows with the memory of one chunk:
 
     logits = hidden W^T              one matrix product
-    logp, numerators                 one visit of each row (token_logprob_numerators_)
+    logp, numerators                 one visit of each row, or none: see LinearHead.numerators
     d_hidden, d_weight               two matrix products, the row scales applied to their results
 
 Three products, where autograd through a recomputing head takes four.
@@ -24,7 +24,6 @@ from fdpg_fast.ops.linear_head import (
     LinearHead,
     check_head,
     kept_rows,
-    new_rows,
     pick,
     require_in_range,
     spread,
@@ -181,22 +180,19 @@ def _policy_gradient(
     if not adds_to_weight and len(hidden) == 0:
         grad_weight.zero_()
     learns = any(grad.numel() for grad in grads)
-    numerators = None  # they overwrite the logits, unless the products take 16 bits
-    if learns and head.low_precision:
-        numerators = new_rows(weight, len(head.buffer), hidden.dtype)
+    numerators = head.new_numerators(min(chunk, len(hidden)) if learns else 0)
     logp, lse = (hidden.new_empty(len(hidden), dtype=head.dtype) for _ in range(2))
     for c in head.chunks():
-        z, y = head.logits(c), target[c]
+        y = target[c]
         m, hint = (None if t is None else t[c] for t in (mask, lse_hint))
         if learns:
-            e = None if numerators is None else numerators[: len(z)]
-            logp[c], lse[c], row_scale = torch.ops.fdpg.token_logprob_numerators_(
-                z, e, y, coefficient[c], hint, inv_temperature, m, cap
+            e = numerators[: len(y)]
+            logp[c], lse[c], row_scale = head.numerators(
+                c, e, y, coefficient[c], hint, inv_temperature, m, cap
             )
-            new = not adds_to_weight and c.start == 0
-            head.backward(c, z if e is None else e, row_scale, *grads, new=new)
+            head.backward(c, e, row_scale, *grads, new=not adds_to_weight and c.start == 0)
         else:
-            logp[c], lse[c], _ = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, False, cap)
+            logp[c], lse[c] = head.logprob(c, y, inv_temperature, m, cap)
     grad_hidden = spread(rows, grads[0], n) if need_hidden else grads[0]
     return spread(rows, logp, n), spread(rows, lse, n), grad_hidden
 

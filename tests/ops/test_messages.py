@@ -75,6 +75,23 @@ def numerators(**changes: Any) -> tuple[Tensor, Tensor, Tensor]:
     return torch.ops.fdpg.token_logprob_numerators_(*(arguments | changes).values())
 
 
+def linear_numerators(**changes: Any) -> tuple[Tensor, Tensor, Tensor]:
+    arguments = {
+        "numerators": torch.zeros(N, V),
+        "hidden": torch.zeros(N, D),
+        "weight": torch.zeros(V, D),
+        "bias": None,
+        "target": target(),
+        "coefficient": torch.ones(N),
+        "lse_hint": None,
+        "scale": 1.0,
+        "inv_temperature": 1.0,
+        "softcap": 0.0,
+        "may_round": False,
+    }
+    return torch.ops.fdpg.linear_numerators_(*(arguments | changes).values())
+
+
 def sample(**changes: Any) -> ops.Sampled:
     arguments = {"logits": logits(), "seed": 1, "sample_id": ids(0, 1, 2), "position": ids(0, 0, 0)}
     return ops.sample_logprob(**(arguments | changes))
@@ -311,6 +328,27 @@ MESSAGES: list[tuple[Call, str]] = [
     (
         lambda: numerators(target=ids(0, 1, 5)),
         "token_logprob_numerators_: `target` must be in [0, 5), got 5 at row 2",
+    ),
+    # linear_numerators_
+    (
+        lambda: linear_numerators(hidden=torch.zeros(N, D, dtype=torch.float16)),
+        "linear_numerators_: `hidden` must be float32 or bfloat16 or float64, got float16",
+    ),
+    (
+        lambda: linear_numerators(weight=torch.zeros(V, D + 1)),
+        "linear_numerators_: `weight` must have shape [5, 4], got [5, 5]",
+    ),
+    (
+        lambda: linear_numerators(numerators=torch.zeros(N, V, dtype=torch.bfloat16)),
+        "linear_numerators_: `numerators` must be float32, got bfloat16",
+    ),
+    (
+        lambda: linear_numerators(coefficient=None),
+        "linear_numerators_: `coefficient` must be given with `numerators`, got None",
+    ),
+    (
+        lambda: linear_numerators(target=ids(0, 1, 5)),
+        "linear_numerators_: `target` must be in [0, 5), got 5 at row 2",
     ),
 ]
 

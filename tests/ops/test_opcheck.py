@@ -169,6 +169,17 @@ def token_logprob_numerators_() -> Iterator[Sample]:
 
 
 @samples
+def linear_numerators_() -> Iterator[Sample]:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        hidden, weight, target, bias = (t.detach() for t in head(dtype))
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        c, hint = normal(N, dtype=wide), normal(N, dtype=wide)
+        out = torch.empty(N, V + 3, dtype=dtype)[:, :V]
+        yield out, hidden, weight, bias.to(wide), target, c, hint, 0.5, 1.3, 3.0, False
+        yield None, hidden, weight, None, target, None, None, 1.0, 1.0, 0.0, True
+
+
+@samples
 def linear_logprob() -> Iterator[Sample]:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         hidden, weight, target, bias = head(dtype)

@@ -30,7 +30,10 @@ int64_t decode_attention(const DecodeAttentionParams& p, int64_t begin, int64_t 
 // Of the tiles of out, kMatmulTileRows by kMatmulTileColumns; which they are is the kernel's
 // affair.
 int64_t matmul(const MatmulParams& p, int64_t begin, int64_t end);
-inline constexpr int64_t kMatmulTileRows = 48, kMatmulTileColumns = 64;
+inline constexpr int64_t kMatmulTileRows = 48, kMatmulTileColumns = kVocabularyTile;
+// Its walks one after the other: of rows, of the tiles of out, of rows.
+int64_t linear_numerators(const LinearNumeratorsParams& p, LinearWalk walk, int64_t begin,
+                          int64_t end);
 int64_t cache_append(const CacheAppendParams& p, int64_t begin, int64_t end);  // of B
 int64_t sequence_logprob(const SequenceLogprobParams& p, int64_t begin, int64_t end);
 int64_t fdiv_terms(const FdivTermsParams& p, int64_t begin, int64_t end);

@@ -229,6 +229,30 @@ struct MatmulParams {
   bool may_round;   // fp32 factors to bf16, where the CPU multiplies that faster
 };
 
+// What TokenLogprobNumeratorsParams says of logits = alpha (a b + bias), from the factors; `out` is
+// where numerators go, of the dtype of the factors. Without it there are log-probs alone.
+struct LinearNumeratorsParams {
+  MatmulParams product;   // V columns; does not accumulate
+  const int64_t* target;  // (N,)
+  const void*
+      coefficient;       // (N,) of the type of the sums, as are the following; null without `out`
+  const void* lse_hint;  // (N,) or null
+  double inv_temperature;
+  double softcap;
+  void* logp;       // (N,)
+  void* lse;        // (N,)
+  void* row_scale;  // (N,), not written without `out`
+  // Between the walks over rows, tiles and rows again:
+  void* offset;        // (N,)
+  void* target_logit;  // (N,)
+  double* parts;       // (N, V / kVocabularyTile, rounded up) sums of exponentials
+};
+
+inline constexpr int64_t kVocabularyTile = 64;
+
+// Which of them.
+enum class LinearWalk { kOffsets, kTiles, kRows };
+
 // New keys and values to their places in a cache whose sequences are at positions of their own:
 //   cache[b, h, position[b] + q, :] = states[b, h, q, :]
 // once for keys and once for values. Bytes are copied, whatever they mean.
