@@ -156,7 +156,8 @@ def keep_bf16(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
         return out.add_(mm(a, b, out_dtype=out_dtype), alpha=alpha)
 
     split_vocabulary(monkeypatch, 16)
-    monkeypatch.setattr(matmul, "is_ours", lambda a, b: False)
+    for module in (head, matmul):
+        monkeypatch.setattr(module, "is_ours", lambda a, b: False)
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
 
