@@ -13,8 +13,9 @@
 
 #include <cstdint>
 
+#include "fdpg/cpu.h"    // kMatmulTileColumns
 #include "fdpg/types.h"  // load, store
-#include "kernels.h"     // Workspace, kMatmulTileColumns
+#include "kernels.h"     // Workspace
 #include "matmul-inl.h"
 #include "token_logprob-inl.h"
 
