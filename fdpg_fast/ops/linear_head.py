@@ -13,7 +13,7 @@ Shape legend: N rows (tokens), n rows of a chunk, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ from fdpg_fast.ops.token_logprob import result_dtype
 __all__ = [
     "LinearHead",
     "check_head",
+    "is_traced",
+    "joined",
     "kept_rows",
     "multiplies_as_they_are",
     "new_rows",
@@ -277,9 +279,12 @@ class LinearHead:
                 product(numerators[:, first], weight[first], out=place)
                 for span in rest:
                     add_product_(place, numerators[:, span], weight[span])
-            place *= scale if row_scale is None else (scale * row_scale)[:, None]
+            if row_scale is not None:
+                place *= row_scale[:, None]
+            if scale != 1.0:
+                place *= scale
         if row_scale is not None and (grad_weight.numel() or grad_bias.numel()):
-            hidden = (hidden * row_scale[:, None]).to(hidden.dtype)
+            hidden = torch.mul(hidden, row_scale[:, None], out=torch.empty_like(hidden))
         if grad_weight.numel():
             if narrow:
                 for tile in self._tiles():
@@ -376,6 +381,26 @@ def multiplies_as_they_are(hidden: Tensor, weight: Tensor) -> bool:
     if hidden.dtype != weight.dtype or hidden.dtype.itemsize >= 4:
         return False
     return hidden.is_cuda or (hidden.dtype == torch.bfloat16 and _CPU_HAS_BF16)
+
+
+def is_traced(*tensors: Tensor | None) -> bool:
+    """Whether somebody looks at the ops that run: torch.compile, or a tensor's own class.
+
+    For them a head is one op of torch.library; else its function is called as it is: the way
+    through torch.library takes as long as the function does (us, one core at 4 GHz, nothing to
+    compute: policy_gradient 160 and 95).
+    """
+    plain = (Tensor, torch.nn.Parameter)
+    return torch.compiler.is_compiling() or any(
+        t is not None and type(t) not in plain for t in tensors
+    )
+
+
+def joined(chunks: Sequence[Sequence[Tensor]], none: Sequence[Tensor]) -> list[Tensor]:
+    """Each of the results of consecutive chunks of rows, for all rows; ``none`` of no chunk."""
+    if not chunks:
+        return [*none]
+    return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*chunks, strict=True)]
 
 
 def kept_rows(mask: Tensor | None) -> Tensor | None:

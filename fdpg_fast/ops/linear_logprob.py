@@ -20,14 +20,18 @@ Shape legend: N rows (tokens), D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from fdpg_fast.ops.linear_head import (
     LinearHead,
     check_head,
+    is_traced,
+    joined,
     kept_rows,
     multiplies_as_they_are,
     new_rows,
@@ -94,7 +98,12 @@ def linear_logprob(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )
     budget = _KEEP_BYTES.get(hidden.device.type, 0) if keep_bytes is None else keep_bytes
-    logp, lse, ent, _, _ = _linear_logprob(
+    op: Any = _linear_logprob
+    if is_traced(hidden, weight, target, bias, mask):
+        op = _OP
+    elif learns:
+        op = _LinearLogprob.apply
+    logp, lse, ent, _, _ = op(
         hidden,
         weight,
         target,
@@ -134,7 +143,6 @@ def _new_kept(hidden: Tensor, weight: Tensor, keep: bool, entropy: bool) -> tupl
     )
 
 
-@torch.library.custom_op("fdpg::linear_logprob", mutates_args=())
 def _linear_logprob(
     hidden: Tensor,
     weight: Tensor,
@@ -159,7 +167,7 @@ def _linear_logprob(
         row_scale[len(hidden) :] = 0
     head = LinearHead(hidden, weight, bias, scale, chunk)
     cap = softcap or 0.0
-    results = [hidden.new_empty(len(hidden), dtype=head.dtype) for _ in range(2 + entropy)]
+    results: list[Sequence[Tensor]] = []
     for c in head.chunks():
         y, m = target[c], None if mask is None else mask[c]
         if len(row_scale):
@@ -172,13 +180,16 @@ def _linear_logprob(
             values = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, True, cap)
         else:
             values = [*head.logprob(c, y, inv_temperature, m, cap)]
-        for result, value in zip(results, values, strict=False):
-            result[c] = value
-    logp, lse, *ent = (spread(rows, r, n) for r in results)
+        results.append(values)
+    none = [hidden.new_empty(0, dtype=head.dtype)] * 3
+    logp, lse, *ent = (spread(rows, r, n) for r in joined(results, none))
     return logp, lse, ent[0] if entropy else logp.new_empty(0), kept, row_scale
 
 
-@_linear_logprob.register_fake
+_OP = torch.library.custom_op("fdpg::linear_logprob", _linear_logprob, mutates_args=())
+
+
+@_OP.register_fake
 def _fake(
     hidden: Tensor,
     weight: Tensor,
@@ -201,7 +212,6 @@ def _fake(
     )
 
 
-@torch.library.custom_op("fdpg::linear_logprob_backward", mutates_args=())
 def _linear_logprob_backward(
     hidden: Tensor,
     weight: Tensor,
@@ -251,7 +261,12 @@ def _linear_logprob_backward(
     )
 
 
-@_linear_logprob_backward.register_fake
+_BACKWARD_OP = torch.library.custom_op(
+    "fdpg::linear_logprob_backward", _linear_logprob_backward, mutates_args=()
+)
+
+
+@_BACKWARD_OP.register_fake
 def _fake_backward(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -275,14 +290,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     )
 
 
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, *grads: Tensor | None, op: Any = _BACKWARD_OP) -> tuple[Tensor | None, ...]:
     hidden, weight, target, bias, mask, lse, entropy, kept, row_scale = ctx.saved_tensors
     grad_logp, grad_lse, grad_entropy = grads[:3]
     wanted = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 3)]
     result: list[Tensor | None] = [None] * 11
     if grad_logp is None and grad_lse is None and grad_entropy is None:
         return tuple(result)
-    of_hidden, of_weight, of_bias = _linear_logprob_backward(
+    of_hidden, of_weight, of_bias = op(
         hidden,
         weight,
         target,
@@ -306,4 +321,19 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(result)
 
 
-_linear_logprob.register_autograd(_backward, setup_context=_setup_context)
+_OP.register_autograd(_backward, setup_context=_setup_context)
+
+
+class _LinearLogprob(torch.autograd.Function):
+    """The same without torch.library."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output = _linear_logprob(*inputs)
+        _setup_context(ctx, inputs, output)  # called by torch it takes as long as all the rest
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return _backward(ctx, *grads, op=_linear_logprob_backward)

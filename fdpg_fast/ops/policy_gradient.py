@@ -23,6 +23,8 @@ from torch import Tensor
 from fdpg_fast.ops.linear_head import (
     LinearHead,
     check_head,
+    is_traced,
+    joined,
     kept_rows,
     pick,
     require_in_range,
@@ -122,7 +124,9 @@ def policy_gradient(
                 f"{given.dtype} of shape {list(given.shape)} on {given.device}"
             )
         grads.append(given)
-    logp, lse, grad_hidden = _policy_gradient(
+    traced = is_traced(hidden, weight, target, coefficient, bias, mask)
+    function: Any = _OP if traced else _policy_gradient
+    logp, lse, grad_hidden = function(
         hidden,
         weight,
         target,
@@ -147,7 +151,6 @@ def policy_gradient(
     )
 
 
-@torch.library.custom_op("fdpg::policy_gradient", mutates_args=("grad_weight", "grad_bias"))
 def _policy_gradient(
     hidden: Tensor,
     weight: Tensor,
@@ -181,23 +184,30 @@ def _policy_gradient(
         grad_weight.zero_()
     learns = any(grad.numel() for grad in grads)
     numerators = head.new_numerators(min(chunk, len(hidden)) if learns else 0)
-    logp, lse = (hidden.new_empty(len(hidden), dtype=head.dtype) for _ in range(2))
+    results: list[list[Tensor]] = []
     for c in head.chunks():
         y = target[c]
         m, hint = (None if t is None else t[c] for t in (mask, lse_hint))
         if learns:
             e = numerators[: len(y)]
-            logp[c], lse[c], row_scale = head.numerators(
+            *values, row_scale = head.numerators(
                 c, e, y, coefficient[c], hint, inv_temperature, m, cap
             )
             head.backward(c, e, row_scale, *grads, new=not adds_to_weight and c.start == 0)
         else:
-            logp[c], lse[c] = head.logprob(c, y, inv_temperature, m, cap)
+            values = [*head.logprob(c, y, inv_temperature, m, cap)]
+        results.append(values)
+    logp, lse = joined(results, [hidden.new_empty(0, dtype=head.dtype)] * 2)
     grad_hidden = spread(rows, grads[0], n) if need_hidden else grads[0]
     return spread(rows, logp, n), spread(rows, lse, n), grad_hidden
 
 
-@_policy_gradient.register_fake
+_OP = torch.library.custom_op(
+    "fdpg::policy_gradient", _policy_gradient, mutates_args=("grad_weight", "grad_bias")
+)
+
+
+@_OP.register_fake
 def _fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype, need_hidden = result_dtype(hidden.dtype, weight.dtype), others[9]
     return (
