@@ -31,6 +31,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
 from fdpg_fast import adapters, ops
 from fdpg_fast.attention import (
@@ -530,11 +531,22 @@ class LanguageModel:
             with torch.no_grad(), self._autocast(), contextlib.ExitStack() as stack:
                 if self.compute == "bf16":
                     stack.enter_context(rounding_once(self.device))
+                if self.device.type == "cuda":
+                    self._round_weights()
                 yield
         finally:
             for weight in frozen:
                 weight.requires_grad_(False)
             torch.clear_autocast_cache()  # if the caller's own autocast goes on, copies would stay
+
+    def _round_weights(self) -> None:
+        """Has autocast keep what linear layers multiply by, so that a step does not round them, be
+        it the first: a CUDA graph would round them whenever it is replayed."""
+        head = None if self._fused is None else self.model.get_output_embeddings()
+        for module in self.model.modules():
+            if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+                size = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
+                module(module.weight.new_empty(0, size))
 
     def decoder(self, slots: int, length: int, reuse: Decoder | None = None) -> Decoder:
         """A decoder for ``slots`` texts of up to ``length`` tokens; ``reuse`` lends its memory."""

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import torch
 from torch import Tensor
 
-__all__ = ["Finish", "PromptBatch", "Rollout"]
+__all__ = ["Finish", "PromptBatch", "Rollout", "Texts"]
 
 
 class Finish(enum.IntEnum):
@@ -43,6 +46,41 @@ class PromptBatch:
         return len(self.tokens)
 
 
+class Texts(Sequence[str]):
+    """The texts of samples, decoded when one of them is asked for."""
+
+    def __init__(
+        self,
+        decode: Callable[[Sequence[Sequence[int]]], Sequence[str]],
+        tokens: Tensor,
+        prompt_lengths: Tensor,
+        lengths: Tensor,
+    ) -> None:
+        self._decode, self._samples = decode, (tokens, prompt_lengths, lengths)
+
+    @functools.cached_property
+    def _texts(self) -> tuple[str, ...]:
+        rows, starts, lengths = (x.tolist() for x in self._samples)
+        return tuple(
+            self._decode([row[s : s + n] for row, s, n in zip(rows, starts, lengths, strict=True)])
+        )
+
+    def __len__(self) -> int:
+        return len(self._samples[0])
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[str, ...]: ...
+    def __getitem__(self, index: int | slice) -> str | tuple[str, ...]:
+        return self._texts[index]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and tuple(self) == tuple(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
 @dataclass(frozen=True)
 class Rollout:
     """Samples x ~ q, grouped by prompt, with what q said of them.
@@ -63,7 +101,8 @@ class Rollout:
         log_q: ``(B,)`` fp64, log q(x | prompt): the sum of ``token_logprob``.
         finish: ``(B,)`` int8, a :class:`Finish`: why it ended.
         prompts: the G prompts.
-        texts: B decoded samples, without the prompt and without special tokens.
+        texts: B decoded samples, without the prompt and without special tokens; those of a sampler
+            are decoded when somebody asks for one.
     """
 
     tokens: Tensor
@@ -76,7 +115,7 @@ class Rollout:
     log_q: Tensor
     finish: Tensor
     prompts: PromptBatch
-    texts: tuple[str, ...]
+    texts: Sequence[str]
 
     def __len__(self) -> int:
         return self.tokens.shape[0]

@@ -30,7 +30,7 @@ from torch import Tensor
 from fdpg_fast import ops
 from fdpg_fast.attention import Decoder, SlotDecoder, rounded_reach
 from fdpg_fast.models import LanguageModel
-from fdpg_fast.rollout import Finish, PromptBatch, Rollout
+from fdpg_fast.rollout import Finish, PromptBatch, Rollout, Texts
 
 __all__ = ["Sampler", "SamplingError"]
 
@@ -100,24 +100,26 @@ class Sampler:
         self._check(model, prompts, samples_per_prompt)
         work = _Work(model, prompts, samples_per_prompt, self.max_new_tokens, key, first_sample_id)
         slots = min(self.batch_size, work.count)
-        decoder = model.decoder(slots, work.width, reuse=self._decoder)
+        before, self._decoder = self._decoder, None
+        decoder = model.decoder(slots, work.width, reuse=before)
         # Not kept while in use: after an error its memory may hold NaN, which masks do not hide.
-        self._decoder = None
         with model.unchanging():
-            self._run(model, work, decoder, slots)
+            self._run(model, work, decoder, slots, _continues(decoder, before))
         rollout = work.rollout(model)
         self._decoder = decoder
         return rollout
 
-    def _run(self, model: LanguageModel, work: _Work, decoder: Decoder, slots: int) -> None:
-        """Fill the rows of ``work``, ``slots`` at a time."""
+    def _run(
+        self, model: LanguageModel, work: _Work, decoder: Decoder, slots: int, warm: bool
+    ) -> None:
+        """Fill the rows of ``work``, ``slots`` at a time; ``warm``: not the first to do so."""
         device, idle = model.device, work.count
         decoder.prefill(work.prompts.tokens)
         row = torch.full((slots,), idle, dtype=torch.int64, device=device)  # which sample, or idle
         occupant, position = torch.full((slots,), idle), torch.zeros(slots, dtype=torch.int64)
         step: Callable[[int], None] = functools.partial(work.step, decoder, row)
         if _captures(decoder):
-            step = _Graphs(step, device)
+            step = _Graphs(step, device, warm)
         begun = 0
         while True:
             free = (occupant == idle).nonzero()[:, 0]
@@ -172,6 +174,16 @@ def _captures(decoder: Decoder) -> bool:
     return isinstance(decoder, SlotDecoder) and decoder.positions.device.type == "cuda"
 
 
+def _continues(decoder: Decoder, before: Decoder | None) -> bool:
+    """Whether it is of the model of ``before``, whose memory it has taken over."""
+    return (
+        isinstance(decoder, SlotDecoder)
+        and isinstance(before, SlotDecoder)
+        and decoder.model is before.model
+        and decoder.cache is before.cache
+    )
+
+
 def _capture(step: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
     """What ``step`` does on the GPU, which it does not yet do; temporary memory is in ``pool``.
 
@@ -197,23 +209,24 @@ class _Graphs:
     """A step as CUDA graphs, one for each number of keys that it attends to.
 
     The first step of a reach runs as usual and makes what must outlive a graph (buffers, handles of
-    libraries, weights rounded to 16 bits); the second is captured, which shows whether there is
-    memory for it; all but the first are replayed. Graphs live as long as a draw does, because the
-    memory they name does. No two run at once and nothing in a step outlives it, so that their
-    temporary memory is one pool.
+    libraries), unless an earlier draw has (``warm``); the next is captured, which shows whether
+    there is memory for it, and replayed, as are all after it. Graphs live as long as a draw does,
+    because the memory they name does. No two run at once and nothing in a step outlives it, so that
+    their temporary memory is one pool.
     """
 
-    def __init__(self, step: Callable[[int], None], device: torch.device) -> None:
-        self.step, self.device = step, device
+    def __init__(self, step: Callable[[int], None], device: torch.device, warm: bool) -> None:
+        self.step, self.device, self.warm = step, device, warm
         self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         self.pool: Any = None
         self.refused = False
 
     def __call__(self, reach: int) -> None:
         reach = rounded_reach(reach, self.device)
-        if reach in self.graphs and self.graphs[reach] is None and not self.refused:
-            self.graphs[reach] = self._captured(reach)
-        graph = self.graphs.setdefault(reach, None)
+        graph = self.graphs.get(reach)
+        if graph is None and (self.warm or reach in self.graphs) and not self.refused:
+            graph = self._captured(reach)
+        self.graphs[reach] = graph
         if graph is None:
             self.step(reach)
         else:
@@ -340,14 +353,10 @@ class _Work:
                 f"{int(self.sample_id[sample])}, token {place}. The weights have diverged or are "
                 "corrupt: go back to an earlier checkpoint and lower the learning rate."
             )
-        lengths = self.lengths[:n]
-        words = self.tokens[:n].tolist()
-        starts = self.prompt_length.tolist()
-        ends = [p + s for p, s in zip(starts, lengths.tolist(), strict=True)]
-        samples = [w[p:e] for w, p, e in zip(words, starts, ends, strict=True)]
+        tokens, start, lengths = self.tokens[:n], self.start[:n], self.lengths[:n]
         return Rollout(
-            tokens=self.tokens[:n],
-            prompt_lengths=self.start[:n],
+            tokens=tokens,
+            prompt_lengths=start,
             lengths=lengths,
             prompt_index=self.prompt_index.to(model.device),
             sample_ids=self.sample_id[:n],
@@ -356,5 +365,5 @@ class _Work:
             log_q=ops.sequence_logprob(self.logp[:n], lengths),
             finish=self.finish[:n],
             prompts=self.prompts,
-            texts=tuple(model.decode(samples)),
+            texts=Texts(model.decode, tokens, start, lengths),
         )
