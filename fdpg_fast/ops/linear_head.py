@@ -145,6 +145,7 @@ class LinearHead:
         self.weight = weight if self.low_precision else weight.to(self.dtype)  # [V, D]
         self.bias = None if bias is None else bias.to(self.dtype)
         self.scale, self.chunk = scale, chunk
+        self._spans = spans(self.weight)
 
     @functools.cached_property
     def buffer(self) -> Tensor:
@@ -214,6 +215,8 @@ class LinearHead:
         return found
 
     def _is_fused(self, rows: slice) -> bool:
+        if self.hidden.device.type != "cpu":
+            return False
         hidden = self.hidden[rows]
         return is_ours(hidden, self.weight.t()) and (
             not self.low_precision or has_wide_products(hidden)
@@ -275,7 +278,7 @@ class LinearHead:
             if narrow:
                 place.copy_(torch.mm(numerators, weight))
             else:
-                first, *rest = spans(weight)
+                first, *rest = self._spans
                 product(numerators[:, first], weight[first], out=place)
                 for span in rest:
                     add_product_(place, numerators[:, span], weight[span])
@@ -294,7 +297,7 @@ class LinearHead:
                     else:
                         grad_weight[tile].add_(part, alpha=scale)
             else:
-                for span in spans(weight):
+                for span in self._spans:
                     place, columns = grad_weight[span], numerators[:, span].t()
                     if new:
                         product(columns, hidden, scale=scale, out=place)
