@@ -4,6 +4,7 @@
 // cooperative_groups and CUB, and every launch goes through launch().
 #pragma once
 
+#include <atomic>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -35,8 +36,44 @@ inline constexpr int64_t kMaxBlocks = 0x7fffffff;
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
+// When a kernel begins: when the one before it in the stream has ended; or, on GPUs that can (9.0),
+// when all blocks of that one have said let_next_begin() or ended, so that getting there costs no
+// time. It then calls after_previous() before it reads what that one wrote.
+enum class Begin { kAfterPrevious, kEarly };
+
+__device__ __forceinline__ void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
+__device__ __forceinline__ void after_previous() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+#endif
+}
+
+#ifdef __CUDACC__
+// Whether the code of kernels that the current device runs has these two: not what the driver has
+// made of code for an older GPU.
+inline bool has_early_begin(const void* kernel) {
+  constexpr int kDevices = 64;
+  static std::atomic<signed char> known[kDevices];  // 0: not yet; all kernels are compiled alike
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kDevices) return false;
+  signed char found = known[device].load(std::memory_order_relaxed);
+  if (found == 0) {
+    cudaFuncAttributes attributes{};
+    const bool can = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
+                     attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
+    found = can ? 1 : -1;
+    known[device].store(found, std::memory_order_relaxed);
+  }
+  return found > 0;
+}
+#endif
+
 // Enqueues kernel<<<blocks, threads, shared_bytes, stream>>>(args...). No blocks is no launch.
-template <class... Params, class... Args>
+template <Begin kBegin = Begin::kAfterPrevious, class... Params, class... Args>
 cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, std::size_t shared_bytes,
                    cudaStream_t stream, Args&&... args) {
   static_assert(sizeof...(Params) == sizeof...(Args), "launch: wrong number of kernel arguments");
@@ -49,6 +86,13 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, std::
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
+  cudaLaunchAttribute early{};
+  if (kBegin == Begin::kEarly && has_early_begin(reinterpret_cast<const void*>(kernel))) {
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = &early;
+    config.numAttrs = 1;
+  }
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(std::forward<Args>(args))...);
 #else
   static_cast<void>(stream);

@@ -27,7 +27,6 @@ struct Cut {
   int64_t part;   // elements of a part; the last one may be shorter
   int64_t parts;  // of a row
   int threads;    // of a block
-  int64_t span;   // elements of a part that a warp has, where each has a run of them
 
   Cut(int64_t vocab, int64_t element_bytes, int most_threads = kMaxThreads) {
     const int64_t limit = kPartBytes / element_bytes;
@@ -36,7 +35,6 @@ struct Cut {
     // A thread for every 16 elements of a small vocabulary: the others would only wait at barriers.
     threads = static_cast<int>(round_up(divide_up(part, 16), kWarp));
     if (threads > most_threads) threads = most_threads;
-    span = round_up(divide_up(part, threads / kWarp), 2 * kWarp);
   }
 
   // Dynamic shared memory for so many elements, wherever they start.
@@ -197,30 +195,42 @@ __device__ __forceinline__ void load_group(const T* mine, bool words, A (&x)[kGr
   for (int k = 0; k < kGroup; ++k) x[k] = widen(mine[place<T>(k)]);
 }
 
+// This lane's logits, in u, of a kWarpGroup that begins at `elements` and of which `left` elements
+// are there; nothing takes the place of the others. `words`: whether `elements` is aligned to one.
+template <class T, class L, class A>
+__device__ __forceinline__ void read_group(const T* elements, int left, bool words, const L& logits,
+                                           A (&u)[kGroup]) {
+  const int first = threadIdx.x % kWarp * kPack<T>;
+  const T* mine = elements + first;
+  if (left >= kWarpGroup) {
+    load_group(mine, words, u);
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) u[k] = logits.capped(u[k]);
+  } else {
+#pragma unroll
+    for (int k = 0; k < kGroup; ++k) {
+      u[k] = first + place<T>(k) < left ? logits.u(mine[place<T>(k)]) : -static_cast<A>(INFINITY);
+    }
+  }
+}
+
+template <class T>
+__device__ __forceinline__ bool on_word(const T* elements) {
+  return reinterpret_cast<uintptr_t>(elements) % sizeof(uint32_t) == 0;
+}
+
 // What a warp has seen of n elements in shared memory: its kWarpGroups are those that begin at
 // `begin`, begin + step, ... All lanes get it. Seven to eight instructions a logit (sm_90), where
 // an H200 has time for 15 while it loads one in bf16.
 template <bool kEntropy, class T, class L, class A = accumulate_t<T>>
 __device__ Seen<A, kEntropy> fold(const T* elements, int n, int begin, int step, const L& logits) {
   const A rate = logits.rate();
-  const bool words = reinterpret_cast<uintptr_t>(elements) % sizeof(uint32_t) == 0;
-  const int first = threadIdx.x % kWarp * kPack<T>;
+  const bool words = on_word(elements);
   Seen<A, kEntropy> seen;
 #pragma unroll 1  // more would only be more code
   for (; begin < n; begin += step) {
-    const T* mine = elements + begin + first;
-    const int left = n - begin;
     A u[kGroup];
-    if (left >= kWarpGroup) {
-      load_group(mine, words, u);
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k) u[k] = logits.capped(u[k]);
-    } else {
-#pragma unroll
-      for (int k = 0; k < kGroup; ++k) {
-        u[k] = first + place<T>(k) < left ? logits.u(mine[place<T>(k)]) : seen.kNothing;
-      }
-    }
+    read_group(elements + begin, n - begin, words, logits, u);
     seen.add(u, rate);
   }
   seen.meet(rate);

@@ -6,29 +6,32 @@ namespace fdpg::cuda {
 
 std::size_t sample_logprob_workspace(const SampleLogprobParams& p) {
   std::size_t bytes = 0;
-  with_cut(p.dtype, p.vocab, [&](const Cut& cut, auto tag) {
-    bytes = p.rows * cut.parts * (cut.threads / kWarp) *
-            sizeof(OnlineLogSumExp<accumulate_t<decltype(tag)>>);
-    return cudaSuccess;
+  visit_dtype(p.dtype, [&](auto tag) {
+    bytes =
+        p.rows * divide_up(p.vocab, kSpan) * sizeof(OnlineLogSumExp<accumulate_t<decltype(tag)>>);
   });
   return bytes;
 }
 
 Status sample_logprob(const SampleLogprobParams& p, void* workspace, Stream stream) {
-  return with_cut(p.dtype, p.vocab, [&](const Cut& cut, auto tag) {
+  cudaError_t status = cudaErrorInvalidValue;  // no vocabulary, or a dtype that there is not
+  if (p.vocab <= 0) return status;
+  visit_dtype(p.dtype, [&](auto tag) {
     using T = decltype(tag);
+    constexpr int kWarps = kFoldThreads / kWarp;
     auto* partial = static_cast<OnlineLogSumExp<accumulate_t<T>>*>(workspace);
-    return with_softcap(p.softcap, [&](auto capped) {
+    const int64_t runs = divide_up(p.vocab, kRun<T>), spans = divide_up(p.vocab, kSpan);
+    status = with_softcap(p.softcap, [&](auto capped) {
       constexpr bool kCapped = decltype(capped)::value;
-      const cudaError_t status =
-          launch(sample_logprob_spans<T, kCapped>, p.rows * cut.parts, cut.threads,
-                 cut.stage_bytes<T>(cut.part), stream, p, cut.part, cut.parts, cut.span, partial);
-      if (status != cudaSuccess) return status;
-      return launch(sample_logprob_rows<T, kCapped>, p.rows, cut.threads,
-                    cut.stage_bytes<T>(cut.span), stream, p, cut.part, cut.parts, cut.span,
-                    cut.threads / kWarp, partial);
+      const cudaError_t first =
+          launch(sample_logprob_spans<T, kCapped>, divide_up(p.rows * runs, kWarps), kFoldThreads,
+                 kWarps * kRunRoom<T> * sizeof(T), stream, p, runs, spans, partial);
+      if (first != cudaSuccess) return first;
+      return launch<Begin::kEarly>(sample_logprob_rows<T, kCapped>, p.rows, kWarp, 0, stream, p,
+                                   spans, partial);
     });
   });
+  return status;
 }
 
 }  // namespace fdpg::cuda

@@ -1,13 +1,13 @@
 // sample_logprob.cuh: a token drawn from softmax(z) of each row (z: logits.cuh), with its log-prob,
 // by inverting the cumulative distribution with one uniform.
 //
-// Fused: softmax, cumulative sum, search, gather and log. The first kernel folds the parts of each
-// row (row_parts.cuh), a span of a part by each warp; the second, a block per row, chooses a span,
-// reads it again, and descends to a run of it and to a token of that run.
-//   bytes per row:  V * sizeof(T) read, and one span (8 KiB at most) again; 3 * 8 read for the key,
+// Fused: softmax, cumulative sum, search, gather and log. The first kernel folds each row span by
+// span; the second, a warp per row, chooses a span, reads it again and descends to a token of it.
+// It is there before the first has ended.
+//   bytes per row:  V * sizeof(T) read, and a span of 512 again; 3 * 8 read for the key,
 //                   8 + 4 + 4 written; per span 8 written and read again
-//   floor:          (V sizeof(T) + 8 KiB) / bandwidth: [256, 50257] in fp32 is 54 MB, 18 us at
-//                   3 TB/s, and two launches
+//   floor:          1.016 V sizeof(T) / bandwidth in bf16, [256, 50257] is 26 MB, 9 us at 3 TB/s,
+//                   a launch, and what a row waits for once the last of its logits are there
 //
 // The law and the key are the CPU's (cpu/sample_logprob-inl.h): at each level the uniform is scaled
 // to the sum of that level's own parts, and what is left of it goes down, so a token's probability
@@ -35,114 +35,205 @@ __device__ __forceinline__ double warp_running_sum(double mine) {
   return mine;
 }
 
-// A warp chooses one of the items 0 ... n - 1 with probability proportional to weight(i), some of
-// them positive. `uniform` becomes what is left of it, again uniform in [0, 1). All lanes call it
-// with the same arguments and get the same answer.
-template <class Weight>
-__device__ int warp_choose(int n, const Weight& weight, double* uniform) {
-  const int lane = threadIdx.x % kWarp;
-  int first = 0;
-  while (n > 1) {
-    const int each = static_cast<int>(divide_up(n, kWarp));  // a lane has a run of items
-    const int begin = min(n, lane * each), end = min(n, begin + each);
-    double mine = 0;
-#pragma unroll 4  // more would only be more code, which is run once
-    for (int i = begin; i < end; ++i) mine += weight(first + i);
-    const double upto = warp_running_sum(mine);
-    const double goal = *uniform * __shfl_sync(0xffffffffu, upto, kWarp - 1);
-    const unsigned possible = __ballot_sync(0xffffffffu, mine > 0);
-    const unsigned beyond = __ballot_sync(0xffffffffu, mine > 0 && upto > goal);
-    // The first beyond the goal; the last possible one if rounding has put the goal at the end.
-    const int chosen = beyond ? __ffs(static_cast<int>(beyond)) - 1
-                              : kWarp - 1 - __clz(static_cast<int>(possible));
-    const double weight_of_chosen = __shfl_sync(0xffffffffu, mine, chosen);
-    const double below = __shfl_sync(0xffffffffu, upto, chosen) - weight_of_chosen;
-    *uniform = fmin(fmax((goal - below) / weight_of_chosen, 0.0), 1.0);
-    first += chosen * each;
-    n = min(each, n - chosen * each);
-  }
-  return first;
+// What a warp has chosen of items that the lanes have runs of, with probability proportional to
+// their weights, each lane's summing up to `mine`.
+struct Chosen {
+  int lane;
+  double total;  // of all lanes
+  double goal;   // how far into that lane's weights the uniform points
+};
+
+// All lanes call it with the same uniform in [0, 1) and get the same, which means nothing unless
+// the total is positive.
+__device__ __forceinline__ Chosen warp_choose(double mine, double uniform) {
+  const double upto = warp_running_sum(mine);
+  const double total = __shfl_sync(0xffffffffu, upto, kWarp - 1), goal = uniform * total;
+  const unsigned possible = __ballot_sync(0xffffffffu, mine > 0);
+  const unsigned beyond = __ballot_sync(0xffffffffu, mine > 0 && upto > goal);
+  // The first beyond the goal; the last possible one if rounding has put the goal at the end.
+  const int last = kWarp - 1 - __clz(static_cast<int>(possible));
+  const int chosen = beyond ? __ffs(static_cast<int>(beyond)) - 1 : max(0, last);
+  const double its = __shfl_sync(0xffffffffu, mine, chosen);
+  const double below = __shfl_sync(0xffffffffu, upto, chosen) - its;
+  return {chosen, total, fmin(fmax(goal - below, 0.0), its)};
 }
 
-// Block b folds part b % parts of row b / parts, each warp a span of it, which goes to `partial`
-// (N, parts, warps): the row's spans in order.
+// One lane's part of it: the first of its n weights that brings their sum beyond the goal, else the
+// last positive one.
+struct Choice {
+  int item = -1;
+  double before = 0, weight = 0;  // of the items before it, and its own
+
+  __device__ __forceinline__ void consider(int i, double w, double goal) {
+    const bool found = item >= 0 && before + weight > goal;
+    if (found || !(w > 0)) return;
+    before += weight;
+    item = i;
+    weight = w;
+  }
+};
+
+// Neighbours in a row whose sum is known.
+inline constexpr int kSpan = kWarpGroup;
+
+// Spans side by side that a warp takes, 8 KiB of them: all on their way before the first is folded,
+// and each folded when it is there, whatever other warps do.
+template <class T>
+inline constexpr int kRunSpans = (8 << 10) / (kSpan * static_cast<int>(sizeof(T)));
+template <class T>
+inline constexpr int kRun = kRunSpans<T> * kSpan;
+template <class T>
+inline constexpr int kRunRoom = kRun<T> + kPerVector<T>;  // in shared memory, wherever it starts
+
+// Begins to copy n elements at `from` to shared memory, of which each kSpan is a group of copies.
+// Returns where element 0 is, which is as misaligned as `from`.
+template <class T>
+__device__ __forceinline__ const T* begin_run(T* stage, const T* from, int n) {
+  constexpr int kVectors = kSpan / kPerVector<T>;  // of a group; those of a span are in its group
+  T* to = stage + misalignment(from);
+  const Stretch s(from, n);
+  const int lane = threadIdx.x % kWarp, tail = s.head + s.vectors * kPerVector<T>;
+#pragma unroll
+  for (int group = 0; group < kRunSpans<T>; ++group) {
+#pragma unroll
+    for (int v = group * kVectors; v < (group + 1) * kVectors; v += kWarp) {
+      const int i = s.head + (v + lane) * kPerVector<T>;
+      if (v + lane < s.vectors) __pipeline_memcpy_async(to + i, from + i, kVectorBytes);
+    }
+    __pipeline_commit();
+  }
+  if (lane < s.head) to[lane] = from[lane];
+  if (lane < s.tail) to[tail + lane] = from[tail + lane];
+  return to;
+}
+
+// Warp w takes run w % runs of row w / runs. Each span goes to `partial` (N, spans).
 template <class T, bool kCapped>
 __global__ void __launch_bounds__(kFoldThreads)
-    sample_logprob_spans(SampleLogprobParams p, int part, int parts, int span,
+    sample_logprob_spans(SampleLogprobParams p, int runs, int spans,
                          OnlineLogSumExp<accumulate_t<T>>* partial) {
+  using A = accumulate_t<T>;
+  constexpr int kSpans = kRunSpans<T>;
   FDPG_DYNAMIC_SHARED(T, stage);
-  const int64_t row = blockIdx.x / parts;
-  const int warp = threadIdx.x / kWarp, warps = blockDim.x / kWarp;
-  const PartOfRow here(blockIdx.x % parts, part, p.vocab);
-  const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
-  const Logits<accumulate_t<T>, kCapped> logits(p);
-  const T* elements = stage_in_shared(stage, x + here.begin, here.size);
-  const int begin = warp * span, size = min(span, here.size - begin);  // none if not positive
-  const auto seen = fold<false>(elements + begin, size, 0, kWarpGroup, logits);
-  if (threadIdx.x % kWarp == 0) {
-    partial[static_cast<int64_t>(blockIdx.x) * warps + warp] = seen.state(logits);
+  let_next_begin();
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t job = blockIdx.x * int64_t{kFoldThreads / kWarp} + warp, row = job / runs;
+  if (row >= p.rows) return;
+  const int64_t begin = job % runs * kRun<T>;
+  const int size = static_cast<int>(min(int64_t{kRun<T>}, p.vocab - begin));
+  const T* x = static_cast<const T*>(p.logits) + row * p.row_stride + begin;
+  const T* elements = begin_run(stage + warp * kRunRoom<T>, x, size);
+
+  const Logits<A, kCapped> logits(p);
+  const A rate = logits.rate();
+  const bool words = on_word(elements);
+  using S = Seen<A, false>;
+  S seen[kSpans];
+  A top = S::kNothing;
+#pragma unroll
+  for (int k = 0; k < kSpans; ++k) {
+    __pipeline_wait_prior(kSpans - 1 - k);
+    __syncwarp();
+    A u[kGroup];
+    read_group(elements + k * kSpan, size - k * kSpan, words, logits, u);
+    seen[k].add(u, rate);
+    top = larger_number(top, seen[k].top);
+  }
+  top = warp_max(top);
+  S mine;  // lane k has span k
+#pragma unroll
+  for (int k = 0; k < kSpans; ++k) {
+    seen[k].move(top, rate);
+    const A sum = warp_sum(seen[k].sum);
+    if (lane == k) mine.sum = sum;
+  }
+  mine.top = top;
+  if (lane < kSpans && lane * kSpan < size) {
+    partial[row * spans + begin / kSpan + lane] = mine.state(logits);
   }
 }
 
-// A block per row. `warps`: of the blocks that made `partial`.
+// Block b, one warp: row b.
 template <class T, bool kCapped>
-__global__ void __launch_bounds__(kFoldThreads)
-    sample_logprob_rows(SampleLogprobParams p, int part, int parts, int span, int warps,
+__global__ void __launch_bounds__(kWarp)
+    sample_logprob_rows(SampleLogprobParams p, int spans,
                         const OnlineLogSumExp<accumulate_t<T>>* partial) {
   using A = accumulate_t<T>;
-  FDPG_DYNAMIC_SHARED(T, stage);
-  __shared__ double runs[kFoldThreads];  // the sum of each thread's run of the chosen span
   const int64_t row = blockIdx.x;
-  const int t = threadIdx.x, threads = blockDim.x, spans = parts * warps;
-  const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
+  const int lane = threadIdx.x;
   const Logits<A, kCapped> logits(p);
   A* logp = static_cast<A*>(p.logp) + row;
   A* lse = static_cast<A*>(p.lse) + row;
-  partial += row * spans;
-
-  // Each warp finds the row's sum and chooses a span: the same, without a barrier.
   double uniform = random_uniform(p.seed[0], p.sample_id[row], p.position[row]);
-  A max = -static_cast<A>(INFINITY), sum = 0;
-#pragma unroll 1
-  for (int k = t % kWarp; k < spans; k += kWarp) max = larger_number(max, partial[k].max);
+  partial += row * spans;
+  after_previous();
+
+  // A lane has a run of the row's spans, and reads them again from its cache.
+  constexpr int kAtOnce = 8;
+  const int each = (spans + kWarp - 1) / kWarp, begin = min(spans, lane * each);
+  const int end = min(spans, begin + each);
+  A max = -static_cast<A>(INFINITY);
+  for (int k = begin; k < end; k += kAtOnce) {
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      if (k + j < end) max = larger_number(max, partial[k + j].max);
+    }
+  }
   max = warp_max(max);
-  auto weight_of_span = [&](int k) { return partial[k].sum * exponential(partial[k].max - max); };
-#pragma unroll 1
-  for (int k = t % kWarp; k < spans; k += kWarp) sum += weight_of_span(k);
-  sum = warp_sum(sum);
-  if (!(sum > 0)) {  // NaN: NaN or +inf somewhere, or -inf everywhere
-    if (t == 0) {
+  auto weight_of_span = [&](int k) -> double {
+    return partial[k].sum * exponential(partial[k].max - max);
+  };
+  double mine = 0;
+  for (int k = begin; k < end; k += kAtOnce) {
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) mine += k + j < end ? weight_of_span(k + j) : 0;
+  }
+  const Chosen run = warp_choose(mine, uniform);
+  if (!(run.total > 0)) {  // NaN: NaN or +inf somewhere, or -inf everywhere
+    if (lane == 0) {
       p.token[row] = 0;
       *logp = *lse = static_cast<A>(NAN);
     }
     return;
   }
-  const int chosen = warp_choose(spans, weight_of_span, &uniform);
-  const A offset = partial[chosen].max;
-
-  const PartOfRow here(chosen / warps, part, p.vocab);
-  const int begin = chosen % warps * span, size = min(span, here.size - begin);
-  const T* elements = stage_in_shared(stage, x + here.begin + begin, size);
-  auto weight = [&](int i) -> double {
-    return exponential(logits.relative(logits.u(elements[i]), offset));
-  };
-  // Odd: as many threads apart as there are banks would be elements in one bank.
-  const int run = (size + threads - 1) / threads | 1;
-  double mine = 0;
+  Choice span;
+  if (lane == run.lane) {
 #pragma unroll 4
-  for (int i = t * run; i < min(size, (t + 1) * run); ++i) mine += weight(i);
-  runs[t] = mine;
-  __syncthreads();
-  if (t >= kWarp) return;
+    for (int k = begin; k < end; ++k) span.consider(k, weight_of_span(k), run.goal);
+  }
+  const int chosen = __shfl_sync(0xffffffffu, span.item, run.lane);
+  // What is left of the uniform, again one in [0, 1).
+  uniform = fmin(fmax((run.goal - span.before) / span.weight, 0.0), 1.0);
+  uniform = __shfl_sync(0xffffffffu, uniform, run.lane);
+  const A offset = partial[chosen].max, log_sum = std::log(static_cast<A>(run.total));
 
-  const int r = warp_choose(threads, [&](int i) { return runs[i]; }, &uniform);
-  const int most = min(run, size - r * run);
-  const int token =
-      r * run + warp_choose(most, [&](int i) { return weight(r * run + i); }, &uniform);
-  if (t != 0) return;
-  p.token[row] = here.begin + begin + token;
-  *logp = logits.relative(logits.u(elements[token]), max) - std::log(sum);
-  *lse = max + std::log(sum);
+  constexpr int kEach = kSpan / kWarp;
+  const int64_t first = static_cast<int64_t>(chosen) * kSpan + lane * kEach;
+  const T* x = static_cast<const T*>(p.logits) + row * p.row_stride + first;
+  A u[kEach];
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    u[k] = first + k < p.vocab ? logits.u(x[k]) : -static_cast<A>(INFINITY);
+  }
+  A weights[kEach];
+  mine = 0;
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    weights[k] = first + k < p.vocab ? exponential(logits.relative(u[k], offset)) : A{0};
+    mine += weights[k];
+  }
+  const Chosen neighbours = warp_choose(mine, uniform);
+  if (lane != neighbours.lane) return;
+  Choice token;
+  A drawn = 0;
+#pragma unroll
+  for (int k = 0; k < kEach; ++k) {
+    token.consider(k, weights[k], neighbours.goal);
+    if (token.item == k) drawn = u[k];
+  }
+  p.token[row] = first + token.item;
+  *logp = logits.relative(drawn, max) - log_sum;
+  *lse = max + log_sum;
 }
 
 }  // namespace

@@ -133,9 +133,9 @@ void every_size() {
   }
 }
 
-// A span, a run and a token are chosen; and the same whatever lies beside the row.
+// The same is chosen whatever lies beside the row.
 template <class T>
-void rows_of_several_parts(int64_t vocab) {
+void rows_of_several_runs(int64_t vocab) {
   Case<T> c(4, vocab, 0, 1);
   c.run();
   c.check();
@@ -151,7 +151,7 @@ void rows_of_several_parts(int64_t vocab) {
 }
 
 // A token that has nearly all the probability is drawn, wherever in the row it stands: at either
-// side of an edge of runs, spans and parts.
+// side of an edge of spans and runs.
 template <class T>
 void every_token(int64_t vocab) {
   constexpr int64_t kRows = 40;
@@ -217,9 +217,13 @@ int main() {
     every_size<BFloat16>();
     every_size<Float16>();
     every_size<double>();
-    rows_of_several_parts<float>(50257);
-    rows_of_several_parts<BFloat16>(50257);
-    rows_of_several_parts<BFloat16>(16385);  // warps without a span in the second part
+    rows_of_several_runs<float>(50257);
+    rows_of_several_runs<BFloat16>(50257);
+    rows_of_several_runs<float>(2048);  // one run, and one element more
+    rows_of_several_runs<float>(2049);
+    rows_of_several_runs<BFloat16>(4096);
+    rows_of_several_runs<BFloat16>(4097);
+    rows_of_several_runs<BFloat16>(140000);  // more spans than a lane looks at at once
     every_token<float>(2100);
     every_token<BFloat16>(16600);
     law();
