@@ -218,3 +218,41 @@ def test_weights(contest: Contest, sequences: int, device: str) -> None:
         dtype="fp64",
         device=device,
     )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+@pytest.mark.parametrize("sequences", [256, 4096])
+def test_partition_and_weights(contest: Contest, sequences: int, device: str) -> None:
+    """Without the sums of tokens; asked for are 20 us of a GPU, for 4096 sequences."""
+    x = Batch(*(t.to(device) for t in batch(sequences)))
+    state = ops.new_log_partition(sequences // SAMPLES_PER_PROMPT, device)
+    log_pi = ops.sequence_logprob(x.values, x.lengths)
+    log_weight = x.log_score - x.log_q
+    assert_right(x, fused(x, state), state)
+    log_z = state[:, 0] - state[:, 2].log()
+
+    def partition() -> None:
+        ops.log_partition_(state, log_weight, x.prompt)
+
+    def weights() -> None:
+        ops.fdiv_weights(log_pi, x.log_q, x.log_score, log_z, x.prompt, divergence=JS, baseline=LOO)
+
+    def both() -> None:
+        partition()
+        weights()
+
+    contest.run(
+        both,
+        {
+            "log_partition_ of them": partition,
+            "fdiv_weights of them": weights,
+            "sequence_logprob beside them": lambda: ops.sequence_logprob(x.values, x.lengths),
+        },
+        bytes_moved=96 * sequences,
+        calls=20,
+        graph=device == "cuda",
+        shape=f"{sequences} sequences, {SAMPLES_PER_PROMPT} a prompt",
+        dtype="fp64",
+        device=device,
+        microseconds_bar=20 if device == "cuda" and sequences == 4096 else None,
+    )
