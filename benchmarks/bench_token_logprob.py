@@ -8,6 +8,7 @@ backward; on the CPU neither memory nor arithmetic waits much for the other.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -32,7 +33,7 @@ BARS = {
     "gpt2": {"log_softmax + gather": 6.0, "read": 0.6},
 }
 # On a GPU: of the time to copy as many bytes as ours moves; and nobody is faster.
-CUDA_BARS = {"copy": 0.92, "torch.compile": 1.0}
+CUDA_BARS = {"copy": 0.92, "torch.compile": 1.0, "quack-kernels": 1.0}
 CALLS = {"cpu": 1, "cuda": 10}
 BACKWARD_BARS = {"stories": 1.8, "gpt2_chunk": 1.8, "gpt2_decode": 5.0, "gpt2": 5.0}
 OP = torch.ops.fdpg.token_logprob
@@ -62,10 +63,18 @@ def test_forward(contest: Contest, name: str, device: str, dtype: str) -> None:
         other: lambda function=function: function(logits, target)
         for other, function in peers.TOKEN_LOGPROB.items()
     }
+    out: dict[str, str] = {}
     if device == "cpu":
         others["read"] = lambda: read(logits)
     else:
         others |= copies(itertools.repeat(logits), 1)
+    for kernel, way in peers.installed(peers.TOKEN_KERNELS, device).items():
+        entry = functools.partial(way, logits, target)
+        if (why := peers.refusal(entry)) is not None:
+            out[kernel] = why
+        else:
+            assert_right(entry(), logits, target, 1e-3)
+            others[kernel] = entry
     inputs = [logits]
     if dtype == "fp32" or device == "cuda":
         others["torch.compile"] = lambda: compiled(logits, target)
@@ -86,6 +95,7 @@ def test_forward(contest: Contest, name: str, device: str, dtype: str) -> None:
         shape=str(SHAPES[name]),
         dtype=dtype,
         device=device,
+        took_no_part=out,
     )
 
 
@@ -157,9 +167,9 @@ def test_forward_and_backward(contest: Contest, name: str, device: str, dtype: s
         _, lse, _ = OP(logits, target)
         BACKWARD_(logits, target, lse, None, weight, None, None, 1.0, None)
 
-    def autograd() -> Tensor:
+    def autograd(way: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         leaf = logits.detach().requires_grad_()
-        logp = peers.log_softmax_and_gather(leaf, target)
+        logp = way(leaf, target)
         return torch.autograd.grad(logp, leaf, weight.to(logp.dtype))[0]
 
     ours()
@@ -169,16 +179,29 @@ def test_forward_and_backward(contest: Contest, name: str, device: str, dtype: s
     tolerance = {"rtol": 1e-2, "atol": 1e-6} if dtype == "bf16" else {"rtol": 0, "atol": 1e-6}
     torch.testing.assert_close(logits[:8].double(), exact, **tolerance)
     bars = {"autograd of log_softmax + gather": BACKWARD_BARS.get(name, 1.0)}
+    others: dict[str, Callable[[], object]] = {
+        "autograd of log_softmax + gather": lambda: autograd(peers.log_softmax_and_gather)
+    }
+    out: dict[str, str] = {}
+    if device == "cuda":
+        others |= copies(itertools.repeat(logits), 3)
+        bars |= {"copy": CUDA_BARS["copy"], "quack-kernels": 1.0}
+    for kernel, way in peers.installed(peers.TOKEN_KERNELS, device).items():
+        entry = functools.partial(autograd, way)
+        if (why := peers.refusal(entry)) is not None:
+            out[kernel] = why
+        else:
+            others[kernel] = entry
     contest.run(
         ours,
-        {"autograd of log_softmax + gather": autograd}
-        | (copies(itertools.repeat(logits), 3) if device == "cuda" else {}),
+        others,
         bytes_moved=3 * logits.numel() * logits.element_size(),
-        bars=bars if device == "cpu" else bars | {"copy": CUDA_BARS["copy"]},
+        bars=bars,
         prepare=lambda: logits.copy_(original),
         calls=CALLS[device],
         graph=device == "cuda",
         shape=str(SHAPES[name]),
         dtype=dtype,
         device=device,
+        took_no_part=out,
     )

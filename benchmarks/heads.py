@@ -213,19 +213,16 @@ def contenders(
 ) -> tuple[dict[str, Entry], dict[str, str]]:
     """Name -> entry of everybody who gets a value right, and name -> why of who takes no part.
 
-    ``run`` makes of a way to log-probs what is timed. A kernel of others may know no fp32, not this
-    D, or not this torch: that is written down, and the contest goes on.
+    ``run`` makes of a way to log-probs what is timed.
     """
     entries: dict[str, Entry] = {}
     out: dict[str, str] = {}
     ways = peers.linear_peers(x.hidden.device.type)
     for name, way in ways.items():
-        if name in peers.LINEAR_KERNELS:
-            try:
-                run(way)
-            except Exception as error:
-                out[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:120]}"
-                continue
+        why = peers.refusal(functools.partial(run, way)) if name in peers.LINEAR_KERNELS else None
+        if why is not None:
+            out[name] = why
+            continue
         with torch.no_grad():
             got = way(x.hidden, x.weight, x.target).double()
         # 16-bit logits of up to 16 are off by 0.06 nats at worst, their mean by far less.

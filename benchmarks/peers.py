@@ -14,7 +14,17 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["LINEAR_LOGPROB", "PEERS", "TOKEN_LOGPROB", "compiled", "linear_peers", "report"]
+__all__ = [
+    "LINEAR_LOGPROB",
+    "PEERS",
+    "TOKEN_KERNELS",
+    "TOKEN_LOGPROB",
+    "compiled",
+    "installed",
+    "linear_peers",
+    "refusal",
+    "report",
+]
 
 T = TypeVar("T")
 
@@ -60,11 +70,46 @@ def compiled(function: Callable[..., T]) -> Callable[..., T]:
     return torch.compile(function, dynamic=False)
 
 
-TOKEN_LOGPROB = {
+def quack_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    from quack.cross_entropy import cross_entropy
+
+    return -cross_entropy(logits, target, reduction="none", inplace_backward=True)
+
+
+def flash_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
+
+    return -cross_entropy_loss(logits, target, inplace_backward=True)[0]
+
+
+TokenLogprob = Callable[[Tensor, Tensor], Tensor]
+
+TOKEN_LOGPROB: dict[str, TokenLogprob] = {
     "log_softmax + gather": log_softmax_and_gather,  # what everybody writes
     "gather - logsumexp": gather_minus_logsumexp,
     "cross_entropy": cross_entropy,
 }
+# Distribution -> its kernel; with a gradient it is written over the logits.
+TOKEN_KERNELS: dict[str, TokenLogprob] = {
+    "quack-kernels": quack_cross_entropy,
+    "flash-attn": flash_cross_entropy,
+}
+
+
+def installed(kernels: dict[str, T], device: str) -> dict[str, T]:
+    """Those of other people's kernels that can be tried on the device."""
+    found = report() if device == "cuda" else {}
+    return {name: kernel for name, kernel in kernels.items() if found.get(name) == "available"}
+
+
+def refusal(call: Callable[[], object]) -> str | None:
+    """Why a kernel of others cannot take part: it may know no fp32, not this size, not this torch.
+    That is written down, and the contest goes on."""
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+    return None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,18 +160,14 @@ def cut_cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
 
 
 def quack(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    from quack.linear_cross_entropy import linear_cross_entropy_func
+    """The sum: nothing else is chunked. Not tuned to the machine, which takes minutes a shape."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
 
-    return -linear_cross_entropy_func(
-        hidden, weight, None, target, reduction="none", inplace_backward=True
-    )
+    return -chunked_linear_cross_entropy(hidden, weight, target, reduction="sum", tuned=False)
 
 
 def flash_attn(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
-    from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
-
-    logits = functional.linear(hidden, weight)
-    return -cross_entropy_loss(logits, target, inplace_backward=True)[0]
+    return flash_cross_entropy(functional.linear(hidden, weight), target)
 
 
 LinearLogprob = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -151,6 +192,4 @@ LINEAR_KERNELS: dict[str, LinearLogprob] = {
 
 def linear_peers(device: str) -> dict[str, LinearLogprob]:
     """All ways to the log-probs of a head that can be tried on the device."""
-    found = report() if device == "cuda" else {}
-    kernels = {n: f for n, f in LINEAR_KERNELS.items() if found.get(n) == "available"}
-    return {**LINEAR_LOGPROB, **kernels}
+    return {**LINEAR_LOGPROB, **installed(LINEAR_KERNELS, device)}
