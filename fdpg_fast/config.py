@@ -39,6 +39,7 @@ __all__ = [
     "SamplingConfig",
     "TargetConfig",
     "nearest",
+    "plain",
     "recipes",
     "to_yaml",
 ]
@@ -318,7 +319,7 @@ class Config:
                 message names the nearest known one), or a value of the wrong type or range.
         """
         if isinstance(source, Mapping):
-            content, where = dict(source), "config"
+            content, where = plain(source), "config"
         else:
             path = find(source)
             content, where = _load(path), path.name
@@ -360,9 +361,7 @@ class Config:
 
     def dump(self) -> str:
         """The whole run as YAML, every default written out."""
-        content = dataclasses.asdict(self)
-        content["optimiser"]["betas"] = list(self.optimiser.betas)
-        return to_yaml(content)
+        return to_yaml(plain(dataclasses.asdict(self)))
 
     def difference(self, other: Config) -> list[str]:
         """Keys whose values differ, as ``part.key``; not by where the files they name lie now."""
@@ -484,6 +483,15 @@ for _kind in (_Loader, _Dumper):  # the latter puts quotes around a text that lo
         re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
         list("-+0123456789"),
     )
+
+
+def plain(value: Any) -> Any:
+    """As YAML has it: numbers, arrays and tensors of NumPy and torch in Python's own types."""
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def to_yaml(content: Mapping[str, Any]) -> str:

@@ -26,12 +26,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from fdpg_fast.config import plain
 from fdpg_fast.moment_fit import FitError, FitReport, WeightedFeatures, fit_moments
 from fdpg_fast.rollout import Rollout
 from fdpg_fast.scorers import Scorer, function, load_function, nearest, shorten
@@ -611,9 +613,10 @@ def _as_scorer(where: str, value: object) -> Scorer:
     raise TargetError(f"{where}: expected a scorer, such as contains('dog'), got {shorten(value)}")
 
 
-def _number(what: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise TargetError(f"{what} expected a finite number, got {value!r}")
+def _number(what: str, given: object) -> float:
+    value = plain(given)  # NumPy's and torch's too
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise TargetError(f"{what} expected a finite number, got {given!r}")
     return float(value)
 
 

@@ -7,10 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import yaml
 
-from fdpg_fast.config import Config, ConfigError, argument_parser
+from fdpg_fast.config import Config, ConfigError, RunConfig, argument_parser
 
 
 def test_defaults_are_those_of_the_dog_example() -> None:
@@ -124,6 +126,34 @@ def test_prompts_are_found_beside_the_file(tmp_path: Path, monkeypatch: pytest.M
 def test_replace_finds_the_part() -> None:
     config = Config().replace(steps=3, learning_rate=1e-4)
     assert (config.run.steps, config.optimiser.learning_rate) == (3, 1e-4)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.array, torch.tensor])
+def test_numbers_of_numpy_and_torch_are_kept_as_plain_ones(number: Any) -> None:
+    whole = np.int64(7) if number in (np.float32, np.float64) else number(7)
+    config = Config().replace(
+        steps=whole,
+        learning_rate=number(0.25),
+        betas=(number(0.5), number(0.75)),
+        shuffle=np.bool_(False),
+        moments=[{"contains": "dog", "moment": number(0.5)}],
+    )
+    expected = Config().replace(
+        steps=7,
+        learning_rate=0.25,
+        betas=(0.5, 0.75),
+        shuffle=False,
+        moments=[{"contains": "dog", "moment": 0.5}],
+    )
+    assert config.dump() == expected.dump()
+    assert Config.read(yaml.safe_load(config.dump())) == config == expected
+    with pytest.raises(ConfigError, match=r"`run\.steps` expected a whole number, got True"):
+        Config().replace(steps=np.bool_(True))
+
+
+def test_numbers_of_numpy_in_a_part_are_dumped_as_plain_ones() -> None:
+    config = Config(run=RunConfig(steps=np.int64(7)))  # type: ignore[arg-type]
+    assert config.dump() == Config().replace(steps=7).dump()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -158,6 +159,21 @@ def test_custom_log_score_replaces_the_base(base):
 def test_wrong_targets_are_refused(base, build, message):
     with pytest.raises(TargetError, match=message):
         build(base)
+
+
+@pytest.mark.parametrize("number", [np.float32, np.float64, np.array, torch.tensor, Fraction])
+def test_numbers_may_be_of_numpy_and_torch(base, number):
+    half = number(0.5)
+    target = base.constrain({DOG: half}).reward(WORDS, beta=half) * SHE
+    target.load_state_dict({"contains 'dog'": number(0.25)})
+    assert (target.goals[DOG], target.lambdas) == (0.5, {"contains 'dog'": 0.25})
+    assert type(target.goals[DOG]) is float
+    assert "/ 0.5)" in str(target)
+    assert "max([she], 0.5)" in str(target.smooth(half))
+    assert base.constrain({DOG: np.int64(1)}).moments == {"contains 'dog'": 1.0}
+    for wrong in (np.bool_(True), torch.tensor([0.5]), np.array("0.5"), number(math.pi) * 1j):
+        with pytest.raises(TargetError, match="moment of contains 'dog' expected a finite number"):
+            base.constrain({DOG: wrong})
 
 
 def test_negative_factor_names_scorer_and_text(base):
