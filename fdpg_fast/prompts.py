@@ -18,7 +18,7 @@ from fdpg_fast.rollout import PromptBatch
 if TYPE_CHECKING:
     from fdpg_fast.models import LanguageModel
 
-__all__ = ["PromptError", "Prompts"]
+__all__ = ["PromptError", "Prompts", "as_setting"]
 
 
 class PromptError(ValueError):
@@ -148,6 +148,17 @@ class Prompts:
         )
 
 
+def as_setting(source: str | os.PathLike[str] | Sequence[str]) -> str | list[str]:
+    """What :meth:`Prompts.load` takes, in the types of a config, where a path is a text.
+
+    Raises:
+        PromptError: a path whose text would be taken for a prompt.
+    """
+    if isinstance(source, os.PathLike):
+        return str(_known_kind(source))
+    return source if isinstance(source, str) else list(source)
+
+
 def _read(source: str | os.PathLike[str] | Sequence[str] | None) -> list[str]:
     if source is None or source == "":
         return [""]
@@ -160,18 +171,29 @@ def _read(source: str | os.PathLike[str] | Sequence[str] | None) -> list[str]:
                     "prompt at all leave prompts empty."
                 )
         return texts
-    path = Path(source)
-    if path.suffix not in READERS:
-        if isinstance(source, str):
-            return [source]
-        raise PromptError(f"prompts: {path}: expected one of {', '.join(READERS)}")
+    readable = isinstance(source, os.PathLike) or Path(source).suffix in READERS
+    if not readable and not os.path.isfile(source):  # a text may be too long to ask Path
+        return [str(source)]
+    path = _known_kind(source)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")  # Windows writes a mark before the text
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"prompts: cannot read {path}: {error}") from error
-    if not lines:
+    if not text:
         raise PromptError(f"prompts: {path} is empty")
+    # Not splitlines, which ends lines also where a text may go on, as JSON does at U+2028.
+    lines = text.removesuffix("\n").split("\n")
     return [READERS[path.suffix](line, f"{path}, line {n}") for n, line in enumerate(lines, 1)]
+
+
+def _known_kind(source: str | os.PathLike[str]) -> Path:
+    path = Path(source)
+    if path.suffix not in READERS:
+        raise PromptError(
+            f"prompts: {path}: expected one of {', '.join(READERS)}. For the name itself as a "
+            f"prompt, give a list: [{os.fspath(source)!r}]"
+        )
+    return path
 
 
 def _text_line(line: str, where: str) -> str:

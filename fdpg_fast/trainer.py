@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -43,6 +44,7 @@ from fdpg_fast.interruption import Interruption
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.partition import Partition
 from fdpg_fast.progress import Display, for_this_terminal, one_line
+from fdpg_fast.prompts import as_setting
 from fdpg_fast.report import model_card, write_report
 from fdpg_fast.rollout import PromptBatch, Rollout
 from fdpg_fast.run_directory import RunDirectory
@@ -99,7 +101,7 @@ class Trainer:
         target: Target,
         *,
         divergence: str | Divergence | None = None,
-        prompts: str | Sequence[str] | None = None,
+        prompts: str | os.PathLike[str] | Sequence[str] | None = None,
         out: str | Path | None = None,
         resume: bool = False,
         display: Display | None = None,
@@ -686,7 +688,7 @@ def _configured(
     config: Config | None,
     target: Target,
     divergence: str | Divergence | None,
-    prompts: str | Sequence[str] | None,
+    prompts: str | os.PathLike[str] | Sequence[str] | None,
     stop: str | Callable[[str], bool] | None,
     settings: dict[str, Any],
 ) -> Config:
@@ -694,7 +696,7 @@ def _configured(
     if divergence is not None:
         settings["divergence"] = str(divergence)
     if prompts is not None:
-        settings["source"] = prompts if isinstance(prompts, str) else list(prompts)
+        settings["source"] = as_setting(prompts)
     if callable(stop):
         settings |= {"stop": None, "stop_in_python": getattr(stop, "__qualname__", repr(stop))}
     elif stop is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -72,6 +73,45 @@ def test_sources(model: LanguageModel, tmp_path: Path) -> None:
     records = tmp_path / "prompts.jsonl"
     records.write_text('{"prompt": "a dog", "other": 1}\n{"prompt": "she"}\n', encoding="utf-8")
     assert Prompts.load(records, model).texts == ("a dog", "she")
+
+
+def test_a_line_ends_at_a_newline_alone(model: LanguageModel, tmp_path: Path) -> None:
+    """JSON need not escape what other ends of a line Unicode has."""
+    texts = ["a\u2028dog", "she\x85", "once\x0cthere", "was\u2029a", "\x1cran"]
+    for kind, lines in (
+        ("txt", texts),
+        ("jsonl", [json.dumps({"prompt": text}, ensure_ascii=False) for text in texts]),
+    ):
+        for end in ("\n", "\r\n"):
+            for last in (end, ""):
+                path = tmp_path / f"prompts.{kind}"
+                path.write_bytes((end.join(lines) + last).encode())
+                expected = lines if kind == "txt" else [json.loads(x)["prompt"] for x in lines]
+                assert list(Prompts.load(path, model).texts) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("a.txt", "a dog\n"), ("a.jsonl", '{"prompt": "a dog"}')]
+)
+def test_a_byte_order_mark_is_no_part_of_a_prompt(
+    model: LanguageModel, tmp_path: Path, name: str, text: str
+) -> None:
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert Prompts.load(tmp_path / name, model).texts == ("a dog",)
+
+
+def test_a_file_of_another_kind_is_not_taken_for_a_text(
+    model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Prompts.load("p.csv", model).texts == ("p.csv",)  # there is no such file
+    (tmp_path / "p.csv").write_text("prompt\na dog\n")
+    for source in ("p.csv", Path("p.csv"), str(tmp_path / "p.csv")):
+        with pytest.raises(
+            PromptError, match=r"p\.csv: expected .*one of \.txt, \.jsonl\. .*list: \["
+        ):
+            Prompts.load(source, model)
+    assert Prompts.load(["p.csv"], model).texts == ("p.csv",)
 
 
 def test_bad_sources_are_named(model: LanguageModel, tmp_path: Path) -> None:

@@ -511,6 +511,17 @@ def test_a_scorer_that_raises_is_named(base: Base) -> None:
         trainer(base.reward(fragile, beta=1.0)).train()
 
 
+def test_prompts_may_be_a_path(base: Base, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("once there\n")
+    run = trainer(dogs(base), prompts=path)
+    assert run.prompts.texts == ("once there",)
+    assert run.config.prompts.source == str(path)
+    for name in ("prompts.csv", "prompts"):  # whose names would be prompts
+        with pytest.raises(fdpg.PromptError, match=r"expected one of \.txt, \.jsonl"):
+            trainer(dogs(base), prompts=tmp_path / name)
+
+
 # ---- folders, checkpoints, resuming ------------------------------------------------------------
 
 
