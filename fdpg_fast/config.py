@@ -363,10 +363,27 @@ class Config:
         """The whole run as YAML, every default written out."""
         return to_yaml(plain(dataclasses.asdict(self)))
 
+    def located(self) -> Config:
+        """The same run for every working folder: folders and files that are here, named in full."""
+        name, source, folder = self.model.name, self.prompts.source, self.target.folder
+        if name != "default" and not name.startswith("embedded:") and os.path.isdir(name):
+            name = os.path.abspath(name)
+        if isinstance(source, str) and os.path.isfile(source):
+            source = os.path.abspath(source)
+        if folder is None and (self.target.spec() or self.sampling.stop):  # what may name files
+            folder = os.getcwd()
+        return dataclasses.replace(
+            self,
+            model=dataclasses.replace(self.model, name=name),
+            prompts=dataclasses.replace(self.prompts, source=source),
+            target=dataclasses.replace(self.target, folder=folder),
+        )
+
     def difference(self, other: Config) -> list[str]:
         """Keys whose values differ, as ``part.key``; not by where the files they name lie now."""
-        theirs = {(part, key): value for part, key, value in other._without_folder()._items()}
-        ours = self._without_folder()._items()
+        one, two = (config.located()._without_folder() for config in (self, other))
+        theirs = {(part, key): value for part, key, value in two._items()}
+        ours = one._items()
         return [f"{part}.{key}" for part, key, value in ours if value != theirs[part, key]]
 
     def _without_folder(self) -> Config:

@@ -224,7 +224,10 @@ class LanguageModel:
         # No hub name looks like this, so do not wait a minute for the network to say so.
         is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
         if is_path and not Path(source).is_dir():
-            raise ModelError(f"model {name!r}: no such folder. Check the path.")
+            raise ModelError(
+                f"model {name!r}: no such folder. Check the path; if a run's model has moved, "
+                "say where to in its config.yaml."
+            )
         with _no_progress_bar():
             try:
                 source = adapters.base_of(source) or source

@@ -178,7 +178,10 @@ def _read(source: str | os.PathLike[str] | Sequence[str] | None) -> list[str]:
     try:
         text = path.read_text(encoding="utf-8-sig")  # Windows writes a mark before the text
     except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"prompts: cannot read {path}: {error}") from error
+        raise PromptError(
+            f"prompts: cannot read {path}: {error}. Check the path; if a run's prompts have "
+            "moved, say where to in its config.yaml."
+        ) from error
     if not text:
         raise PromptError(f"prompts: {path} is empty")
     # Not splitlines, which ends lines also where a text may go on, as JSON does at U+2028.

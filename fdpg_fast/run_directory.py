@@ -1,6 +1,6 @@
 """The folder of one run: what is written, where, and how it is found again.
 
-config.yaml         every key, defaults written out
+config.yaml         every key, defaults written out, and local paths in full
 run.json            what the run is on and with beyond that: versions, device, checks, lambdas
 metrics.jsonl       one line per step; nothing in it depends on the clock, so two runs of one
                     config can be compared with `diff`
@@ -71,7 +71,7 @@ class RunDirectory:
                 f"run: {run.path} holds files of something else. Way out: another --out"
             )
         run.require_writable()
-        run._write_text(run.path / "config.yaml", config.dump())
+        run._write_text(run.path / "config.yaml", config.located().dump())
         return run
 
     @classmethod
@@ -110,7 +110,7 @@ class RunDirectory:
                     f"run: {run.path} was started with another {', '.join(other)}. Way out: "
                     "resume with the same settings, or start a new run in another --out"
                 )
-            run._write_text(run.path / "config.yaml", config.dump())
+            run._write_text(run.path / "config.yaml", config.located().dump())
         return run, latest(run.checkpoints)
 
     def config(self) -> Config:

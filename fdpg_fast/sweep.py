@@ -215,7 +215,7 @@ class Sweep:
         plan = {
             "divergences": [str(f) for f in self.divergences],
             "seeds": len(self.seeds),
-            "config": yaml.safe_load(self.config.dump()),
+            "config": yaml.safe_load(self.config.located().dump()),
         }
         return to_yaml(plan)
 

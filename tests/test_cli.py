@@ -221,6 +221,41 @@ def test_resume_goes_on_where_the_recipe_has_moved_to(
     assert RunDirectory.open(out).config().target.folder == str(there)
 
 
+def test_a_run_of_relative_paths_is_used_from_any_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    write_tiny_model(here / "model")
+    (here / "prompts.txt").write_text("once there\n")
+    (here / "elsewhere").mkdir()
+    files = ("--prompts.source", "prompts.txt", "--model.name", "model")
+    words = ("train", "dog", *SMALL, *files, "--run.checkpoint_every", "1", "--out", "run")
+    monkeypatch.chdir(here)
+    assert cli.main([*words, "--run.steps", "1"]) == 0
+    monkeypatch.chdir(here / "elsewhere")
+    assert cli.main(["sample", "../run", "-n", "1"]) == 0
+    assert cli.main(["evaluate", "../run"]) == 0
+    assert cli.main(["train", "--resume", "--out", "../run", "--run.steps", "2"]) == 0
+    monkeypatch.chdir(here)
+    assert cli.main([*words, "--run.steps", "3", "--resume"]) == 0
+
+    monkeypatch.chdir(tmp_path)
+    there = here.rename(tmp_path / "there")
+    capsys.readouterr()
+    said = refused(capsys, "evaluate", "there/run")
+    assert f"model '{here / 'model'}': no such folder" in said
+    assert "has moved, say where to in its config.yaml" in said
+    config = there / "run" / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace(str(here / "model"), str(there / "model")))
+    said = refused(capsys, "sample", "there/run")
+    assert f"cannot read {here / 'prompts.txt'}" in said
+    assert "have moved, say where to in its config.yaml" in said
+    config.write_text(text.replace(str(here), str(there)))
+    assert cli.main(["sample", "there/run", "-n", "1"]) == 0
+    assert cli.main(["evaluate", "there/run"]) == 0
+
+
 @pytest.mark.parametrize("second", [None, "at once", "saved"])
 def test_ctrl_c_saves_and_a_second_one_leaves_at_once(
     model: Path, tmp_path: Path, second: str | None

@@ -123,6 +123,29 @@ def test_prompts_are_found_beside_the_file(tmp_path: Path, monkeypatch: pytest.M
     assert source(long) == long
 
 
+def test_what_is_here_is_located(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is the same setting as before, seen from the same folder."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "default").mkdir()
+    (tmp_path / "prompts.txt").write_text("a dog\n")
+    monkeypatch.chdir(tmp_path)
+    config = Config().replace(name="model", source="prompts.txt", constrain=[{"contains": "dog"}])
+    located = config.located()
+    assert located.model.name == str(tmp_path / "model")
+    assert located.prompts.source == str(tmp_path / "prompts.txt")
+    assert located.target.folder == str(tmp_path)
+    assert located.located() == located
+    assert config.difference(located) == located.difference(config) == []
+    monkeypatch.chdir("/")
+    assert located.located() == located
+    assert config.difference(located) == ["model.name"]
+    monkeypatch.chdir(tmp_path)
+    for name in ("", "default", "embedded:arithmetic", "gpt2", "someone/model", "./nowhere"):
+        for source in ("", "a dog", "nowhere.txt", ["prompts.txt"], "a dog. " * 1000):
+            other = Config().replace(name=name, source=source)
+            assert other.located() == other
+
+
 def test_replace_finds_the_part() -> None:
     config = Config().replace(steps=3, learning_rate=1e-4)
     assert (config.run.steps, config.optimiser.learning_rate) == (3, 1e-4)

@@ -335,13 +335,17 @@ def test_a_mistake_gives_one_message(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_moments_are_fitted_once_for_all(model: Path, tmp_path: Path) -> None:
+def test_moments_are_fitted_once_for_all(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "females"
     more = ("--divergences", "js", "--seeds", "2", "--target.fit_samples", "512")
-    assert sweep(model, out, *more, recipe="half_female") == 0
+    monkeypatch.chdir(model.parent)
+    assert sweep(Path(model.name), out, *more, recipe="half_female") == 0
     first, second = (RunDirectory.open(out / "js" / s).read_facts()["lambdas"] for s in "01")
     assert first == second != {}
-    # And by a later call, from what is there.
+    # And by a later call, from what is there, in another folder.
+    monkeypatch.chdir(tmp_path)
     assert cli.main(["sweep", "--out", str(out), "--seeds", "3"]) == 0
     assert RunDirectory.open(out / "js" / "2").read_facts()["lambdas"] == first
 
