@@ -279,17 +279,25 @@ class Config:
             "checkpoint_every",
             "keep_checkpoints",
             "rank",
+            "alpha",
         )
         not_negative = ("warmup_steps", "weight_decay", "table_every", "evaluation_samples", "seed")
         positive = ("learning_rate", "epsilon", "ratio_clip", "reward_clip", "max_grad_norm")
+        finite = ("learning_rate", "epsilon", "weight_decay")
         for part, key, value in self._items():
             name = f"{part}.{key}"
             if key in at_least_one and value is not None and value < 1:
                 raise ConfigError(f"config: `{name}` expected at least 1, got {value}")
-            if key in not_negative and value < 0:
+            if key in not_negative and not value >= 0:
                 raise ConfigError(f"config: `{name}` expected 0 or more, got {value}")
             if key in positive and not value > 0:
                 raise ConfigError(f"config: `{name}` expected a number above 0, got {value}")
+            if key in finite and value == math.inf:
+                raise ConfigError(f"config: `{name}` expected a finite number, got {value}")
+            if key == "betas" and not all(0 <= beta < 1 for beta in value):
+                raise ConfigError(
+                    f"config: `{name}` expected two numbers of at least 0 and below 1, got {value}"
+                )
         if self.run.max_gap is not None and not self.run.max_gap > 0:
             raise ConfigError(f"config: `run.max_gap` expected above 0, got {self.run.max_gap}")
         if self.run.evaluation_samples == 1:

@@ -196,6 +196,22 @@ def test_numbers_of_numpy_in_a_part_are_dumped_as_plain_ones() -> None:
         ({}, ["--model.compute", "fp8"], "one of 'auto', 'fp32', 'bf16', 'fp16', got fp8"),
         ({}, ["--run.steps"], "--run.steps"),
         ({}, ["--optimiser.learning_rate=-1"], "expected a number above 0, got -1"),
+        *(
+            ({}, [f"--optimiser.{key}={value}"], f"`optimiser.{key}` expected {expected}, got")
+            for key, value, expected in [
+                ("learning_rate", ".inf", "a finite number"),
+                ("learning_rate", ".nan", "a number above 0"),
+                ("epsilon", ".inf", "a finite number"),
+                ("weight_decay", "-0.1", "0 or more"),
+                ("weight_decay", ".nan", "0 or more"),
+                ("weight_decay", ".inf", "a finite number"),
+                ("max_grad_norm", ".nan", "a number above 0"),
+                ("betas", "[0.9, 1.0]", "two numbers of at least 0 and below 1"),
+                ("betas", "[-0.1, 0.9]", "two numbers of at least 0 and below 1"),
+                ("betas", "[.nan, 0.9]", "two numbers of at least 0 and below 1"),
+            ]
+        ),
+        ({}, ["--adapter.alpha", "0"], "`adapter.alpha` expected at least 1, got 0"),
         ({}, ["--optimiser.learning_rate", "nan"], "`optimiser.learning_rate` expected a number"),
     ],
 )
