@@ -1112,12 +1112,17 @@ def _kind(config: Any) -> type[LanguageModel]:
 def _device(name: str | torch.device) -> torch.device:
     if str(name) == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    expected = "device: expected auto, cpu, cuda or cuda:N"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ModelError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from error
+        raise ModelError(f"{expected}, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ModelError(f"{expected}, got {str(name)!r}, which has no kernels of ours")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(f"device {name!r}: this torch sees no GPU. Use 'auto' or 'cpu'.")
+    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
+        raise ModelError(f"device {str(name)!r}: expected cuda:0 to cuda:{count - 1}. Use 'auto'.")
     if device.type == "cuda" and device.index is None:  # as tensors there say of themselves
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -544,11 +544,18 @@ def test_a_prompt_may_begin_a_text_but_not_end_it() -> None:
         assert model.encode("4 5") == expected
 
 
-def test_devices_and_compute_are_checked() -> None:
-    with pytest.raises(ModelError, match="expected auto, cpu, cuda or cuda:N, got 'gpu'"):
-        language_model("gpt2", device="gpu")
+def test_devices_and_compute_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for device in ("gpu", "mps", "xpu:0", "meta"):
+        with pytest.raises(ModelError, match=f"expected auto, cpu, cuda or cuda:N, got '{device}'"):
+            language_model("gpt2", device=device)
     with pytest.raises(ModelError, match="expected auto, fp32, bf16, fp16, got 'int8'"):
         language_model("gpt2", compute="int8")
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="this torch sees no GPU"):
             language_model("gpt2", device="cuda")
+    model = tiny("gpt2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("cuda:2", "cuda:7"):
+        with pytest.raises(ModelError, match=f"device '{device}': expected cuda:0 to cuda:1"):
+            LanguageModel.from_model(model, device=device)
