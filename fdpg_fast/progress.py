@@ -258,7 +258,7 @@ def plus_minus(record: Record, value: str, error: str) -> str:
     """``0.312±0.021``, or what can be said of it."""
     centre, spread = record.get(value), record.get(error)
     if centre is None or not _finite(centre):
-        return "n/a" if centre is None else str(centre)
+        return _not_finite(centre)
     centre = round(centre, 3) + 0.0  # no minus before a zero
     return f"{centre:.3f}±{spread:.3f}" if _finite(spread) else f"{centre:.3f}"
 
@@ -284,9 +284,13 @@ def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
+def _not_finite(value: Any) -> str:
+    return "n/a" if value is None or math.isnan(value) else str(value)
+
+
 def _number(value: Any, spec: str) -> str:
     if not _finite(value):
-        return "n/a" if value is None else str(value)
+        return _not_finite(value)
     return re.sub(r"^-(0\.0+)$", r"\1", format(value, spec))
 
 

@@ -148,7 +148,7 @@ class Trainer:
         self._saved = 0  # steps done at the newest checkpoint
         self._prepared = False
         self._pending: list[_Pending] = []
-        self._watch = Watch()
+        self._watch = Watch(self.config.run.steps)
 
         self.run: RunDirectory | None = None
         if out is not None:
@@ -519,6 +519,8 @@ class Trainer:
     ) -> None:
         """Keeps a step's numbers on the device until the next look."""
         numbers = dict(zip(ops.STATISTICS, update.statistics.unbind(), strict=True))
+        for name in ("divergence", "divergence_se"):  # of no sample: not zero, but not known
+            numbers[name] = numbers[name].where(numbers["n_used"] > 0, math.nan)
         numbers |= metrics.measure(
             rollout, scores, update.log_pi, log_z, self.partition.standard_error
         )

@@ -11,12 +11,13 @@ __all__ = ["Watch"]
 
 
 class Watch:
-    """Looks at every step's record, in order."""
+    """Looks at every step's record, in order; ``steps`` is how many the run has."""
 
     PATIENCE = 5  # steps in a row: one step's estimate may be far off
     REPEAT = 25
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
+        self._patience = {"empty": min(self.PATIENCE, steps)}  # that is no estimate
         self._target_kl = math.nan
         self._count: dict[str, int] = {}
         self._said: dict[str, int] = {}
@@ -36,7 +37,8 @@ class Watch:
         for name, reason in reasons.items():
             self._count[name] = self._count.get(name, 0) + 1 if reason else 0
             due = step - self._said.get(name, -self.REPEAT) >= self.REPEAT
-            if reason and due and self._count[name] >= self.PATIENCE:
+            patience = self._patience.get(name, self.PATIENCE)
+            if reason and due and self._count[name] >= patience:
                 self._said[name] = step
                 yield f"step {step}: {reason}"
 
@@ -45,7 +47,7 @@ def _nothing_to_learn(record: Mapping[str, float]) -> str | None:
     if record["n_used"] > record["n_off_support"]:
         return None
     return (
-        f"for {Watch.PATIENCE} steps no sample was possible under the target, so there is nothing "
-        "to learn from. Way out: more samples per step, prompts that lead to such texts, a "
+        "no sample was possible under the target, in this step and those before, so there is "
+        "nothing to learn from. Way out: more samples per step, prompts that lead to such texts, a "
         "likelier constraint, or a reward in its place"
     )

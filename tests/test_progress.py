@@ -75,10 +75,12 @@ def test_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
 def test_prompts_whose_z_is_zero_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
     display = PlainDisplay()
     display.start({}, **RUN)
-    display.step({**RECORD, "n_skipped": 64.0, "divergence": float("nan")}, TIMING)
+    nan = float("nan")
+    display.step({**RECORD, "n_skipped": 64.0, "divergence": nan, "log_z": nan}, TIMING)
     line = capsys.readouterr().out
     assert "skipped 64 samples with Z = 0" in line
-    assert "js nan" in line
+    assert "nan" not in line
+    assert "js n/a" in line
 
 
 def test_silence_is_broken_by_warnings_only(capsys: pytest.CaptureFixture[str]) -> None:

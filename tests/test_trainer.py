@@ -485,13 +485,17 @@ def test_a_rewards_overflow_is_explained(base: Base) -> None:
     assert same(weights(run), before)
 
 
-def test_a_target_nobody_hits_is_said(base: Base) -> None:
+@pytest.mark.parametrize("steps", [1, 6])
+def test_a_target_nobody_hits_is_said(base: Base, steps: int) -> None:
     listener = Listener()
-    run = trainer(base.constrain({fdpg.contains("zebra"): 1.0}), display=listener)
+    zebra = base.constrain({fdpg.contains("zebra"): 1.0})
+    run = trainer(zebra, display=listener, steps=steps)
     before = weights(run)
     run.train()
     assert same(weights(run), before)
     assert all(record["n_skipped"] == 32 for record in listener.records)
+    for name in ("divergence", "divergence_se"):  # which would be zero at the target alone
+        assert all(math.isnan(record[name]) for record in listener.records)
     assert [w for w in listener.warnings if "no sample was possible" in w]
 
 

@@ -16,8 +16,8 @@ GOOD = {
 }
 
 
-def warnings(*records: dict[str, Any]) -> list[str]:
-    watch = Watch()
+def warnings(*records: dict[str, Any], steps: int = 100) -> list[str]:
+    watch = Watch(steps)
     return [
         warning
         for step, record in enumerate(records, start=1)
@@ -52,6 +52,15 @@ def test_nothing_to_learn_from_is_said() -> None:
     said = warnings(*[{"kl_target_base": math.nan, "n_used": 0.0, "n_off_support": 0.0}] * 6)
     assert len(said) == 1
     assert "no sample was possible" in said[0]
+
+
+def test_a_run_too_short_for_patience_says_that_there_was_nothing_to_learn_from() -> None:
+    nothing = {"kl_target_base": math.nan, "n_used": 0.0, "n_off_support": 0.0}
+    for steps in (1, 2, 4):
+        (said,) = warnings(*[nothing] * steps, steps=steps)
+        assert said.startswith(f"step {steps}: no sample was possible")
+        assert warnings({}, *[nothing] * (steps - 1), steps=steps) == []
+    assert warnings(*[{"kl_to_base": 300.0}] * 4, steps=4) == []  # those may be chance
 
 
 def test_a_negative_kl_is_said() -> None:
