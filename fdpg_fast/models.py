@@ -156,6 +156,7 @@ class LanguageModel:
         self.model: Any = model.to(device=self.device, dtype=torch.float32).eval()
         _remove_dropout(self.model)
         _fuse_activations(self.model)
+        _expect_no_mask(self.model)
         if self.device.type == "cpu":
             choose_linear_layers(self.model)
 
@@ -263,8 +264,9 @@ class LanguageModel:
     def from_model(cls, model: Any, tokenizer: Any = None, **options: Any) -> LanguageModel:
         """Wrap a transformers model made elsewhere, with the options of :meth:`load` and ``name``.
 
-        The model is changed in place: moved, cast to fp32, its dropout set to zero; on a CPU that
-        gains by it, its linear layers multiply by our own kernel.
+        The model is changed in place: moved, cast to fp32, its dropout set to zero; it does not
+        warn of texts without a mask; on a CPU that gains by it, its linear layers multiply by our
+        own kernel.
         """
         return _kind(model.config)(model, tokenizer, **options)
 
@@ -962,9 +964,7 @@ class LanguageModel:
         return rows, reference
 
     def _plain_logits(self, row: list[int]) -> Tensor:
-        ids = torch.tensor([row], device=self.device)
-        # All ones says nothing new, but without it transformers warns of padding ids in `ids`.
-        out = self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        out = self.model(input_ids=torch.tensor([row], device=self.device), use_cache=False)
         logits: Tensor = out.logits[0].float()
         return logits
 
@@ -1156,6 +1156,18 @@ def _fuse_activations(model: nn.Module) -> None:
         for name, child in module.named_children():
             if isinstance(child, NewGELUActivation):
                 setattr(module, name, nn.GELU(approximate="tanh"))
+
+
+def _expect_no_mask(model: nn.Module) -> None:
+    """Have transformers not ask, in every forward pass, whether a text without a mask begins or
+    ends with its padding id. Here one may: as the begin-of-text token that the same id often is, or
+    as padding on the right, which causal attention never sees."""
+    for module in model.modules():
+        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
+            vars(module)["warn_if_padding_and_no_attention_mask"] = _no_question
+
+
+def _no_question(input_ids: Tensor, attention_mask: Tensor | None) -> None: ...
 
 
 def _checkpoint_activations(model: Any) -> None:

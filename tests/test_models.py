@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -414,6 +415,21 @@ def test_the_self_test_finds_a_wrong_path() -> None:
     model._fused = (1.1, None)
     with pytest.raises(ModelError, match=r"differs from the model's own forward pass by .* nats"):
         model.self_test()
+
+
+def test_padding_ids_at_the_ends_of_texts_are_no_reason_to_warn(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The id of padding, of the beginning of a text and of its end is 0 here."""
+    logging.Logger.warning_once.cache_clear()  # type: ignore[attr-defined]  # given once only
+    model = language_model("gpt2", changes={"pad_token_id": 0})
+    rollout = Sampler(5).draw(model, batch([0], [0, 3]), 4, key=1)
+    for one in (model, model.trainable_copy()):
+        one.sequence_logprob(rollout)
+        one.accumulate_gradient(rollout, torch.ones(8).double(), denominator=8)
+    assert "attention_mask" not in caplog.text
+    tiny("gpt2", pad_token_id=0)(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+    assert "attention_mask" in caplog.text  # of others it is said still
 
 
 def test_packing_is_used_where_it_is_right(monkeypatch: pytest.MonkeyPatch) -> None:
