@@ -289,18 +289,16 @@ class EncoderDecoderModel(LanguageModel):
         short = torch.tensor([len(row) <= len(longest) // 2 for row in rows])
         return [longest, longest[: -(-len(longest) // 3)]], short.long()
 
-    def _plain_logits(self, row: list[int]) -> Tensor:
+    def _plain_forward(self, row: list[int]) -> Any:
         prompts, index = self._prompts([row])
         ids = torch.tensor([prompts[int(index)]], device=self.device)
         written = torch.tensor([row], device=self.device)
-        out = self.model(
+        return self.model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             decoder_input_ids=written,
             use_cache=False,
         )
-        logits: Tensor = out.logits[0].float()
-        return logits
 
     def _padded_hidden(self, rows: list[list[int]]) -> Tensor:
         prompts, index = self._prompts(rows)

@@ -268,6 +268,11 @@ class LanguageModel:
         warn of texts without a mask; on a CPU that gains by it, its linear layers multiply by our
         own kernel.
         """
+        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
+            raise ModelError(
+                "from_model: `model` expected a model of transformers, got "
+                f"{type(model).__name__}. Way out: for a name or a folder, load"
+            )
         return _kind(model.config)(model, tokenizer, **options)
 
     def trainable_copy(self) -> LanguageModel:
@@ -964,9 +969,20 @@ class LanguageModel:
         return rows, reference
 
     def _plain_logits(self, row: list[int]) -> Tensor:
-        out = self.model(input_ids=torch.tensor([row], device=self.device), use_cache=False)
-        logits: Tensor = out.logits[0].float()
-        return logits
+        logits = getattr(self._plain_forward(row), "logits", None)
+        expected = [1, len(row), self.vocab_size]
+        got = None if logits is None else list(logits.shape)
+        if logits is None or got != expected:
+            raise ModelError(
+                f"{self.name}: expected logits of shape {expected} for {len(row)} tokens, got "
+                f"{got}: log-probs need an output layer over the vocabulary. Way out: a model as "
+                f"{self.auto_class} of transformers loads it"
+            )
+        plain: Tensor = logits[0].float()
+        return plain
+
+    def _plain_forward(self, row: list[int]) -> Any:
+        return self.model(input_ids=torch.tensor([row], device=self.device), use_cache=False)
 
     def _texts(self) -> list[list[int]]:
         generator = torch.Generator().manual_seed(0)

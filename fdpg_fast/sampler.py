@@ -95,7 +95,7 @@ class Sampler:
 
         Raises:
             ValueError: a prompt is empty, too long for the model, or has ids the model lacks.
-            SamplingError: logits are NaN or infinite.
+            SamplingError: logits are NaN or infinite, or ``stop`` raised.
         """
         self._check(model, prompts, samples_per_prompt)
         work = _Work(model, prompts, samples_per_prompt, self.max_new_tokens, key, first_sample_id)
@@ -167,6 +167,17 @@ class Sampler:
                     f"draw: prompt {text!r} has token id {outside[0]}, expected "
                     f"0..{model.vocab_size - 1}. Is it encoded with the tokenizer of {model.name}?"
                 )
+
+
+def _is_whole(text: str, stop: Callable[[str], bool]) -> bool:
+    try:
+        return bool(stop(text))
+    except Exception as error:  # a user's function can be wrong in any way
+        name = getattr(stop, "__qualname__", repr(stop))
+        raise SamplingError(
+            f"stop: {name} raised {type(error).__name__}: {error}, on the sample so far, {text!r}. "
+            "It is given this one text, and returns whether that is whole."
+        ) from error
 
 
 def _captures(decoder: Decoder) -> bool:
@@ -326,7 +337,7 @@ class _Work:
             start, first = int(self.prompt_length[sample]), self.judged[sample] + 1
             self.judged[sample] = length
             for end in range(first, length + (why != Finish.EOS)):
-                if stop(model.decode([text[start : start + end]])[0]):
+                if _is_whole(model.decode([text[start : start + end]])[0], stop):
                     ends[sample] = end
                     break
         if not ends:

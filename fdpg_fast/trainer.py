@@ -48,7 +48,7 @@ from fdpg_fast.prompts import as_setting
 from fdpg_fast.report import model_card, write_report
 from fdpg_fast.rollout import PromptBatch, Rollout
 from fdpg_fast.run_directory import RunDirectory
-from fdpg_fast.targets import Scores, Target
+from fdpg_fast.targets import Scores, Target, TargetError
 from fdpg_fast.watch import Watch
 
 __all__ = ["Trainer", "TrainingError"]
@@ -86,6 +86,7 @@ class Trainer:
 
     Raises:
         ConfigError: a setting that cannot be, or a divergence that is infinite on this target.
+        TargetError: ``target`` is none, or the base itself.
         RunDirectoryError: ``out`` cannot be used.
 
     Example::
@@ -109,6 +110,7 @@ class Trainer:
         config: Config | None = None,
         **settings: Any,
     ) -> None:
+        _require_target(target)
         self.target = target
         self.base = target.base.model
         self.config = _configured(config, target, divergence, prompts, stop, settings)
@@ -684,6 +686,19 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[part] = round(now - self._last, 4)
         self._last = now
+
+
+def _require_target(target: object) -> None:
+    way_out = "base.constrain({scorer: 1.0}), where base is fdpg.load(...) or Base(model)"
+    if not isinstance(target, Target):
+        raise TargetError(
+            f"Trainer: `target` expected a target, got {type(target).__name__}. Way out: {way_out}"
+        )
+    if target is target.base:
+        raise TargetError(
+            "Trainer: `target` expected something wanted of the samples, got the base itself, "
+            f"where the policy starts. Way out: {way_out}"
+        )
 
 
 def _configured(

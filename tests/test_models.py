@@ -14,7 +14,12 @@ import torch
 from families import VOCAB, batch, double, language_model, reference_logprob, tiny
 from tiny import write_tiny_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+)
 
 from fdpg_fast import models, ops
 from fdpg_fast.attention import SLOT, SLOT_MASKED, attention_report
@@ -502,6 +507,21 @@ def test_what_cannot_be_loaded_says_what_to_do(
     (folder / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ModelError, match=r"broken.*cannot be loaded"):
         LanguageModel.load(folder)
+
+
+def test_what_has_no_log_probs_is_refused() -> None:
+    plain = tiny("gpt2")
+    message = r"GPT2Model: expected logits of shape \[1, 9, 61\] .*Way out: .*AutoModelForCausalLM"
+    with pytest.raises(ModelError, match=message):
+        LanguageModel.from_model(plain.transformer)
+    with pytest.raises(ModelError, match=r"Classification: expected logits .* got \[1, 2\]: "):
+        LanguageModel.from_model(GPT2ForSequenceClassification(plain.config))
+    t5 = tiny("t5")
+    with pytest.raises(ModelError, match=r"T5Model: expected logits .*AutoModelForSeq2SeqLM"):
+        LanguageModel.from_model(AutoModel.from_config(t5.config))
+    for given, kind in [("gpt2", "str"), (torch.nn.Linear(2, 2), "Linear")]:
+        with pytest.raises(ModelError, match=f"expected a model of transformers, got {kind}. Way"):
+            LanguageModel.from_model(given)
 
 
 def test_code_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:

@@ -405,6 +405,15 @@ def test_weights_are_rounded_once_in_a_draw(learns: bool, device: str) -> None:
             weight.mul_(-1.0)
 
 
+def test_a_stop_function_that_raises_is_named_with_its_text(model: LanguageModel) -> None:
+    def fragile(text: str) -> bool:
+        raise KeyError("oops")
+
+    message = r"stop: .*fragile raised KeyError: 'oops', on the sample so far, '\d+'\."
+    with pytest.raises(SamplingError, match=message):
+        Sampler(4, stop=fragile).draw(model, batch(*PROMPTS), 2, key=1)
+
+
 def test_a_sample_ends_where_the_stop_function_says(model: LanguageModel) -> None:
     """Cut at the first prefix that it is true of: what is left is what would have been drawn
     without it, whenever it is asked."""

@@ -515,6 +515,16 @@ def test_a_scorer_that_raises_is_named(base: Base) -> None:
         trainer(base.reward(fragile, beta=1.0)).train()
 
 
+def test_what_is_no_target_is_refused(base: Base) -> None:
+    """Training toward the base would change nothing, and say nothing."""
+    dog = fdpg.contains("dog")
+    for given, kind in [(dog, "Scorer"), (base.model, "LanguageModel"), ("gpt2", "str")]:
+        with pytest.raises(fdpg.TargetError, match=f"expected a target, got {kind}. Way out: base"):
+            trainer(given)  # type: ignore[arg-type]
+    with pytest.raises(fdpg.TargetError, match=r"got the base itself.*Way out: base\.constrain"):
+        trainer(base)
+
+
 def test_prompts_may_be_a_path(base: Base, tmp_path: Path) -> None:
     path = tmp_path / "prompts.txt"
     path.write_text("once there\n")
