@@ -275,11 +275,16 @@ class Sweep:
 
 
 def _parsed(names: Sequence[str]) -> tuple[Divergence, ...]:
-    """Each once."""
     try:
-        return tuple(dict.fromkeys(Divergence.parse(name) for name in names))
+        parsed = tuple(Divergence.parse(name) for name in names)
     except ValueError as error:
         raise ConfigError(str(error)) from error
+    if again := [f for at, f in enumerate(parsed) if f in parsed[:at]]:
+        raise ConfigError(
+            f"sweep: `divergences` expected each once, got {again[0]} again. Way out: for more "
+            "runs of each, --seeds"
+        )
+    return parsed
 
 
 def _finite(asked: Sequence[Divergence], target: Target) -> tuple[Divergence, ...]:

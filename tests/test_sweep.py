@@ -316,6 +316,11 @@ def test_what_is_infinite_on_the_target_is_refused_before_anything(
         (["sweep", "--out", "nowhere"], "no sweep.yaml"),
         (["sweep", "dgo", "--out", "x"], "Did you mean `dog`"),
         (["sweep", "dog", "--divergences", "jsd", "--out", "x"], "Did you mean 'js'"),
+        (["sweep", "dog", "--divergences", "kl,js,kl", "--out", "x"], "once, got kl again"),
+        (
+            ["sweep", "dog", "--divergences", "alpha(0.5),alpha(.50)", "--out", "x"],
+            "once, got alpha(0.5) again. Way out",
+        ),
         (["sweep", "dog", "--seeds", "0", "--out", "x"], "--seeds"),
         (["sweep", "dog", "--run.stesp", "3", "--out", "x"], "Did you mean `--run.steps`"),
     ],
