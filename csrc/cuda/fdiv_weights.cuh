@@ -27,9 +27,6 @@ namespace fdpg::cuda {
 namespace {
 
 constexpr int kTile = 128;
-// Of a block of the second launch: a thread per sample, and as many warps again, so that all
-// statistics are taken at once.
-constexpr int kWeighThreads = 2 * kTile;
 
 // What the launches hand on, in the workspace.
 struct FdivTiles {
@@ -61,7 +58,7 @@ struct Totals {
 template <class Part>
 __device__ void take_wholes(int64_t count, const Part& part, BatchStatistics* out) {
 #pragma unroll 1
-  for (int job = threadIdx.x / kWarp;; job += kWeighThreads / kWarp) {
+  for (int job = threadIdx.x / kWarp;; job += kTile / kWarp) {
     Moments BatchStatistics::* moments = nullptr;
     EffectiveSize BatchStatistics::* size = nullptr;
     double SampleStatistics::* made_of = nullptr;
@@ -109,7 +106,6 @@ struct PartIsTile {
 
 // Block k, thread t: sample t of tile k.
 __global__ void __launch_bounds__(kTile) reward_samples(FdivWeightsParams p, FdivTiles tiles) {
-  let_next_begin();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x;
   SampleReward sample;
   bool bad = false;
@@ -140,13 +136,10 @@ struct Span {
 };
 __device__ Span group_in_tile(bool whole_batch, const int64_t* prompts, unsigned* starts) {
   const int t = threadIdx.x, lane = t % kWarp;
-  if (t < kTile) {  // whole warps
-    const bool start = t == 0 || (!whole_batch && prompts[t - 1] != prompts[t]);
-    const unsigned votes = __ballot_sync(0xffffffffu, start);
-    if (lane == 0) starts[t / kWarp] = votes;
-  }
+  const bool start = t == 0 || (!whole_batch && prompts[t - 1] != prompts[t]);
+  const unsigned votes = __ballot_sync(0xffffffffu, start);
+  if (lane == 0) starts[t / kWarp] = votes;
   __syncthreads();
-  if (t >= kTile) return {};
   const unsigned up_to_mine = 0xffffffffu >> (kWarp - 1 - lane);
   int w = t / kWarp;
   unsigned found = starts[w] & up_to_mine;
@@ -192,15 +185,14 @@ __device__ RewardSums others_of(const FdivWeightsParams& p, const FdivTiles& til
 
 // What a block makes of a batch whose samples are not grouped by prompt: nothing that could be
 // mistaken for an answer.
-__device__ void refuse(const FdivWeightsParams& p, bool exists, int64_t i) {
-  if (exists) p.weights[i] = NAN;
+__device__ void refuse(const FdivWeightsParams& p, int64_t i) {
+  if (i < p.sequences) p.weights[i] = NAN;
   if (blockIdx.x > 0) return;
-  for (int k = threadIdx.x; k < kStatistics; k += kWeighThreads) p.statistics[k] = NAN;
+  for (int k = threadIdx.x; k < kStatistics; k += kTile) p.statistics[k] = NAN;
 }
 
-// Block k, thread t: sample t of tile k, of those that there are.
-__global__ void __launch_bounds__(kWeighThreads)
-    weigh_samples(FdivWeightsParams p, FdivTiles tiles) {
+// Block k, thread t: sample t of tile k.
+__global__ void __launch_bounds__(kTile) weigh_samples(FdivWeightsParams p, FdivTiles tiles) {
   __shared__ int64_t prompts_storage[1 + kTile + 1];
   int64_t* prompts = prompts_storage + 1;  // the tile's, and its neighbours'; -1 where none is
   alignas(16) __shared__ unsigned char sums_storage[kTile * sizeof(RewardSums)];
@@ -211,20 +203,16 @@ __global__ void __launch_bounds__(kWeighThreads)
   SampleStatistics* statistics = reinterpret_cast<SampleStatistics*>(statistics_storage);
   const int t = threadIdx.x;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kTile + t;
-  const bool of_tile = t < kTile, exists = of_tile && i < p.sequences;
+  const bool exists = i < p.sequences;
+  bool bad = false;
+  for (int64_t k = t; k < tiles.tiles; k += kTile) bad |= tiles.bad[k] != 0;
+  const SampleReward sample = tiles.samples[i];
   auto prompt_of = [&](int64_t j) { return 0 <= j && j < p.sequences ? p.prompt[j] : -1; };
-  if (of_tile) prompts[t] = prompt_of(i);
+  prompts[t] = prompt_of(i);
   if (t == 0) prompts[-1] = prompt_of(i - 1);
   if (t == kTile - 1) prompts[kTile] = prompt_of(i + 1);
-  after_previous();
-  bool bad = false;
-  for (int64_t k = t; k < tiles.tiles; k += kWeighThreads) bad |= tiles.bad[k] != 0;
-  SampleReward sample;
-  if (of_tile) {
-    sample = tiles.samples[i];
-    sums[t] = tiles.sums[i];
-  }
-  if (__syncthreads_or(bad)) return refuse(p, exists, i);
+  sums[t] = tiles.sums[i];
+  if (__syncthreads_or(bad)) return refuse(p, i);
 
   Scope scope = Scope::kNothing;
   visit_baseline(p.baseline, [&](auto baseline) { scope = baseline.kScope; });
@@ -245,7 +233,7 @@ __global__ void __launch_bounds__(kWeighThreads)
     totals.counts.add(mine);
     totals.sums.add(sample.ratio_reward, sample.ratio);
   }
-  if (of_tile) statistics[t] = mine;
+  statistics[t] = mine;
   totals = block_merge(totals);  // and a barrier
   FdivTiles::Partial* out = tiles.partial + blockIdx.x;
   if (t == 0) {
@@ -261,7 +249,7 @@ __global__ void __launch_bounds__(kWeighThreads)
 
   __threadfence();
   totals = {};
-  for (int64_t k = t; k < tiles.tiles; k += kWeighThreads) {
+  for (int64_t k = t; k < tiles.tiles; k += kTile) {
     totals.merge({tiles.partial[k].statistics.counts, tiles.partial[k].sums});
   }
   totals = block_merge(totals);
@@ -272,7 +260,7 @@ __global__ void __launch_bounds__(kWeighThreads)
   __syncthreads();
   // Each divides, and a warp would do one after the other; so the warps share them.
 #pragma unroll 1
-  for (int k = t / kWarp; k < kStatistics; k += kWeighThreads / kWarp) {
+  for (int k = t / kWarp; k < kStatistics; k += kTile / kWarp) {
     if (t % kWarp == 0) p.statistics[k] = whole->value(k);
   }
   if (t == 0 && learns) {
