@@ -149,10 +149,22 @@ def keep_bf16(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
         product = a.to(out_dtype) @ b.to(out_dtype)
         return product if out is None else out.copy_(product)
 
+    narrow = torch.addmm
+
     def addmm(
-        sum_: Tensor, a: Tensor, b: Tensor, *, out_dtype: torch.dtype, alpha: float, out: Tensor
+        sum_: Tensor,
+        a: Tensor,
+        b: Tensor,
+        *,
+        out_dtype: torch.dtype | None = None,
+        alpha: float,
+        out: Tensor,
+        **options: Any,
     ) -> Tensor:
         assert sum_ is out
+        if out_dtype is None:  # as on a CPU
+            return narrow(sum_, a, b, alpha=alpha, out=out, **options)
+        assert not options
         return out.add_(mm(a, b, out_dtype=out_dtype), alpha=alpha)
 
     split_vocabulary(monkeypatch, 16)

@@ -325,16 +325,27 @@ class LinearHead:
         vocab = len(self.weight)
         return (slice(i, min(i + _TILE, vocab)) for i in range(0, vocab, _TILE))
 
-    def gradients(self, of_hidden: bool, of_weight: bool, of_bias: bool) -> list[Tensor]:
+    def gradients(
+        self,
+        of_hidden: bool,
+        of_weight: bool,
+        of_bias: bool,
+        weight_dtype: torch.dtype | None = None,
+    ) -> list[Tensor]:
         """Gradients of hidden, weight and bias, which the first chunk writes and the others add to;
-        of size 0 where not wanted."""
+        of size 0 where not wanted. ``weight_dtype``: where there is but one chunk, what its sums
+        are rounded to."""
         wanted = (
             (of_hidden, self.hidden.shape),
             (of_weight, self.weight.shape),
             (of_bias, self.weight.shape[:1]),
         )
         empty = self.hidden.new_empty
-        found = [empty(shape if want else (0,), dtype=self.dtype) for want, shape in wanted]
+        dtypes = (self.dtype, weight_dtype or self.dtype, self.dtype)
+        found = [
+            empty(shape if want else (0,), dtype=dtype)
+            for (want, shape), dtype in zip(wanted, dtypes, strict=True)
+        ]
         for grad in found if len(self.hidden) == 0 else found[2:]:
             grad.zero_()
         return found

@@ -237,21 +237,23 @@ def _linear_logprob_backward(
     rows = kept_rows(mask)
     if rows is not None:
         mask = None
-    hidden, grad_logp, *others = pick(
-        rows, hidden, grad_logp, target, lse, entropy, grad_lse, grad_entropy, mask
+    hidden, *others = pick(
+        rows, hidden, target, lse, entropy, grad_logp, grad_lse, grad_entropy, mask
     )
+    # The gradient of a log-sum-exp needs p at the target, which numerators have rounded away.
+    from_numerators = len(row_scale) > 0 and grad_lse is None and grad_logp is not None
+    if from_numerators:
+        chunk = max(1, len(hidden))  # all that a chunk would hold is there
     head = LinearHead(hidden, weight, bias, scale, chunk)
     cap = softcap or 0.0
-    grads = head.gradients(of_hidden, of_weight, of_bias)
+    at_once = from_numerators and head.low_precision
+    grads = head.gradients(of_hidden, of_weight, of_bias, weight.dtype if at_once else None)
     has_logits = len(kept) > 0 and len(row_scale) == 0
-    # The gradient of a log-sum-exp needs p at the target, which numerators have rounded away.
-    from_numerators = len(row_scale) > 0 and grad_lse is None
     for c in head.chunks():
-        g0 = None if grad_logp is None else grad_logp[c]
-        if from_numerators and g0 is not None:
-            head.backward(c, kept[c], row_scale[c] * g0, *grads, new=c.start == 0)
+        if from_numerators:
+            head.backward(c, kept[c], row_scale[c] * others[3], *grads, new=True)
             continue
-        y, s, h, g1, g2, m = (None if t is None else t[c] for t in others)
+        y, s, h, g0, g1, g2, m = (None if t is None else t[c] for t in others)
         z = head.recall(kept[c]) if has_logits else head.logits(c)
         torch.ops.fdpg.token_logprob_backward_(z, y, s, h, g0, g1, g2, inv_temperature, m, cap)
         head.backward(c, z, None, *grads, new=c.start == 0)
