@@ -35,6 +35,8 @@ PLANTED = {
     "divergent_barrier": (BUILDS, "divergent barrier"),
     "deadlock": (BUILDS, "deadlock"),
     "shuffle_from_returned_lane": (BUILDS, "does not take part"),
+    "write_before_previous_has_ended": (("race",), "race on global memory"),
+    "missing_after_previous": (("plain", "asan"), "returned without after_previous"),
 }
 
 

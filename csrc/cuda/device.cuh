@@ -47,7 +47,9 @@ __device__ __forceinline__ void let_next_begin() {
 #endif
 }
 __device__ __forceinline__ void after_previous() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#ifndef __CUDACC__
+  simt::after_previous();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();
 #endif
 }
@@ -96,7 +98,7 @@ cudaError_t launch(void (*kernel)(Params...), int64_t blocks, int threads, std::
   return cudaLaunchKernelEx(&config, kernel, static_cast<Params>(std::forward<Args>(args))...);
 #else
   static_cast<void>(stream);
-  return simt::launch(kernel, grid, block, shared_bytes,
+  return simt::launch(kernel, grid, block, shared_bytes, kBegin == Begin::kEarly,
                       std::tuple<Params...>(static_cast<Params>(std::forward<Args>(args))...));
 #endif
 }

@@ -68,8 +68,11 @@ std::unordered_map<const void*, Published> released;  // per atomic: what it han
 std::size_t launch_blocks;
 
 bool ordered(const Access& before, const Access& now, bool shared) {
-  if (!before.block || before.block < r.first_block) return true;
+  if (!before.block) return true;
+  if (before.block < r.first_block && (r.threads[now.thread].waited || shared)) return true;
+  if (before.block < (r.early ? r.early_block : r.first_block)) return true;
   if (!(before.bytes & now.bytes) || (before.atomic && now.atomic)) return true;
+  if (before.block < r.first_block) return false;
   if (before.block != now.block) {
     if (shared) return true;  // another block's shared memory
     const Published& known = acquired[now.block - r.first_block];

@@ -48,6 +48,8 @@ struct Fiber {
   // block has published yet, or 0.
   uint32_t clock[32];
   uint32_t unfenced;
+
+  bool waited;  // for the launch before, where this one has begun early
 };
 
 struct Runtime {
@@ -76,6 +78,8 @@ struct Runtime {
   uint32_t epoch;        // barriers passed by this block
   uint32_t block;        // serial number over all launches, from 1
   uint32_t first_block;  // of this launch
+  bool early;            // this launch has begun before the one before it has ended,
+  uint32_t early_block;  // of which this is the first block
 };
 extern Runtime runtime;
 

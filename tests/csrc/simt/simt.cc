@@ -76,6 +76,7 @@ void fiber_main() {
   }
   for (;;) {  // once per block of the grid
     r.entry(r.arg);
+    if (!r.threads[r.current].waited) fail("a thread has returned without after_previous()");
     r.threads[r.current].state = State::kDone;
     leave_kernel();
   }
@@ -275,6 +276,7 @@ void run_block(uint64_t index) {
     std::memset(f.clock, 0, sizeof f.clock);
     f.clock[i % 32] = 1;
     f.unfenced = 0;
+    f.waited = !r.early;
     copies[i].clear();
   }
   in_push_order(r.count, make_ready);
@@ -408,7 +410,10 @@ void static_shared_range(char*& begin, char*& end) {
   end = last;
 }
 
-cudaError_t run(dim3 grid, dim3 block, std::size_t shared_bytes, void (*entry)(void*), void* arg) {
+void after_previous() { r.threads[r.current].waited = true; }
+
+cudaError_t run(dim3 grid, dim3 block, std::size_t shared_bytes, bool early, void (*entry)(void*),
+                void* arg) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   const uint64_t blocks = uint64_t(grid.x) * grid.y * grid.z;
   if (!threads || threads > kMaxThreads || block.z > 64 || !blocks || grid.x > 0x7fffffffu ||
@@ -422,6 +427,8 @@ cudaError_t run(dim3 grid, dim3 block, std::size_t shared_bytes, void (*entry)(v
   r.entry = entry;
   r.arg = arg;
   r.failed = false;
+  r.early = early;
+  r.early_block = r.first_block;
   r.first_block = r.block + 1;
   r.random = 0x9e3779b97f4a7c15ull * (r.seed + 1);
   block_size = block;

@@ -81,11 +81,15 @@ struct Error : std::runtime_error {
 // 1 descending, 2 and more random, by seed. A correct kernel gives the same bits for every seed.
 void set_schedule(unsigned seed);
 
-cudaError_t run(dim3 grid, dim3 block, std::size_t shared_bytes, void (*entry)(void*), void* arg);
+// `early`: before the launch before it has ended, as far as the race detector is concerned, until a
+// thread calls after_previous(), which all must.
+cudaError_t run(dim3 grid, dim3 block, std::size_t shared_bytes, bool early, void (*entry)(void*),
+                void* arg);
+void after_previous();
 
 template <class... P>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes,
-                   std::tuple<P...> args) {
+                   bool early, std::tuple<P...> args) {
   struct Call {
     void (*kernel)(P...);
     std::tuple<P...> args;
@@ -94,7 +98,7 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shar
     auto* call = static_cast<Call*>(arg);
     std::apply(call->kernel, std::as_const(call->args));
   };
-  return run(grid, block, shared_bytes, entry, &call);
+  return run(grid, block, shared_bytes, early, entry, &call);
 }
 
 // Ends the launch from inside a kernel, with the text after "block (x,y,z), ".

@@ -194,6 +194,23 @@ void shuffle_from_returned_lane(bool bug) {
   launch(return_early, 1, 32, 0, out.data(), bug ? 21 : 32);
 }
 
+// The second of two launches, begun early: it writes what the first has written.
+__global__ void write_early(int* out, int value, bool wait_first, bool wait) {
+  if (wait_first) fdpg::cuda::after_previous();
+  out[threadIdx.x] = value;
+  if (wait) fdpg::cuda::after_previous();
+}
+void two_launches(bool wait_first, bool wait) {
+  Buffer<int> out(kThreads);
+  launch(write_early, 1, kThreads, 0, out.data(), 1, false, true);
+  run_on_device([&] {
+    return fdpg::cuda::launch<fdpg::cuda::Begin::kEarly>(write_early, 1, kThreads, 0, nullptr,
+                                                         out.data(), 2, wait_first, wait);
+  });
+}
+void write_before_previous_has_ended(bool bug) { two_launches(!bug, true); }
+void missing_after_previous(bool bug) { two_launches(!bug, !bug); }
+
 struct Planted {
   const char* name;
   void (*run)(bool bug);
@@ -214,6 +231,8 @@ constexpr Planted kPlanted[] = {
     PLANTED(divergent_barrier),
     PLANTED(deadlock),
     PLANTED(shuffle_from_returned_lane),
+    PLANTED(write_before_previous_has_ended),
+    PLANTED(missing_after_previous),
 };
 
 }  // namespace
