@@ -170,18 +170,18 @@ def span_mask(*args: Any, **kwargs: Any) -> Tensor | Packing | None:
     such a slot gets a span that cannot be, hence NaN, and the self-test at load sees it.
     """
     offset = kwargs.get("q_offset")
-    mask = slot_mask(*args, **kwargs)
-    if not isinstance(mask, Tensor) or not isinstance(offset, Tensor) or offset.ndim != 1:
-        return mask
-    if mask.shape[2] != 1:
-        return mask
-    live = mask == 0
+    slots = isinstance(offset, Tensor) and offset.ndim == 1
+    if not slots or kwargs["q_length"] != 1 or current() is not None:
+        return slot_mask(*args, **kwargs)
+    live = _visible(**kwargs)
     begin = live.int().argmax(-1, keepdim=True)  # the first of equals
     end = begin + live.sum(-1, keepdim=True)
-    place = torch.arange(mask.shape[3], device=mask.device)
+    place = torch.arange(live.shape[3], device=live.device)
     spanned = (place >= begin) & (place < end)
-    if mask.device.type == "cpu":
-        return torch.cat((begin, end), -1) if torch.equal(live, spanned) else mask
+    if live.device.type == "cpu":
+        if torch.equal(live, spanned):
+            return torch.cat((begin, end), -1)
+        return slot_mask(*args, **kwargs)
     apart = (live != spanned).any(-1, keepdim=True)
     return torch.cat((begin, end.masked_fill(apart, -1)), -1)
 
@@ -197,13 +197,20 @@ def slot_mask(*args: Any, **kwargs: Any) -> Tensor | Packing | None:
     offset = kwargs.get("q_offset")
     if not (isinstance(offset, Tensor) and offset.ndim == 1):
         return sdpa_mask(*args, **kwargs)
-    device, queries = offset.device, kwargs["q_length"]
-    batch = torch.arange(offset.shape[0], device=device)[:, None, None, None]
+    return torch.zeros((), device=offset.device).where(_visible(**kwargs), -torch.inf)
+
+
+def _visible(
+    *, q_offset: Tensor, q_length: int, kv_length: int, mask_function: Any, **kwargs: Any
+) -> Tensor:
+    """``(B, 1, Q, T)`` bool: which keys each slot's queries attend to."""
+    device = q_offset.device
+    batch = torch.arange(q_offset.shape[0], device=device)[:, None, None, None]
     head = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
-    query = (offset[:, None] + torch.arange(queries, device=device))[:, None, :, None]
-    key = torch.arange(kwargs["kv_length"], device=device)[None, None, None, :]
-    visible = kwargs["mask_function"](batch, head, query, key).expand(-1, 1, queries, -1)
-    return torch.zeros((), device=device).where(visible, -torch.inf)
+    query = (q_offset[:, None] + torch.arange(q_length, device=device))[:, None, :, None]
+    key = torch.arange(kv_length, device=device)[None, None, None, :]
+    visible: Tensor = mask_function(batch, head, query, key)
+    return visible.expand(len(batch), 1, q_length, -1)
 
 
 def slot_attention(
