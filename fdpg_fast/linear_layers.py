@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fdpg_fast.ops.matmul import has_rounded_products, is_worthwhile, library, linear, rounded_once
+from fdpg_fast.ops.matmul import has_rounded_products, library, linear, rounded_once
 
 __all__ = ["choose_linear_layers"]
 
@@ -30,8 +30,8 @@ def _by_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     # A compiler makes choices of its own, and would make constants of sizes that are looked at.
     if torch.compiler.is_compiling():
         return None
-    if is_worthwhile(x, weight):
-        return linear(x, weight, bias)
+    if (y := linear(x, weight, bias)) is not None:
+        return y
     if (
         has_rounded_products()
         and torch.is_autocast_enabled("cpu")

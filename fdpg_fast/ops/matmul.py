@@ -38,7 +38,6 @@ __all__ = [
     "has_rounded_products",
     "has_wide_products",
     "is_ours",
-    "is_worthwhile",
     "library",
     "linear",
     "may_round",
@@ -126,27 +125,24 @@ def add_product_(to: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
         to.addmm_(a, b, alpha=scale)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """``x W^T + bias``, ``[..., m]``, of ``x`` ``[..., k]`` and ``W`` ``[m, k]``; once
-    differentiable."""
-    rows = x.reshape(-1, x.shape[-1])
-    learns = torch.is_grad_enabled() and (
+    differentiable. None where it is no faster by ours, or may not be ours."""
+    # In small models a layer takes as long as what is asked here: no question twice.
+    if not library()[0] or x.numel() * len(weight) < _LEAST or torch.is_autocast_enabled("cpu"):
+        return None
+    rows, columns = x.reshape(-1, x.shape[-1]), weight.t()
+    if rows.dtype != torch.float32 or not is_ours(rows, columns):
+        return None
+    if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    )
-    apply: Any = _Linear.apply
-    y: Tensor = apply(rows, weight, bias) if learns else product(rows, weight.t(), bias)
-    return y.view(*x.shape[:-1], len(weight))
-
-
-def is_worthwhile(x: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`linear` may be faster than torch's own, here and now."""
-    return (
-        library()[0]
-        and x.numel() * len(weight) >= _LEAST
-        and x.dtype == torch.float32
-        and x.device.type == "cpu"
-        and not torch.is_autocast_enabled("cpu")
-    )
+    ):
+        apply: Any = _Linear.apply
+        learnt: Tensor = apply(rows, weight, bias)
+        return learnt.view(*x.shape[:-1], len(weight))
+    y = x.new_empty(*x.shape[:-1], len(weight))
+    torch.ops.fdpg.matmul_(y.view(-1, len(weight)), rows, columns, bias, 1.0, False, _may_round)
+    return y
 
 
 @contextlib.contextmanager
@@ -220,7 +216,7 @@ def rounded_once(weight: Tensor) -> Tensor | None:
 
 def is_ours(a: Tensor, b: Tensor) -> bool:
     """Whether the product ``a b`` is one of ours, here and now."""
-    if a.device.type != "cpu" or a.dtype != b.dtype:
+    if not a.is_cpu or a.dtype != b.dtype:
         return False
     if a.dtype.itemsize == 2:
         return True  # nobody else has a wide product of them
