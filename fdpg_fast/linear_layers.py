@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from fdpg_fast.ops.matmul import has_rounded_products, library, linear, rounded_once
+from fdpg_fast.ops.matmul import has_rounded_products, library, linear, packed_once
 
 __all__ = ["choose_linear_layers"]
 
@@ -41,11 +41,11 @@ def _by_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         and weight.dtype == torch.float32
     ):
         # As autocast would have it: 16-bit factors and results.
-        if (rounded := rounded_once(weight)) is None:
-            rounded = weight.bfloat16()
-        rows = x.reshape(-1, x.shape[-1]).to(rounded.dtype)
+        if (columns := packed_once(weight)) is None:
+            columns = weight.bfloat16().t()
+        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
         y = rows.new_empty(len(rows), len(weight))
-        torch.ops.fdpg.matmul_(y, rows, rounded.t(), bias)
+        torch.ops.fdpg.matmul_(y, rows, columns, bias)
         return y.view(*x.shape[:-1], len(weight))
     return None
 

@@ -175,6 +175,7 @@ class LanguageModel:
         self._cache_name = "cache" if "cache" in accepted else "past_key_values"  # before 5.24
         self._fused: tuple[float, float | None] | None = None  # scale and softcap of a fused head
         self._logits: Tensor | None = None  # buffer of `logits`
+        self._packed: dict[int, Tensor] = {}  # memory of `unchanging`
         self.activation_checkpointing = activation_checkpointing
         if activation_checkpointing:
             _checkpoint_activations(self.model)
@@ -298,6 +299,7 @@ class LanguageModel:
             parameter.requires_grad_(learns)
             parameter.grad = None
         other._logits = None
+        other._packed = {}
         return other
 
     def with_adapter(
@@ -368,6 +370,7 @@ class LanguageModel:
         other = copy.copy(self)
         other._adapter, other.model = adapted, adapted.get_base_model().eval()
         other._logits = None
+        other._packed = {}
         _remove_dropout(other.model)
         head = self.model.get_output_embeddings()
         if type(other.model.get_output_embeddings()) is not type(head):
@@ -540,7 +543,7 @@ class LanguageModel:
                 weight.requires_grad_(True)
             with torch.no_grad(), self._autocast(), contextlib.ExitStack() as stack:
                 if self.compute == "bf16":
-                    stack.enter_context(rounding_once(self.device))
+                    stack.enter_context(rounding_once(self.device, self._packed))
                 if self.device.type == "cuda":
                     self._round_weights()
                 yield

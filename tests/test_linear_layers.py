@@ -85,7 +85,7 @@ def test_weights_are_rounded_once(
     x = torch.randn(3, 4, 8)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = plain(x)
-        with matmul.rounding_once(x.device):
+        with matmul.rounding_once(x.device, memory := {}):
             first = chosen(x)
             chosen.up.weight.zero_()  # against the rules, and not noticed
             second = chosen(x)
@@ -93,6 +93,7 @@ def test_weights_are_rounded_once(
     assert first.dtype == expected.dtype == torch.bfloat16
     torch.testing.assert_close(first, expected, rtol=2e-2, atol=2e-3)
     assert torch.equal(first, second)
+    assert len(memory) == (2 if rounds else 0)
     if rounds:
         assert not torch.equal(first, third)
     assert calls == [(12, 8, 16), (12, 16, 6)] * (3 if rounds else 0)

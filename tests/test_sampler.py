@@ -384,9 +384,10 @@ def test_weights_are_rounded_once_in_a_draw(learns: bool, device: str) -> None:
         ) -> Any:
             nonlocal rounded
             result = op(*args, **(kwargs or {}))
-            if op.overloadpacket.__name__ in ("_to_copy", "copy_"):
+            if op.overloadpacket.__name__ in ("_to_copy", "copy_", "matmul_pack_"):
                 source = args[-1].data_ptr()
-                rounded += source == weight.data_ptr() and result.dtype == torch.bfloat16
+                into = args[0] if result is None else result
+                rounded += source == weight.data_ptr() and into.dtype == torch.bfloat16
             return result
 
     for _ in range(2):

@@ -121,6 +121,12 @@ int64_t matmul(const MatmulParams& p, int64_t begin, int64_t end) {
   return kernels(p.dtype).matmul(p, begin, end, workspace);
 }
 
+bool has_packed_products() { return kernels(Dtype::kFloat32).matmul_pack != nullptr; }
+
+int64_t matmul_pack(const MatmulPackParams& p, int64_t begin, int64_t end) {
+  return kernels(Dtype::kFloat32).matmul_pack(p, begin, end);
+}
+
 int64_t linear_numerators(const LinearNumeratorsParams& p, LinearWalk walk, int64_t begin,
                           int64_t end) {
   Workspace workspace;

@@ -36,6 +36,8 @@ struct VocabularyKernels {
   int64_t (*matmul)(const MatmulParams& p, int64_t begin, int64_t end, Workspace& workspace);
   int64_t (*linear_numerators)(const LinearNumeratorsParams& p, LinearWalk walk, int64_t begin,
                                int64_t end, Workspace& workspace);
+  // Of fp32 alone; null where there is no such thing.
+  int64_t (*matmul_pack)(const MatmulPackParams& p, int64_t begin, int64_t end) = nullptr;
 };
 
 // Of what matmul packs of b: bytes of a column at a time, and of all columns at a time. Three

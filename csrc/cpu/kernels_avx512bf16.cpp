@@ -16,6 +16,7 @@ VocabularyKernels avx512bf16_kernels(Dtype dtype) {
     kernels.linear_numerators = linear_numerators<InPairs<BFloat16>>;
   }
   if (dtype == Dtype::kFloat32) {
+    kernels.matmul_pack = matmul_pack<InPairs<float>>;
     kernels.matmul = [](const MatmulParams& p, int64_t begin, int64_t end, Workspace& workspace) {
       const auto run = p.may_round ? matmul<InPairs<float>> : matmul<Singly<Avx512, float>>;
       return run(p, begin, end, workspace);

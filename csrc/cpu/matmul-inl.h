@@ -2,7 +2,7 @@
 // fp32, or in that type, that are written where the caller wants them, or added to what is there.
 //
 // Some columns of b, by some of the depth, are packed into panels that the second-level cache
-// holds, and strips of kStrip rows of a pass over them. What a strip and a panel have in common of
+// holds, unless all of b has been packed before, and strips of kStrip rows of a pass over them. What a strip and a panel have in common of
 // out stays in registers while the depth goes by: per step, one load of each vector of b and one
 // broadcast of each row of a (the inner kernel of Goto and van de Geijn, ACM TOMS 34(3), 2008).
 // Rows of a are read where they lie if they are contiguous along the depth and need no conversion;
@@ -104,6 +104,52 @@ struct Result {
   }
 };
 
+template <class M>
+FDPG_ALWAYS_INLINE int64_t units_of(int64_t depth) {
+  return (depth + M::kSteps - 1) / M::kSteps;
+}
+
+// kWidth neighbours, rows of a or columns of b, of which `count` are there: [units][kWidth], with
+// zeros where the depth or the neighbours have ended. `steps`: along the depth, among neighbours.
+template <class M, int64_t kWidth>
+void pack(const typename M::Stored* from, const int64_t (&steps)[2], int64_t depth, int64_t count,
+          typename M::Unit* to) {
+  using S = typename M::Simd;
+  using T = typename M::Stored;
+  using Vec = typename S::Vec;
+  using Unit = typename M::Unit;
+  const int64_t units = units_of<M>(depth), stride = M::kSteps * steps[0];
+  for (int64_t first = 0; first < kWidth; first += S::kLanes) {
+    const T* const neighbour = from + first * steps[1];
+    Unit* const place = to + first;
+    int64_t u = 0;
+    if (count - first >= S::kLanes) {
+      if (steps[1] == 1) {
+        for (; u < units; ++u) {
+          M::store_units(place + u * kWidth,
+                         M::across(neighbour + u * stride, steps[0], depth - u * M::kSteps));
+        }
+      } else if (steps[0] == 1) {
+        for (; (u + S::kLanes) * M::kSteps <= depth; u += S::kLanes) {
+          Vec x[S::kLanes];
+          for (int64_t i = 0; i < S::kLanes; ++i) {
+            x[i] = M::along(neighbour + i * steps[1] + u * stride);
+          }
+          S::transpose(x);
+          for (int64_t i = 0; i < S::kLanes; ++i) M::store_units(place + (u + i) * kWidth, x[i]);
+        }
+      }
+    }
+    for (; u < units; ++u) {
+      for (int64_t i = 0; i < S::kLanes; ++i) {
+        place[u * kWidth + i] = first + i < count ? M::unit(neighbour + i * steps[1] + u * stride,
+                                                            steps[0], depth - u * M::kSteps)
+                                                  : Unit{0};
+      }
+    }
+  }
+}
+
 template <class M, class Sink>
 class Matmul {
   using S = typename M::Simd;
@@ -117,7 +163,7 @@ class Matmul {
  public:
   FDPG_ALWAYS_INLINE Matmul(const MatmulParams& p, const Sink& sink, Workspace& workspace)
       : p_(p), sink_(sink) {
-    const int64_t units = (p.depth + M::kSteps - 1) / M::kSteps;
+    const int64_t units = units_of<M>(p.depth);
     const int64_t most = kMatmulColumnBytes / static_cast<int64_t>(sizeof(Unit));
     const int64_t blocks = Sink::kInBlocks && units > most ? (units + most - 1) / most : 1;
     units_ = (units + blocks - 1) / blocks;
@@ -126,7 +172,8 @@ class Matmul {
     const int64_t all = (p.columns + kPanel - 1) / kPanel;
     columns_ = (panels < 1 ? 1 : panels < all ? panels : all) * kPanel;
     // A tile of a, the panels of b, the lines of the next ones: see find_lines.
-    const int64_t packed = (kMatmulTileRows + columns_) * units_;
+    const int64_t packed = (kMatmulTileRows + (p.packed ? 0 : columns_)) * units_;
+    panel_step_ = p.packed ? units * kPanel : units_ * kPanel;
     const int64_t lines = rows_of_lines() * lines_of_row() + units_;
     tile_ = static_cast<Unit*>(workspace.allocate(packed * static_cast<int64_t>(sizeof(Unit)) +
                                                   lines * static_cast<int64_t>(sizeof(int32_t))));
@@ -143,12 +190,15 @@ class Matmul {
       do {  // once where there is no depth: zeros, or the bias
         const int64_t depth = p_.depth - k < most ? p_.depth - k : most;
         for (int64_t c = j; c < end; c += kPanel) {
-          pack<kPanel>(b_at(k, c), p_.b_stride, depth, end - c, panel(c - j));
+          if (p_.packed) break;
+          pack<M, kPanel>(b_at(k, c), p_.b_stride, depth, end - c,
+                          panels_ + (c - j) / kPanel * panel_step_);
         }
+        first_ = p_.packed ? static_cast<const Unit*>(block_of_b(k, j)) : panels_;
         if (k + depth < p_.depth) {
-          ask_for(b_at(k + depth, j));
+          ask_for(block_of_b(k + depth, j));
         } else if (end < end_column) {
-          ask_for(b_at(0, end));
+          ask_for(block_of_b(0, end));
         } else {
           ask_for(nullptr);
         }
@@ -168,6 +218,12 @@ class Matmul {
     return static_cast<const T*>(p_.b) + k * p_.b_stride[0] + column * p_.b_stride[1];
   }
 
+  // Where the columns from this one on begin, at this depth.
+  FDPG_ALWAYS_INLINE const void* block_of_b(int64_t k, int64_t column) const {
+    if (!p_.packed) return b_at(k, column);
+    return static_cast<const Unit*>(p_.b) + column / kPanel * panel_step_ + k / M::kSteps * kPanel;
+  }
+
   // What a block of b comes from, as offsets of its cache lines from the first, and zeros for one
   // strip more. While strips go over a block they ask for the next: a weight comes from memory, and
   // to wait for it while it is packed takes half as long as the product of 64 rows with it.
@@ -183,70 +239,34 @@ class Matmul {
 
   // Of a block of b, as it lies in memory; none where there is one block only, or nobody asks.
   int64_t rows_of_lines() const {
-    const int64_t depth = units_ * M::kSteps, rows = b_lies_across() ? depth : columns_;
+    const int64_t depth = units_ * M::kSteps;
+    const int64_t rows = p_.packed ? columns_ / kPanel : b_lies_across() ? depth : columns_;
     const bool alone = columns_ >= p_.columns && depth >= p_.depth;
     return packs_a() || alone || rows * row_bytes_of_b() >= INT32_MAX ? 0 : rows;
   }
   int64_t lines_of_row() const {
+    if (p_.packed) return units_ * kPanel * static_cast<int64_t>(sizeof(Unit)) / kLine;
     const int64_t row = b_lies_across() ? columns_ : units_ * M::kSteps;
     return (row * static_cast<int64_t>(sizeof(T)) + kLine - 1) / kLine;
   }
   int64_t row_bytes_of_b() const {
+    if (p_.packed) return panel_step_ * static_cast<int64_t>(sizeof(Unit));
     return p_.b_stride[b_lies_across() ? 0 : 1] * static_cast<int64_t>(sizeof(T));
   }
   bool b_lies_across() const { return p_.b_stride[1] == 1; }
 
-  void ask_for(const T* block) {
-    ahead_ = reinterpret_cast<const char*>(block ? block : static_cast<const T*>(p_.b));
+  void ask_for(const void* block) {
+    ahead_ = static_cast<const char*>(block ? block : p_.b);
     asked_ = block ? 0 : count_;
-  }
-
-  FDPG_ALWAYS_INLINE Unit* panel(int64_t column) const { return panels_ + column * units_; }
-
-  // kWidth neighbours, rows of a or columns of b, of which `count` are there: [units][kWidth], with
-  // zeros where the depth or the neighbours have ended. `steps`: along the depth, among neighbours.
-  template <int64_t kWidth>
-  static void pack(const T* from, const int64_t (&steps)[2], int64_t depth, int64_t count,
-                   Unit* to) {
-    const int64_t units = (depth + M::kSteps - 1) / M::kSteps, stride = M::kSteps * steps[0];
-    for (int64_t first = 0; first < kWidth; first += S::kLanes) {
-      const T* const neighbour = from + first * steps[1];
-      Unit* const place = to + first;
-      int64_t u = 0;
-      if (count - first >= S::kLanes) {
-        if (steps[1] == 1) {
-          for (; u < units; ++u) {
-            M::store_units(place + u * kWidth,
-                           M::across(neighbour + u * stride, steps[0], depth - u * M::kSteps));
-          }
-        } else if (steps[0] == 1) {
-          for (; (u + S::kLanes) * M::kSteps <= depth; u += S::kLanes) {
-            Vec x[S::kLanes];
-            for (int64_t i = 0; i < S::kLanes; ++i) {
-              x[i] = M::along(neighbour + i * steps[1] + u * stride);
-            }
-            S::transpose(x);
-            for (int64_t i = 0; i < S::kLanes; ++i) M::store_units(place + (u + i) * kWidth, x[i]);
-          }
-        }
-      }
-      for (; u < units; ++u) {
-        for (int64_t i = 0; i < S::kLanes; ++i) {
-          place[u * kWidth + i] = first + i < count ? M::unit(neighbour + i * steps[1] + u * stride,
-                                                              steps[0], depth - u * M::kSteps)
-                                                    : Unit{0};
-        }
-      }
-    }
   }
 
   // `count` rows over the panels of columns [begin, end), at `depth` steps from k on.
   void rows(int64_t row, int64_t count, int64_t begin, int64_t end, int64_t k, int64_t depth) {
     const T* const a = static_cast<const T*>(p_.a) + row * p_.a_stride[0] + k * p_.a_stride[1];
-    const int64_t units = (depth + M::kSteps - 1) / M::kSteps;
+    const int64_t units = units_of<M>(depth);
     const bool as_it_is = M::kAsStored && p_.a_stride[1] == 1 && depth % M::kSteps == 0;
     if (!as_it_is) {
-      pack<kMatmulTileRows>(a, {p_.a_stride[1], p_.a_stride[0]}, depth, count, tile_);
+      pack<M, kMatmulTileRows>(a, {p_.a_stride[1], p_.a_stride[0]}, depth, count, tile_);
     }
     Strip s;
     s.row_bytes = as_it_is ? p_.a_stride[0] * static_cast<int64_t>(sizeof(T)) : sizeof(Unit);
@@ -259,7 +279,7 @@ class Matmul {
                      : reinterpret_cast<const char*>(tile_ + i);
       const int64_t height = count - i < kStrip ? count - i : kStrip;
       for (int64_t c = begin; c < end; c += kPanel) {
-        s.panel = panel(c - begin);
+        s.panel = first_ + (c - begin) / kPanel * panel_step_;
         s.place.row = row + i;
         s.place.column = c;
         s.place.columns = end - c < kPanel ? end - c : kPanel;
@@ -323,6 +343,8 @@ class Matmul {
   int64_t columns_;  // whose panels are packed at a time
   Unit* tile_;
   Unit* panels_;
+  const Unit* first_;   // panel of the block, packed by us or before
+  int64_t panel_step_;  // from one to the next
   int32_t* lines_;
   int64_t count_, asked_ = 0;  // lines of a block; of the next one
   const char* ahead_ = nullptr;
@@ -361,6 +383,18 @@ int64_t matmul(const MatmulParams& p, int64_t begin, int64_t end, Workspace& wor
     matmul_into<M>(Result<S, typename M::Stored>{p}, p, begin, end, workspace);
   } else {
     matmul_into<M>(Result<S, typename S::Real>{p}, p, begin, end, workspace);
+  }
+  return kOk;
+}
+
+// Panels [begin, end) of a factor of many products.
+template <class M>
+int64_t matmul_pack(const MatmulPackParams& p, int64_t begin, int64_t end) {
+  constexpr int64_t kPanel = kVectors<typename M::Simd> * M::Simd::kLanes;
+  static_assert(kPanel == kMatmulTileColumns, "as MatmulPackParams has it");
+  for (int64_t i = begin; i < end; ++i) {
+    pack<M, kPanel>(p.b + i * kPanel * p.b_stride[1], p.b_stride, p.depth, p.columns - i * kPanel,
+                    static_cast<typename M::Unit*>(p.out) + i * units_of<M>(p.depth) * kPanel);
   }
   return kOk;
 }

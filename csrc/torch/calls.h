@@ -260,6 +260,19 @@ struct DecodeAttention {
   }
 };
 
+struct MatmulPack {
+  Arguments args;
+  MatmulPackParams params{};
+
+  MatmulPack(const Tensor& out, const Tensor& b) : args("matmul_pack_", "b", b) {
+    args.dimensions("b", b, 2);
+    params.b = static_cast<const float*>(args.factor("b", b, ScalarType::Float, params.b_stride));
+    params.depth = b.size(0);
+    params.columns = b.size(1);
+    params.out = args.packed("out", out, params.depth, params.columns);
+  }
+};
+
 struct Matmul {
   Arguments args;
   MatmulParams params{};
@@ -271,13 +284,22 @@ struct Matmul {
     args.one_of("a", type,
                 {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
     args.dimensions("a", a, 2);
-    args.dimensions("b", b, 2);
-    const int64_t rows = a.size(0), depth = a.size(1), columns = b.size(1);
-    args.shape("b", b, {depth, columns});
+    args.dimensions("out", out, 2);
+    const int64_t rows = a.size(0), depth = a.size(1);
+    const bool packed = b.dim() == 4;
+    if (!packed) args.dimensions("b", b, 2);
+    const int64_t columns = packed ? out.size(1) : b.size(1);
     args.shape("out", out, {rows, columns});
     args.same_device("out", out);
     params.a = args.factor("a", a, type, params.a_stride);
-    params.b = args.factor("b", b, type, params.b_stride);
+    if (packed) {
+      args.one_of("a", type, {ScalarType::BFloat16});
+      params.b = args.packed("b", b, depth, columns);
+    } else {
+      args.shape("b", b, {depth, columns});
+      params.b = args.factor("b", b, type, params.b_stride);
+    }
+    params.packed = packed;
     const ScalarType out_type = out.scalar_type();
     if (out_type != type) args.one_of("out", out_type, {result_type(type)});
     const int64_t row_stride = rows > 1 ? out.stride(0) : columns;

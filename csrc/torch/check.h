@@ -172,6 +172,19 @@ class Arguments {
     return t.data_ptr();
   }
 
+  // A factor (depth, columns) as matmul_pack_ writes it: see MatmulPackParams.
+  void* packed(const char* name, const Tensor& t, int64_t depth, int64_t columns) const {
+    same_device(name, t);
+    one_of(name, t.scalar_type(), {ScalarType::BFloat16});
+    const int64_t panels = (columns + kVocabularyTile - 1) / kVocabularyTile;
+    shape(name, t, {panels, (depth + 1) / 2, kVocabularyTile, 2});
+    if (!t.is_contiguous()) {
+      fail(op_, ": `", name, "` is packed and must be contiguous, got strides ",
+           list_of(t.strides()));
+    }
+    return t.data_ptr();
+  }
+
   // State that the op writes: fp64, contiguous, of exactly this shape.
   double* state(const char* name, const Tensor& t, std::initializer_list<int64_t> sizes) const {
     same_device(name, t);

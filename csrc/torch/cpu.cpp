@@ -158,11 +158,26 @@ void over_tiles(const MatmulParams& p, const Kernel& kernel) {
             rows * columns * p.depth / 32, kernel);
 }
 
+void require_packed_products(const char* op) {
+  if (!cpu::has_packed_products()) {
+    fail(op, ": `b` must not be packed, got a CPU without products of bf16");
+  }
+}
+
 void matmul_(const Tensor& out, const Tensor& a, const Tensor& b, const OptionalTensor& bias,
              double alpha, bool accumulate, bool may_round) {
   const Matmul call(out, a, b, bias, alpha, accumulate, may_round);
   const MatmulParams& p = call.params;
+  if (p.packed) require_packed_products("matmul_");
   over_tiles(p, [&](int64_t begin, int64_t end) { return cpu::matmul(p, begin, end); });
+}
+
+void matmul_pack_(const Tensor& out, const Tensor& b) {
+  const MatmulPack call(out, b);
+  require_packed_products("matmul_pack_");
+  const MatmulPackParams& p = call.params;
+  over_rows(out.size(0), p.depth * cpu::kMatmulTileColumns,
+            [&](int64_t begin, int64_t end) { return cpu::matmul_pack(p, begin, end); });
 }
 
 std::tuple<Tensor, Tensor, Tensor> linear_numerators_(
@@ -242,6 +257,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdpg, CPU, m) {
   m.impl("cache_append_", TORCH_BOX(&cache_append_));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
   m.impl("matmul_", TORCH_BOX(&matmul_));
+  m.impl("matmul_pack_", TORCH_BOX(&matmul_pack_));
   m.impl("linear_numerators_", TORCH_BOX(&linear_numerators_));
   m.impl("sequence_logprob", TORCH_BOX(&sequence_logprob));
   m.impl("log_partition_", TORCH_BOX(&log_partition_));

@@ -32,6 +32,7 @@ STABLE_TORCH_LIBRARY(fdpg, m) {
   m.def(
       "matmul_(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias=None, float alpha=1., "
       "bool accumulate=False, bool may_round=False) -> ()");
+  m.def("matmul_pack_(Tensor(a!) out, Tensor b) -> ()");
   m.def(
       "linear_numerators_(Tensor(a!)? numerators, Tensor hidden, Tensor weight, Tensor? bias, "
       "Tensor target, Tensor? coefficient, Tensor? lse_hint, float scale, float inv_temperature, "

@@ -24,8 +24,8 @@ from fdpg_fast.ops.matmul import (
     has_wide_products,
     is_ours,
     may_round,
+    packed_once,
     product,
-    rounded_once,
     rounded_products,
 )
 from fdpg_fast.ops.token_logprob import result_dtype
@@ -367,8 +367,9 @@ def project(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, out: Tensor
 ) -> Tensor:
     """``scale * (hidden W^T + bias)``, ``[n, V]`` in ``out``; one dtype, no gradient."""
-    if (kept := rounded_once(weight)) is not None:
-        hidden, weight = hidden.to(kept.dtype), kept
+    if (packed := packed_once(weight)) is not None:
+        torch.ops.fdpg.matmul_(out, hidden.to(packed.dtype), packed, bias, scale)
+        return out
     for span in spans(weight):
         part = None if bias is None else bias[span]
         product(hidden, weight[span].t(), part, scale=scale, out=out[:, span])

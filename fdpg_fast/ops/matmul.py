@@ -4,7 +4,8 @@ torch hands fp32 products to MKL, whose AVX-512 code is for Intel's CPUs: AMD's 
 they can do. oneDNN, which torch takes for 16-bit products, does better on them, but its results are
 in memory of its own, and those of 16-bit factors in 16 bits. ``matmul_`` (csrc/cpu/matmul-inl.h)
 writes fp32 results where they are wanted or adds them to what is there, whichever way its factors
-lie. ms on an AMD EPYC with AVX-512 and avx512_bf16, 2 cores, [n, k] x [k, m]:
+lie, or with one of many products that ``matmul_pack_`` has laid out for it. ms on an AMD EPYC with
+AVX-512 and avx512_bf16, 2 cores, [n, k] x [k, m]:
 
                     342, 768, 50257    64, 768, 3072    256, 128, 384    256, 64, 64
     MKL                         143             1.63            0.123          0.013
@@ -41,8 +42,9 @@ __all__ = [
     "library",
     "linear",
     "may_round",
+    "packed_like",
+    "packed_once",
     "product",
-    "rounded_once",
     "rounded_products",
     "rounding_once",
 ]
@@ -57,7 +59,9 @@ _LEAST_ROWS = 4
 _TORCH_ROUNDS = torch.cpu._is_amx_tile_supported()
 _OURS_ROUNDS = load().cpu_isa() == "avx512bf16" and not _TORCH_ROUNDS
 _may_round = False  # inside rounded_products, on a CPU where ours rounds
-_rounded: dict[int, tuple[Tensor, Tensor]] | None = None  # inside rounding_once
+_packed: dict[int, tuple[Tensor, Tensor]] | None = None  # inside rounding_once, as is
+_memory: dict[int, Tensor] = {}
+_PANEL = 64  # kVocabularyTile
 
 
 @functools.cache
@@ -189,28 +193,52 @@ def _fake(
     require_one_device("matmul_", a=a, out=out, b=b, bias=bias)
 
 
+@torch.library.register_fake("fdpg::matmul_pack_")
+def _fake_pack(out: Tensor, b: Tensor) -> None:
+    require_one_device("matmul_pack_", b=b, out=out)
+
+
+def packed_like(b: Tensor) -> Tensor:
+    """Memory for ``b`` ``[k, m]``, rounded to bf16 and packed: see ``MatmulPackParams``."""
+    k, m = b.shape
+    return b.new_empty(-(-m // _PANEL), -(-k // 2), _PANEL, 2, dtype=torch.bfloat16)
+
+
 @contextlib.contextmanager
-def rounding_once(device: torch.device) -> Iterator[None]:
-    """While in here weights do not change: :func:`rounded_once` keeps what it has rounded. On a CPU
-    whose bf16 products are ours."""
-    global _rounded
-    outside, _rounded = _rounded, {} if device.type == "cpu" and _OURS_ROUNDS else None
+def rounding_once(device: torch.device, memory: dict[int, Tensor]) -> Iterator[None]:
+    """While in here weights do not change: :func:`packed_once` keeps what it has rounded. On a CPU
+    whose bf16 products are ours.
+
+    ``memory``, empty at first, lends the results of one time to the next: to get it from the system
+    takes longer than to fill it.
+    """
+    global _packed, _memory
+    outside = _packed, _memory
+    _packed = {} if device.type == "cpu" and _OURS_ROUNDS else None
+    _memory = memory
     try:
         yield
+        memory.clear()
+        if _packed is not None:
+            memory.update((key, packed) for key, (_, packed) in _packed.items())
     finally:
-        _rounded = outside
+        _packed, _memory = outside
 
 
-def rounded_once(weight: Tensor) -> Tensor | None:
-    """``weight`` ``[m, k]`` in bf16, the same tensor every time, inside :func:`rounding_once`; None
-    outside."""
-    if _rounded is None or weight.dtype != torch.float32:
+def packed_once(weight: Tensor) -> Tensor | None:
+    """``weight^T``, of a weight ``[m, k]``, in bf16 and packed, which ``matmul_`` takes for its
+    factor ``b``: the same tensor every time, inside :func:`rounding_once`; None outside."""
+    if _packed is None or weight.dtype != torch.float32:
         return None
     key = weight.data_ptr()  # of the parameter, whatever view of all of it this is
-    found = _rounded.get(key)
+    found = _packed.get(key)
     if found is None or found[0].shape != weight.shape:
-        found = weight, weight.detach().bfloat16()
-        _rounded[key] = found
+        columns = weight.detach().t()
+        packed, kept = packed_like(columns), _memory.get(key)
+        if kept is not None and kept.shape == packed.shape:
+            packed = kept
+        torch.ops.fdpg.matmul_pack_(packed, columns)
+        found = _packed[key] = weight, packed
     return found[1]
 
 

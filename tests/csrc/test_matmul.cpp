@@ -2,6 +2,7 @@
 // both factors, sizes that end inside strips, panels, tiles and blocks of the depth, poison around.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <random>
 #include <vector>
@@ -175,7 +176,8 @@ void test_rounded_results(Dtype dtype) {
   }
 }
 
-// fp32 factors that may be rounded to bf16 are, if that is faster: then as if they were bf16.
+// fp32 factors that may be rounded to bf16 are, if that is faster: then as if they were bf16. The
+// same of one that is packed before.
 void test_rounded_factors(const std::string& isa) {
   for (const Shape& s : kShapes) {
     for (const bool a_by_rows : {true, false}) {
@@ -199,6 +201,21 @@ void test_rounded_factors(const std::string& isa) {
             CHECK(exact.at(i, j) == expected[i * p.out_stride + j]);
           }
         }
+        CHECK(cpu::has_packed_products() == rounds);
+        if (!rounds) continue;
+        const auto parts = [](int64_t size, int64_t of) { return (size + of - 1) / of; };
+        const int64_t panels = parts(s.columns, kVocabularyTile), pairs = parts(s.depth, 2);
+        std::vector<BFloat16> packed(panels * pairs * kVocabularyTile * 2);
+        MatmulPackParams pack{exact.b.data(), packed.data(), s.depth, s.columns, {}};
+        for (int i = 0; i < 2; ++i) pack.b_stride[i] = exact.b_stride(i);
+        for (int64_t i = 0; i < panels; ++i) cpu::matmul_pack(pack, i, i + 1);
+        MatmulParams by_packed = rounded.params(Dtype::kBFloat16);
+        by_packed.b = packed.data();
+        by_packed.packed = true;
+        for (int64_t i = 0; i < rounded.tiles(); ++i) cpu::matmul(by_packed, i, i + 1);
+        CHECK(std::memcmp(rounded.out.data(), expected.data(), expected.size() * 4) == 0);
+        cpu::matmul(by_packed, 0, rounded.tiles());
+        CHECK(std::memcmp(rounded.out.data(), expected.data(), expected.size() * 4) == 0);
       }
     }
   }

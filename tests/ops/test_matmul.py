@@ -70,6 +70,33 @@ def test_16_bits_have_wide_products(dtype: torch.dtype) -> None:
     assert torch.equal(rounded, got.to(dtype))
 
 
+@pytest.mark.skipif(not matmul.has_rounded_products(), reason="bf16 products are not ours here")
+def test_a_factor_packed_once() -> None:
+    """Gives the bits of one that is packed at every call, in memory that the next may have."""
+    torch.manual_seed(0)
+    weight, a = torch.randn(70, 33), torch.randn(9, 33).bfloat16()
+    memory: dict[int, Tensor] = {}
+    for _ in range(2):
+        expected = torch.empty(9, 70)
+        torch.ops.fdpg.matmul_(expected, a, weight.bfloat16().t(), None, 0.5)
+        before = [packed.data_ptr() for packed in memory.values()]
+        with matmul.rounding_once(weight.device, memory):
+            packed = matmul.packed_once(weight)
+            assert packed is not None
+            assert packed is matmul.packed_once(weight)
+            out = torch.full((9, 70), torch.nan)
+            torch.ops.fdpg.matmul_(out, a, packed, None, 0.5)
+        assert torch.equal(out, expected)
+        assert before in ([], [packed.data_ptr()])
+        weight.neg_()
+    assert matmul.packed_once(weight) is None
+    with matmul.rounding_once(weight.device, memory):
+        pass
+    assert memory == {}  # nobody wanted it
+    with pytest.raises(RuntimeError, match=r"matmul_: `b` must have shape \[2, 16, 64, 2\], got"):
+        torch.ops.fdpg.matmul_(out, a[:, :32], packed)
+
+
 @pytest.mark.usefixtures("_ours")
 @pytest.mark.parametrize("frozen", ["", "x", "weight", "bias"])
 @pytest.mark.parametrize(("k", "m"), [(12, 40), (40, 12)])

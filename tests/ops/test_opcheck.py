@@ -16,6 +16,7 @@ from torch import Tensor
 from fdpg_fast import ops
 from fdpg_fast.baselines import BASELINES
 from fdpg_fast.divergences import DIVERGENCES
+from fdpg_fast.ops.matmul import has_rounded_products, packed_like
 
 Sample = tuple[Any, ...]
 SAMPLES: dict[str, Callable[[], Iterator[Sample]]] = {}
@@ -91,6 +92,15 @@ def matmul_() -> Iterator[Sample]:
     a, b = normal(D, N).t(), normal(D, V)
     yield normal(N, V), a, b, normal(V), 0.5, True, True
     yield normal(N, V, dtype=torch.bfloat16), a.bfloat16(), b.bfloat16(), normal(V)
+    for packed, _ in matmul_pack_():
+        yield normal(N, V), a.bfloat16(), packed
+
+
+@samples
+def matmul_pack_() -> Iterator[Sample]:
+    if has_rounded_products():  # else there is no such thing
+        for b in (normal(D, V), normal(V, D).t()):
+            yield packed_like(b), b
 
 
 @samples
@@ -216,7 +226,7 @@ def policy_gradient() -> Iterator[Sample]:
 
 
 # A GPU has torch's own products.
-CPU_ONLY = ("matmul_", "linear_numerators_")
+CPU_ONLY = ("matmul_", "matmul_pack_", "linear_numerators_")
 
 
 def registered() -> list[str]:

@@ -31,6 +31,9 @@ int64_t decode_attention(const DecodeAttentionParams& p, int64_t begin, int64_t 
 // affair.
 int64_t matmul(const MatmulParams& p, int64_t begin, int64_t end);
 inline constexpr int64_t kMatmulTileRows = 48, kMatmulTileColumns = kVocabularyTile;
+// Of its panels of kMatmulTileColumns columns. Only where products of bf16 are made of pairs:
+bool has_packed_products();
+int64_t matmul_pack(const MatmulPackParams& p, int64_t begin, int64_t end);
 // Its walks one after the other: of rows, of the tiles of out, of rows.
 int64_t linear_numerators(const LinearNumeratorsParams& p, LinearWalk walk, int64_t begin,
                           int64_t end);

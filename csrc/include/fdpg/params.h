@@ -213,7 +213,7 @@ inline constexpr int64_t kMaxHeadSize = 1024;
 //   out = alpha (a b + bias), or out += alpha (a b + bias)
 struct MatmulParams {
   const void* a;        // (N, K), unit stride along N or K
-  const void* b;        // (K, M), unit stride along K or M
+  const void* b;        // (K, M), unit stride along K or M; or packed
   Dtype dtype;          // of a and b
   void* out;            // (N, M) as it is summed, or of `dtype`; unit stride along M
   int64_t rows;         // N
@@ -227,6 +227,18 @@ struct MatmulParams {
   bool accumulate;
   bool rounds_out;  // `out` is of 16 bits
   bool may_round;   // fp32 factors to bf16, where the CPU multiplies that faster
+  bool packed;      // b is as MatmulPackParams has it, of bf16; b_stride is not looked at
+};
+
+// A factor b of many products as the kernel walks over it, rounded to bf16: panels of
+// kVocabularyTile columns, in each of which pairs of neighbours along the depth follow one
+// another, those of all columns at one place together; zeros where depth or columns have ended.
+struct MatmulPackParams {
+  const float* b;       // (K, M), unit stride along K or M
+  void* out;            // (M / kVocabularyTile, K / 2, kVocabularyTile, 2), rounded up
+  int64_t depth;        // K
+  int64_t columns;      // M
+  int64_t b_stride[2];  // along K, M
 };
 
 // What TokenLogprobNumeratorsParams says of logits = alpha (a b + bias), from the factors; `out` is
