@@ -2,11 +2,11 @@
 // fp32, or in that type, that are written where the caller wants them, or added to what is there.
 //
 // Some columns of b, by some of the depth, are packed into panels that the second-level cache
-// holds, unless all of b has been packed before, and strips of kStrip rows of a pass over them. What a strip and a panel have in common of
-// out stays in registers while the depth goes by: per step, one load of each vector of b and one
-// broadcast of each row of a (the inner kernel of Goto and van de Geijn, ACM TOMS 34(3), 2008).
-// Rows of a are read where they lie if they are contiguous along the depth and need no conversion;
-// else they are packed too, a tile at a time.
+// holds, unless all of b has been packed before, and strips of kStrip rows of a pass over them.
+// What a strip and a panel have in common of out stays in registers while the depth goes by: per
+// step, one load of each vector of b and one broadcast of each row of a (the inner kernel of Goto
+// and van de Geijn, ACM TOMS 34(3), 2008). Rows of a are read where they lie if they are contiguous
+// along the depth and need no conversion; else they are packed too, a tile at a time.
 //
 // Every element of out is summed along the depth in order, in blocks whose length depends on the
 // depth alone: its bits depend on its row of a and its column of b, not on what else there is.
