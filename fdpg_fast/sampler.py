@@ -100,9 +100,9 @@ class Sampler:
         self._check(model, prompts, samples_per_prompt)
         work = _Work(model, prompts, samples_per_prompt, self.max_new_tokens, key, first_sample_id)
         slots = min(self.batch_size, work.count)
+        # Not kept while in use: after an error its memory may hold NaN, which masks do not hide.
         before, self._decoder = self._decoder, None
         decoder = model.decoder(slots, work.width, reuse=before)
-        # Not kept while in use: after an error its memory may hold NaN, which masks do not hide.
         with model.unchanging():
             self._run(model, work, decoder, slots, _continues(decoder, before))
         rollout = work.rollout(model)

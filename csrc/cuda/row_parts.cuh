@@ -1,6 +1,6 @@
-// row_parts.cuh: the walk that the ops on rows of logits share: a row is cut into parts of at most
+// row_parts.cuh: the walk that the ops on rows of logits share. A row is cut into parts of at most
 // 32 KiB, a block stages one part in shared memory and folds it into (max, sum) or (max, sum,
-// weighted sum).
+// weighted sum). (sample_logprob.cuh takes from it how a warp folds, and cuts its rows finer.)
 //
 // How a row is cut and which thread adds which elements is a function of V alone: not of N, nor of
 // the row's address. So a row gives the same bits in any batch, and few rows still fill the

@@ -237,9 +237,10 @@ def _linear_logprob_backward(
     rows = kept_rows(mask)
     if rows is not None:
         mask = None
-    hidden, *others = pick(
+    hidden, *per_row = pick(
         rows, hidden, target, lse, entropy, grad_logp, grad_lse, grad_entropy, mask
     )
+    grad_logp = per_row[3]
     # The gradient of a log-sum-exp needs p at the target, which numerators have rounded away.
     from_numerators = len(row_scale) > 0 and grad_lse is None and grad_logp is not None
     if from_numerators:
@@ -251,9 +252,9 @@ def _linear_logprob_backward(
     has_logits = len(kept) > 0 and len(row_scale) == 0
     for c in head.chunks():
         if from_numerators:
-            head.backward(c, kept[c], row_scale[c] * others[3], *grads, new=True)
+            head.backward(c, kept[c], row_scale[c] * grad_logp, *grads, new=True)
             continue
-        y, s, h, g0, g1, g2, m = (None if t is None else t[c] for t in others)
+        y, s, h, g0, g1, g2, m = (None if t is None else t[c] for t in per_row)
         z = head.recall(kept[c]) if has_logits else head.logits(c)
         torch.ops.fdpg.token_logprob_backward_(z, y, s, h, g0, g1, g2, inv_temperature, m, cap)
         head.backward(c, z, None, *grads, new=c.start == 0)
