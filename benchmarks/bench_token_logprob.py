@@ -8,7 +8,6 @@ backward; on the CPU neither memory nor arithmetic waits much for the other.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator
 
@@ -63,18 +62,14 @@ def test_forward(contest: Contest, name: str, device: str, dtype: str) -> None:
         other: lambda function=function: function(logits, target)
         for other, function in peers.TOKEN_LOGPROB.items()
     }
-    out: dict[str, str] = {}
     if device == "cpu":
         others["read"] = lambda: read(logits)
     else:
         others |= copies(itertools.repeat(logits), 1)
-    for kernel, way in peers.installed(peers.TOKEN_KERNELS, device).items():
-        entry = functools.partial(way, logits, target)
-        if (why := peers.refusal(entry)) is not None:
-            out[kernel] = why
-        else:
-            assert_right(entry(), logits, target, 1e-3)
-            others[kernel] = entry
+    kernels, out = peers.taking_part(peers.TOKEN_KERNELS, device, lambda way: way(logits, target))
+    for kernel in kernels:
+        assert_right(peers.TOKEN_KERNELS[kernel](logits, target), logits, target, 1e-3)
+    others |= kernels
     inputs = [logits]
     if dtype == "fp32" or device == "cuda":
         others["torch.compile"] = lambda: compiled(logits, target)
@@ -182,16 +177,11 @@ def test_forward_and_backward(contest: Contest, name: str, device: str, dtype: s
     others: dict[str, Callable[[], object]] = {
         "autograd of log_softmax + gather": lambda: autograd(peers.log_softmax_and_gather)
     }
-    out: dict[str, str] = {}
+    kernels, out = peers.taking_part(peers.TOKEN_KERNELS, device, autograd)
+    others |= kernels
     if device == "cuda":
         others |= copies(itertools.repeat(logits), 3)
-        bars |= {"copy": CUDA_BARS["copy"], "quack-kernels": 1.0}
-    for kernel, way in peers.installed(peers.TOKEN_KERNELS, device).items():
-        entry = functools.partial(autograd, way)
-        if (why := peers.refusal(entry)) is not None:
-            out[kernel] = why
-        else:
-            others[kernel] = entry
+        bars |= {name: CUDA_BARS[name] for name in ("copy", "quack-kernels")}
     contest.run(
         ours,
         others,

@@ -216,12 +216,10 @@ def contenders(
     ``run`` makes of a way to log-probs what is timed.
     """
     entries: dict[str, Entry] = {}
-    out: dict[str, str] = {}
-    ways = peers.linear_peers(x.hidden.device.type)
-    for name, way in ways.items():
-        why = peers.refusal(functools.partial(run, way)) if name in peers.LINEAR_KERNELS else None
-        if why is not None:
-            out[name] = why
+    device = x.hidden.device.type
+    _, out = peers.taking_part(peers.LINEAR_KERNELS, device, run)
+    for name, way in peers.linear_peers(device).items():
+        if name in out:
             continue
         with torch.no_grad():
             got = way(x.hidden, x.weight, x.target).double()

@@ -5,6 +5,7 @@ A peer that is missing is named in the results and in the summary, never passed 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from typing import TypeVar
@@ -20,10 +21,9 @@ __all__ = [
     "TOKEN_KERNELS",
     "TOKEN_LOGPROB",
     "compiled",
-    "installed",
     "linear_peers",
-    "refusal",
     "report",
+    "taking_part",
 ]
 
 T = TypeVar("T")
@@ -102,14 +102,22 @@ def installed(kernels: dict[str, T], device: str) -> dict[str, T]:
     return {name: kernel for name, kernel in kernels.items() if found.get(name) == "available"}
 
 
-def refusal(call: Callable[[], object]) -> str | None:
-    """Why a kernel of others cannot take part: it may know no fp32, not this size, not this torch.
-    That is written down, and the contest goes on."""
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
-    return None
+def taking_part(
+    kernels: dict[str, T], device: str, run: Callable[[T], object]
+) -> tuple[dict[str, Callable[[], object]], dict[str, str]]:
+    """Name -> entry of each installed kernel of others that can do it, and name -> why of those
+    that cannot: one may know no fp32, not this size, or not this torch. The contest goes on."""
+    entries: dict[str, Callable[[], object]] = {}
+    out: dict[str, str] = {}
+    for name, kernel in installed(kernels, device).items():
+        entry = functools.partial(run, kernel)
+        try:
+            entry()
+        except Exception as error:
+            out[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0][:120]}"
+        else:
+            entries[name] = entry
+    return entries, out
 
 
 # --------------------------------------------------------------------------------------------------
