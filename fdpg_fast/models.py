@@ -554,10 +554,11 @@ class LanguageModel:
 
     def _round_weights(self) -> None:
         """Has autocast keep what linear layers multiply by, so that a step does not round them, be
-        it the first: a CUDA graph would round them whenever it is replayed."""
+        it the first: a CUDA graph would round them whenever it is replayed, as it does those of
+        layers that are not called with rows alone."""
         head = None if self._fused is None else self.model.get_output_embeddings()
         for module in self.model.modules():
-            if isinstance(module, (nn.Linear, Conv1D)) and module is not head:
+            if type(module) in (nn.Linear, Conv1D) and module is not head:
                 size = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
                 module(module.weight.new_empty(0, size))
 

@@ -12,7 +12,7 @@ import pytest
 import scipy.stats
 import torch
 from families import batch, language_model, tiny
-from torch import Tensor
+from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -413,6 +413,21 @@ def test_a_stop_function_that_raises_is_named_with_its_text(model: LanguageModel
     message = r"stop: .*fragile raised KeyError: 'oops', on the sample so far, '\d+'\."
     with pytest.raises(SamplingError, match=message):
         Sampler(4, stop=fragile).draw(model, batch(*PROMPTS), 2, key=1)
+
+
+def test_layers_with_a_forward_of_their_own_are_not_rounded_ahead() -> None:
+    """As a GPU has it: a router, say, may take no rows without a batch."""
+
+    class Router(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            assert input.dim() == 3
+            return super().forward(input)
+
+    model = language_model("llama", compute="bf16")
+    layers = [module for module in model.model.modules() if isinstance(module, nn.Linear)]
+    layers[0].__class__ = Router
+    with torch.no_grad():
+        model._round_weights()
 
 
 def test_a_sample_ends_where_the_stop_function_says(model: LanguageModel) -> None:
