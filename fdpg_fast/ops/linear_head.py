@@ -28,6 +28,7 @@ from fdpg_fast.ops.matmul import (
     product,
     rounded_products,
 )
+from fdpg_fast.ops.memory import lasting_empty
 from fdpg_fast.ops.token_logprob import result_dtype
 
 __all__ = [
@@ -340,10 +341,9 @@ class LinearHead:
             (of_weight, self.weight.shape),
             (of_bias, self.weight.shape[:1]),
         )
-        empty = self.hidden.new_empty
         dtypes = (self.dtype, weight_dtype or self.dtype, self.dtype)
         found = [
-            empty(shape if want else (0,), dtype=dtype)
+            lasting_empty(self.hidden, tuple(shape) if want else (0,), dtype)
             for (want, shape), dtype in zip(wanted, dtypes, strict=True)
         ]
         for grad in found if len(self.hidden) == 0 else found[2:]:
@@ -387,7 +387,7 @@ def new_rows(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """``[rows, V]``; torch aligns storage to 64 bytes, with a padded stride so is every row."""
     vocab, step = len(weight), _ALIGNMENT // dtype.itemsize
     padded = -(-vocab // step) * step
-    return weight.new_empty((rows, padded), dtype=dtype)[:, :vocab]
+    return lasting_empty(weight, (rows, padded), dtype)[:, :vocab]
 
 
 def multiplies_as_they_are(hidden: Tensor, weight: Tensor) -> bool:

@@ -30,6 +30,7 @@ from fdpg_fast.ops.linear_head import (
     require_in_range,
     spread,
 )
+from fdpg_fast.ops.memory import lasting_empty
 from fdpg_fast.ops.token_logprob import result_dtype
 
 __all__ = ["PolicyGradient", "policy_gradient"]
@@ -115,8 +116,9 @@ def policy_gradient(
         ("add_to_bias", add_to_bias, bias if need_weight else None),
     ):
         if like is None or given is None:
-            new = weight.new_empty if name == "add_to_weight" else weight.new_zeros
-            grads.append(new((0,) if like is None else like.shape, dtype=dtype))
+            size = (0,) if like is None else tuple(like.shape)
+            new = lasting_empty(weight, size, dtype)
+            grads.append(new if name == "add_to_weight" else new.zero_())
             continue
         if given.shape != like.shape or given.dtype != dtype or given.device != like.device:
             raise ValueError(
