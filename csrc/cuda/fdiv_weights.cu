@@ -33,7 +33,7 @@ Status fdiv_weights(const FdivWeightsParams& p, void* workspace, Stream stream) 
   const FdivTiles tiles = lay_out(p, static_cast<unsigned char*>(workspace)).first;
   const cudaError_t status = launch(reward_samples, tiles.tiles, kTile, 0, stream, p, tiles);
   if (status != cudaSuccess) return status;
-  return launch(weigh_samples, tiles.tiles, kTile, 0, stream, p, tiles);
+  return launch<Begin::kEarly>(weigh_samples, tiles.tiles, kTile, 0, stream, p, tiles);
 }
 
 }  // namespace fdpg::cuda

@@ -13,6 +13,8 @@
 // subtracting a sample from the whole would cancel where one importance ratio outweighs the rest.
 // So a sample walks to both ends of its group, over tiles that lie within it by their sums.
 //
+// The second launch begins early: groups are found in prompts, which nobody writes.
+//
 // What a block waits for is its chains of steps and the fetching of its code, each of which runs
 // once: so statistics share code, and divisions are a warp's each.
 #pragma once
@@ -106,6 +108,7 @@ struct PartIsTile {
 
 // Block k, thread t: sample t of tile k.
 __global__ void __launch_bounds__(kTile) reward_samples(FdivWeightsParams p, FdivTiles tiles) {
+  let_next_begin();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x;
   SampleReward sample;
   bool bad = false;
@@ -204,20 +207,24 @@ __global__ void __launch_bounds__(kTile) weigh_samples(FdivWeightsParams p, Fdiv
   const int t = threadIdx.x;
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kTile + t;
   const bool exists = i < p.sequences;
-  bool bad = false;
-  for (int64_t k = t; k < tiles.tiles; k += kTile) bad |= tiles.bad[k] != 0;
-  const SampleReward sample = tiles.samples[i];
   auto prompt_of = [&](int64_t j) { return 0 <= j && j < p.sequences ? p.prompt[j] : -1; };
   prompts[t] = prompt_of(i);
   if (t == 0) prompts[-1] = prompt_of(i - 1);
   if (t == kTile - 1) prompts[kTile] = prompt_of(i + 1);
-  sums[t] = tiles.sums[i];
-  if (__syncthreads_or(bad)) return refuse(p, i);
+  __syncthreads();
 
   Scope scope = Scope::kNothing;
   visit_baseline(p.baseline, [&](auto baseline) { scope = baseline.kScope; });
   const bool learns = scope == Scope::kEarlierBatches;
   const Span group = group_in_tile(scope == Scope::kBatch, prompts, starts);
+
+  after_previous();
+  bool bad = false;
+  for (int64_t k = t; k < tiles.tiles; k += kTile) bad |= tiles.bad[k] != 0;
+  const SampleReward sample = tiles.samples[i];
+  sums[t] = tiles.sums[i];
+  if (__syncthreads_or(bad)) return refuse(p, i);
+
   Totals totals;
   SampleStatistics mine;
   if (exists) {
