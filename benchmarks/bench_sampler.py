@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
+import peers
 import pytest
 import torch
 from conftest import Contest
@@ -145,6 +147,38 @@ class Drawn:
         torch.testing.assert_close(rollout.token_logprob[:4], expected, rtol=0, atol=1e-3)
 
 
+class Vllm:
+    """A draw by vLLM, with the log-probs of what was drawn. Its engine starts with the first."""
+
+    def __init__(self, drawn: Drawn, folder: Path) -> None:
+        self.drawn, self.folder = drawn, folder
+
+    @functools.cached_property
+    def engine(self) -> Any:
+        from vllm import LLM
+
+        self.drawn.plain.save_pretrained(self.folder)
+        return LLM(
+            str(self.folder),
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            max_model_len=len(self.drawn.prompt) + self.drawn.tokens,
+            max_num_seqs=self.drawn.samples,
+            gpu_memory_utilization=0.4,  # the others are on the same GPU
+        )
+
+    def draw(self) -> object:
+        from vllm import SamplingParams
+
+        prompts = [{"prompt_token_ids": list(self.drawn.prompt)}] * self.drawn.samples
+        wanted = SamplingParams(
+            max_tokens=self.drawn.tokens, ignore_eos=True, logprobs=0, detokenize=False
+        )
+        drawn = self.engine.generate(prompts, wanted, use_tqdm=False)
+        assert all(len(text.outputs[0].token_ids) == self.drawn.tokens for text in drawn)
+        return drawn
+
+
 def _weights_of_layers(model: nn.Module) -> list[Tensor]:
     """``(in, out)`` of every linear layer."""
     weights = []
@@ -180,7 +214,6 @@ def test_stories(contest: Contest, name: str) -> None:
         dtype="fp32",
         least_rounds=3,
         tokens=drawn.samples * drawn.tokens,
-        took_no_part={"vLLM": "no contender is written"},
     )
 
 
@@ -233,7 +266,7 @@ GPU = {
 
 @NEEDS_CUDA
 @pytest.mark.parametrize("name", GPU)
-def test_gpu(contest: Contest, name: str) -> None:
+def test_gpu(contest: Contest, name: str, tmp_path: Path) -> None:
     """In bf16. Weights are random, which speed does not depend on."""
     config, samples, tokens, wanted = GPU[name]
     torch.manual_seed(0)
@@ -242,12 +275,15 @@ def test_gpu(contest: Contest, name: str) -> None:
     drawn = Drawn(plain, (464,), samples, tokens)
     ours = drawn.ours("bf16")
     assert (ours().lengths == tokens).all()
+    engines = {"vllm": Vllm(drawn, tmp_path)}
+    others, out = peers.taking_part(engines, "cuda", Vllm.draw)
     contest.run(
         ours,
         {
             "roofline": drawn.hardware(torch.bfloat16, reads=True),
             "generate": drawn.generate,
             "generate, static cache": lambda: drawn.generate(cache_implementation="static"),
+            **others,
         },
         bars={"generate": 10.0} if name == "gpt2" else {},
         shape=f"{samples} samples x {tokens} tokens",
@@ -256,4 +292,5 @@ def test_gpu(contest: Contest, name: str) -> None:
         least_rounds=2,
         tokens=samples * tokens,
         tokens_per_second_bar=wanted,
+        took_no_part=out,
     )

@@ -35,6 +35,7 @@ PEERS = {
     "quack-kernels": ("quack", "softmax cross entropy, CuTe DSL"),
     "flash-attn": ("flash_attn", "cross entropy, Triton"),
     "flashinfer-python": ("flashinfer", "sampling from logits, CUDA"),
+    "vllm": ("vllm", "an engine that draws, CUDA"),
 }
 
 
