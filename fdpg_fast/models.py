@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -866,11 +867,25 @@ class LanguageModel:
                 "stays, this family cannot be trained here."
             )
 
+    def _require_causal(
+        self, rows: list[list[int]], reference: list[Tensor], tolerance: float
+    ) -> None:
+        row, logits = max(zip(rows, reference, strict=True), key=lambda pair: len(pair[0]))
+        begun = row[: len(row) // 2 + 1]
+        error = difference(self._plain_logits(begun), logits[: len(begun)], None)
+        if tolerance < error < math.inf:
+            raise ModelError(
+                f"{self.name}: what it says of a token depends on what comes after it, by "
+                f"{error:.2g} nats here: such a model gives no log-prob of a text. Way out: a "
+                f"model that reads from left to right, as {self.auto_class} of transformers loads"
+            )
+
     def _settle(self, wanted: str) -> dict[str, float]:
         """Choose the head and the attention, each only if it agrees with the model itself."""
         with self._plain_compute():
             rows, reference = self._references()
             tolerance = _tolerance(reference)
+            self._require_causal(rows, reference, tolerance)
             self._fused = self._find_head(rows, reference, tolerance)
             if self._fused is None:
                 warnings.warn(

@@ -17,6 +17,9 @@ from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    BertLMHeadModel,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
 )
@@ -522,6 +525,18 @@ def test_what_has_no_log_probs_is_refused() -> None:
     for given, kind in [("gpt2", "str"), (torch.nn.Linear(2, 2), "Linear")]:
         with pytest.raises(ModelError, match=f"expected a model of transformers, got {kind}. Way"):
             LanguageModel.from_model(given)
+
+
+def test_what_reads_ahead_is_refused() -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes |= {"intermediate_size": 32, "initializer_range": 0.2, "vocab_size": 61}
+    with pytest.raises(ModelError, match=r"BertForMaskedLM: .* on what comes after it, .*CausalLM"):
+        LanguageModel.from_model(BertForMaskedLM(BertConfig(**sizes)))
+    # The same family, made to read from left to right.
+    decoder = BertLMHeadModel(BertConfig(**sizes, is_decoder=True))
+    with pytest.warns(RuntimeWarning, match="its output layer is not a known formula"):
+        LanguageModel.from_model(decoder, eos_ids=(1,))
 
 
 def test_code_of_a_checkpoint_is_not_run(tmp_path: Path) -> None:
