@@ -156,14 +156,23 @@ def as_setting(source: str | os.PathLike[str] | Sequence[str]) -> str | list[str
     """
     if isinstance(source, os.PathLike):
         return str(_known_kind(source))
-    return source if isinstance(source, str) else list(source)
+    return source if isinstance(source, str) else _listed(source)
+
+
+def _listed(source: Sequence[str]) -> list[str]:
+    try:
+        return list(source)
+    except TypeError as error:
+        raise PromptError(
+            f"prompts: expected a text, a path or a list of texts, got {source!r}"
+        ) from error
 
 
 def _read(source: str | os.PathLike[str] | Sequence[str] | None) -> list[str]:
     if source is None or source == "":
         return [""]
     if not isinstance(source, (str, os.PathLike)):
-        texts = list(source)
+        texts = _listed(source)
         for number, text in enumerate(texts):
             if not isinstance(text, str) or not text.strip():
                 raise PromptError(

@@ -765,10 +765,14 @@ def _load_classifier(
             "that save_pretrained wrote (model and tokenizer), or a Hugging Face name where there "
             "is a network"
         ) from error
-    place = torch.device(
-        ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    )
-    model = model.to(place).eval().requires_grad_(False)
+    place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        model = model.to(place).eval().requires_grad_(False)
+    except (RuntimeError, AssertionError) as error:  # not a device, not there, or full
+        first_line = (str(error).splitlines() or [""])[0]
+        raise ScorerError(
+            f"classifier: `device` must be auto, cpu, cuda or cuda:N, got {device!r}: {first_line}"
+        ) from error
     known = (
         model.config.pad_token_id,
         tokenizer.pad_token_id,

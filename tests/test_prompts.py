@@ -10,7 +10,7 @@ from families import language_model
 from tiny import write_tiny_model
 
 from fdpg_fast.models import LanguageModel, ModelError
-from fdpg_fast.prompts import PromptError, Prompts
+from fdpg_fast.prompts import PromptError, Prompts, as_setting
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -136,6 +136,9 @@ def test_bad_sources_are_named(model: LanguageModel, tmp_path: Path) -> None:
         Prompts.load(["a dog", ""], model)
     with pytest.raises(PromptError, match="expected at least one"):
         Prompts.load([], model)
+    for read in (lambda source: Prompts.load(source, model), as_setting):
+        with pytest.raises(PromptError, match="expected a text, a path or a list of texts, got 3"):
+            read(3)
 
 
 def test_prompts_must_fit_the_model(model: LanguageModel) -> None:

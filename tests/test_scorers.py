@@ -518,6 +518,9 @@ def test_classifier_errors(folder, tmp_path):
         classifier(str(folder))
     with pytest.raises(ScorerError, match=r"cannot load .*Way out: give a folder"):
         classifier(str(tmp_path / "nothing"), "x")
+    for device in ("gpu", "cuda:99"):
+        with pytest.raises(ScorerError, match=f"`device` must be auto, .*, got '{device}': "):
+            classifier(str(folder), "positive", device=device)
 
 
 def test_classifier_spec(folder):
