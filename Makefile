@@ -57,8 +57,9 @@ cuda-compile: venv ## nvcc compiles every CUDA file and its binding for sm_80 an
 	cmake --build build/cuda --target fdpg_cuda fdpg_cuda_binding gpu_tests
 
 BENCHMARKS ?= benchmarks
-bench: install ## every benchmark, or those that BENCHMARKS="FILE ..." names
+bench: install ## every benchmark, or those that BENCHMARKS="FILE ..." names; and the tables of benchmarks/README.md
 	$(BIN)/python -m pytest $(BENCHMARKS) -o python_files='bench_*.py' -o addopts=--strict-markers -W default -s
+	$(BIN)/python benchmarks/tables.py
 
 gpu: venv ## on a machine with a GPU: the CUDA extension, every test, compute-sanitizer, benchmarks
 	FDPG_CUDA=1 $(BIN)/python -m pip install -q --no-build-isolation -e ".[test,check]"

@@ -168,8 +168,9 @@ def device() -> str:
         return torch.cuda.get_device_name()
     import cpuinfo  # pytest-benchmark brings it
 
-    isa, threads = _build.load().cpu_isa(), torch.get_num_threads()
-    return f"{cpuinfo.get_cpu_info().get('brand_raw', 'cpu')} {isa} {threads} threads"
+    cpu = cpuinfo.get_cpu_info()  # a virtual machine may call different ones alike
+    name = " ".join(str(cpu.get(key, key)) for key in ("brand_raw", "family", "model"))
+    return f"{name} {_build.load().cpu_isa()} {torch.get_num_threads()} threads"
 
 
 def slug(text: str) -> str:
