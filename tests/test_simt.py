@@ -37,6 +37,7 @@ PLANTED = {
     "shuffle_from_returned_lane": (BUILDS, "does not take part"),
     "write_before_previous_has_ended": (("race",), "race on global memory"),
     "missing_after_previous": (("plain", "asan"), "returned without after_previous"),
+    "next_begins_too_soon": (BUILDS, "let_next_begin() before after_previous"),
 }
 
 

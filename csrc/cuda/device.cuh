@@ -38,11 +38,14 @@ __host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return di
 
 // When a kernel begins: when the one before it in the stream has ended; or, on GPUs that can (9.0),
 // when all blocks of that one have said let_next_begin() or ended, so that getting there costs no
-// time. It then calls after_previous() before it reads what that one wrote.
+// time. It then calls after_previous() before it reads what that one wrote, or writes at all; and
+// let_next_begin() only after that, for the next to know that all before this one has ended.
 enum class Begin { kAfterPrevious, kEarly };
 
 __device__ __forceinline__ void let_next_begin() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#ifndef __CUDACC__
+  simt::let_next_begin();
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
 #endif
 }

@@ -31,7 +31,8 @@ std::size_t fdiv_weights_workspace(const FdivWeightsParams& p) {
 
 Status fdiv_weights(const FdivWeightsParams& p, void* workspace, Stream stream) {
   const FdivTiles tiles = lay_out(p, static_cast<unsigned char*>(workspace)).first;
-  const cudaError_t status = launch(reward_samples, tiles.tiles, kTile, 0, stream, p, tiles);
+  const cudaError_t status =
+      launch<Begin::kEarly>(reward_samples, tiles.tiles, kTile, 0, stream, p, tiles);
   if (status != cudaSuccess) return status;
   return launch<Begin::kEarly>(weigh_samples, tiles.tiles, kTile, 0, stream, p, tiles);
 }

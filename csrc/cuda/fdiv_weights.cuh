@@ -108,6 +108,7 @@ struct PartIsTile {
 
 // Block k, thread t: sample t of tile k.
 __global__ void __launch_bounds__(kTile) reward_samples(FdivWeightsParams p, FdivTiles tiles) {
+  after_previous();
   let_next_begin();
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kTile + threadIdx.x;
   SampleReward sample;

@@ -36,6 +36,7 @@ __global__ void __launch_bounds__(kPartitionThreads) add_weights(LogPartitionPar
   alignas(16) __shared__ unsigned char storage[kPartitionThreads * sizeof(PromptWeights)];
   PromptWeights* threads = reinterpret_cast<PromptWeights*>(storage);
   const int t = threadIdx.x;
+  after_previous();
   double* state = p.state + 3 * static_cast<int64_t>(blockIdx.x);
   const double before = t < 3 ? state[t] : 0;  // asked for here, that nobody waits for it below
   PromptWeights mine;

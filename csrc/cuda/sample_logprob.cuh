@@ -3,7 +3,7 @@
 //
 // Fused: softmax, cumulative sum, search, gather and log. The first kernel folds each row span by
 // span; the second, a warp per row, chooses a span, reads it again and descends to a token of it.
-// It is there before the first has ended.
+// It is there before the first has ended, and the first before what makes the logits has.
 //   bytes per row:  V * sizeof(T) read, and a span of 512 again; 3 * 8 read for the key,
 //                   8 + 4 + 4 written; per span 8 written and read again
 //   floor:          1.016 V sizeof(T) / bandwidth in bf16, [256, 50257] is 26 MB, 9 us at 3 TB/s,
@@ -115,6 +115,7 @@ __global__ void __launch_bounds__(kFoldThreads)
   using A = accumulate_t<T>;
   constexpr int kSpans = kRunSpans<T>;
   FDPG_DYNAMIC_SHARED(T, stage);
+  after_previous();
   let_next_begin();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int64_t job = blockIdx.x * int64_t{kFoldThreads / kWarp} + warp, row = job / runs;

@@ -411,6 +411,9 @@ void static_shared_range(char*& begin, char*& end) {
 }
 
 void after_previous() { r.threads[r.current].waited = true; }
+void let_next_begin() {
+  if (!r.threads[r.current].waited) fail("let_next_begin() before after_previous()");
+}
 
 cudaError_t run(dim3 grid, dim3 block, std::size_t shared_bytes, bool early, void (*entry)(void*),
                 void* arg) {

@@ -82,10 +82,11 @@ struct Error : std::runtime_error {
 void set_schedule(unsigned seed);
 
 // `early`: before the launch before it has ended, as far as the race detector is concerned, until a
-// thread calls after_previous(), which all must.
+// thread calls after_previous(), which all must, and before let_next_begin() if they call that.
 cudaError_t run(dim3 grid, dim3 block, std::size_t shared_bytes, bool early, void (*entry)(void*),
                 void* arg);
 void after_previous();
+void let_next_begin();
 
 template <class... P>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, std::size_t shared_bytes,

@@ -195,21 +195,29 @@ void shuffle_from_returned_lane(bool bug) {
 }
 
 // The second of two launches, begun early: it writes what the first has written.
-__global__ void write_early(int* out, int value, bool wait_first, bool wait) {
-  if (wait_first) fdpg::cuda::after_previous();
+enum class Early { kRight, kWriteFirst, kNeverWait, kLetNextBeginFirst };
+__global__ void write_early(int* out, int value, Early how) {
+  if (how == Early::kLetNextBeginFirst) fdpg::cuda::let_next_begin();
+  if (how != Early::kWriteFirst && how != Early::kNeverWait) fdpg::cuda::after_previous();
+  if (how == Early::kRight) fdpg::cuda::let_next_begin();
   out[threadIdx.x] = value;
-  if (wait) fdpg::cuda::after_previous();
+  if (how == Early::kWriteFirst) fdpg::cuda::after_previous();
 }
-void two_launches(bool wait_first, bool wait) {
+void two_launches(Early how) {
   Buffer<int> out(kThreads);
-  launch(write_early, 1, kThreads, 0, out.data(), 1, false, true);
+  launch(write_early, 1, kThreads, 0, out.data(), 1, Early::kRight);
   run_on_device([&] {
     return fdpg::cuda::launch<fdpg::cuda::Begin::kEarly>(write_early, 1, kThreads, 0, nullptr,
-                                                         out.data(), 2, wait_first, wait);
+                                                         out.data(), 2, how);
   });
 }
-void write_before_previous_has_ended(bool bug) { two_launches(!bug, true); }
-void missing_after_previous(bool bug) { two_launches(!bug, !bug); }
+void write_before_previous_has_ended(bool bug) {
+  two_launches(bug ? Early::kWriteFirst : Early::kRight);
+}
+void missing_after_previous(bool bug) { two_launches(bug ? Early::kNeverWait : Early::kRight); }
+void next_begins_too_soon(bool bug) {
+  two_launches(bug ? Early::kLetNextBeginFirst : Early::kRight);
+}
 
 struct Planted {
   const char* name;
@@ -233,6 +241,7 @@ constexpr Planted kPlanted[] = {
     PLANTED(shuffle_from_returned_lane),
     PLANTED(write_before_previous_has_ended),
     PLANTED(missing_after_previous),
+    PLANTED(next_begins_too_soon),
 };
 
 }  // namespace
