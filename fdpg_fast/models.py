@@ -31,7 +31,6 @@ from typing import Any, ClassVar, Literal, get_args, overload
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from fdpg_fast import adapters, ops
@@ -44,7 +43,7 @@ from fdpg_fast.attention import (
     packed_kernel,
     rounded_reach,
 )
-from fdpg_fast.linear_layers import choose_linear_layers
+from fdpg_fast.layers import choose_layers
 from fdpg_fast.ops.linear_head import project
 from fdpg_fast.ops.matmul import rounded_products, rounding_once
 from fdpg_fast.packing import Packing, announced
@@ -156,10 +155,8 @@ class LanguageModel:
         self.compute = _compute(compute, self.device)
         self.model: Any = model.to(device=self.device, dtype=torch.float32).eval()
         _remove_dropout(self.model)
-        _fuse_activations(self.model)
         _expect_no_mask(self.model)
-        if self.device.type == "cpu":
-            choose_linear_layers(self.model)
+        choose_layers(self.model, self.device)
 
         config = self.model.config.get_text_config(decoder=True)
         self.layers: int = config.num_hidden_layers
@@ -267,8 +264,8 @@ class LanguageModel:
         """Wrap a transformers model made elsewhere, with the options of :meth:`load` and ``name``.
 
         The model is changed in place: moved, cast to fp32, its dropout set to zero; it does not
-        warn of texts without a mask; on a CPU that gains by it, its linear layers multiply by our
-        own kernel.
+        warn of texts without a mask; layers for which there are faster kernels, on a CPU our own,
+        compute by them.
         """
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise ModelError(
@@ -1180,17 +1177,6 @@ def _remove_dropout(model: nn.Module) -> None:
                 setattr(part, name, 0.0)
         if isinstance(part, nn.modules.dropout._DropoutNd):
             part.p = 0.0
-
-
-def _fuse_activations(model: nn.Module) -> None:
-    """Put torch's tanh GELU, one kernel, where transformers spells the same formula in eight.
-
-    Forward 9.7 -> 4.6 ms and backward 16.5 -> 6.3 ms on [11264, 512] fp32, 2 cores.
-    """
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
 
 
 def _expect_no_mask(model: nn.Module) -> None:

@@ -27,6 +27,7 @@ __all__ = [
     "f_prime",
     "fdiv_terms",
     "fdiv_weights",
+    "gelu_tanh",
     "linear_logprob",
     "log_partition_",
     "new_log_partition",
@@ -487,6 +488,12 @@ def decode_attention(
         scores = torch.cat((scores, column), dim=2)
     weights = torch.softmax(scores, dim=2)[:, :, : keys.shape[2]].nan_to_num(0.0)
     return torch.einsum("bht,bhte->bhe", weights, values)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))) / 2; where tanh is -1 in all digits, by the
+    sigmoid of twice its argument."""
+    return x * torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
 
 
 class Sampled(NamedTuple):

@@ -174,7 +174,7 @@ MAY_IMPORT_TRANSFORMERS = {
     "models",
     "encoder_decoder",
     "attention",
-    "linear_layers",
+    "layers",
     "scorers",
 }
 

@@ -116,6 +116,10 @@ int64_t decode_attention(const DecodeAttentionParams& p, int64_t begin, int64_t 
   return kernels(p.dtype).decode_attention(p, begin, end);
 }
 
+int64_t gelu_tanh(const GeluTanhParams& p, int64_t begin, int64_t end) {
+  return kernels(p.dtype).gelu_tanh(p, begin, end);
+}
+
 int64_t matmul(const MatmulParams& p, int64_t begin, int64_t end) {
   Workspace workspace;
   return kernels(p.dtype).matmul(p, begin, end, workspace);

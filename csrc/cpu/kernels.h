@@ -33,6 +33,7 @@ struct VocabularyKernels {
                                       int64_t end);
   int64_t (*sample_logprob)(const SampleLogprobParams& p, int64_t begin, int64_t end);
   int64_t (*decode_attention)(const DecodeAttentionParams& p, int64_t begin, int64_t end);
+  int64_t (*gelu_tanh)(const GeluTanhParams& p, int64_t begin, int64_t end);
   int64_t (*matmul)(const MatmulParams& p, int64_t begin, int64_t end, Workspace& workspace);
   int64_t (*linear_numerators)(const LinearNumeratorsParams& p, LinearWalk walk, int64_t begin,
                                int64_t end, Workspace& workspace);

@@ -5,6 +5,7 @@
 #include "simd_avx2-inl.h"
 //
 #include "decode_attention-inl.h"
+#include "gelu_tanh-inl.h"
 #include "linear_numerators-inl.h"
 #include "matmul-inl.h"
 #include "sample_logprob-inl.h"
@@ -22,6 +23,7 @@ VocabularyKernels avx2_kernels(Dtype dtype) {
                  token_logprob_numerators<Avx2, T>,
                  sample_logprob<Avx2, T>,
                  decode_attention<Avx2, T>,
+                 gelu_tanh<Avx2, T>,
                  matmul<Singly<Avx2, T>>,
                  linear_numerators<Singly<Avx2, T>>};
     }

@@ -5,6 +5,7 @@
 #include "simd_avx512-inl.h"
 //
 #include "decode_attention-inl.h"
+#include "gelu_tanh-inl.h"
 #include "linear_numerators-inl.h"
 #include "matmul-inl.h"
 #include "sample_logprob-inl.h"
@@ -22,6 +23,7 @@ VocabularyKernels avx512_kernels(Dtype dtype) {
                  token_logprob_numerators<Avx512, T>,
                  sample_logprob<Avx512, T>,
                  decode_attention<Avx512, T>,
+                 gelu_tanh<Avx512, T>,
                  matmul<Singly<Avx512, T>>,
                  linear_numerators<Singly<Avx512, T>>};
     }

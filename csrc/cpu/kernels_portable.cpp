@@ -3,6 +3,7 @@
 #include "simd_portable-inl.h"
 //
 #include "decode_attention-inl.h"
+#include "gelu_tanh-inl.h"
 #include "linear_numerators-inl.h"
 #include "matmul-inl.h"
 #include "sample_logprob-inl.h"
@@ -15,13 +16,9 @@ VocabularyKernels portable_kernels(Dtype dtype) {
   visit_dtype(dtype, [&](auto storage) {
     using T = decltype(storage);
     using S = Portable<accumulate_t<T>>;
-    kernels = {token_logprob<S, T>,
-               token_logprob_backward<S, T>,
-               token_logprob_numerators<S, T>,
-               sample_logprob<S, T>,
-               decode_attention<S, T>,
-               matmul<Singly<S, T>>,
-               linear_numerators<Singly<S, T>>};
+    kernels = {token_logprob<S, T>,  token_logprob_backward<S, T>,   token_logprob_numerators<S, T>,
+               sample_logprob<S, T>, decode_attention<S, T>,         gelu_tanh<S, T>,
+               matmul<Singly<S, T>>, linear_numerators<Singly<S, T>>};
   });
   return kernels;
 }

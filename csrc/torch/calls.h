@@ -260,6 +260,27 @@ struct DecodeAttention {
   }
 };
 
+struct GeluTanh {
+  Arguments args;
+  GeluTanhParams params{};
+  Tensor out;
+
+  explicit GeluTanh(const Tensor& x) : args("gelu_tanh", "x", x) {
+    args.one_of("x", x.scalar_type(),
+                {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
+    out = torch::stable::new_empty(x, x.sizes());
+    x_ = torch::stable::contiguous(x);
+
+    params.x = x_.data_ptr();
+    params.out = out.data_ptr();
+    params.dtype = dtype_of(x.scalar_type());
+    params.count = x.numel();
+  }
+
+ private:
+  Tensor x_;
+};
+
 struct MatmulPack {
   Arguments args;
   MatmulPackParams params{};

@@ -147,6 +147,13 @@ Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& v
   return call.out;
 }
 
+Tensor gelu_tanh(const Tensor& x) {
+  const GeluTanh call(x);
+  const GeluTanhParams& p = call.params;
+  over_rows(p.count, 1, [&](int64_t begin, int64_t end) { return cpu::gelu_tanh(p, begin, end); });
+  return call.out;
+}
+
 // Shares out the tiles of a product among threads.
 template <class Kernel>
 void over_tiles(const MatmulParams& p, const Kernel& kernel) {
@@ -256,6 +263,7 @@ STABLE_TORCH_LIBRARY_IMPL(fdpg, CPU, m) {
   m.impl("sample_logprob", TORCH_BOX(&sample_logprob));
   m.impl("cache_append_", TORCH_BOX(&cache_append_));
   m.impl("decode_attention", TORCH_BOX(&decode_attention));
+  m.impl("gelu_tanh", TORCH_BOX(&gelu_tanh));
   m.impl("matmul_", TORCH_BOX(&matmul_));
   m.impl("matmul_pack_", TORCH_BOX(&matmul_pack_));
   m.impl("linear_numerators_", TORCH_BOX(&linear_numerators_));

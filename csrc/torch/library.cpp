@@ -29,6 +29,7 @@ STABLE_TORCH_LIBRARY(fdpg, m) {
   m.def(
       "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor end, Tensor? begin=None, "
       "Tensor? sinks=None, float scale=1., float softcap=0.) -> Tensor");
+  m.def("gelu_tanh(Tensor x) -> Tensor");
   m.def(
       "matmul_(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias=None, float alpha=1., "
       "bool accumulate=False, bool may_round=False) -> ()");

@@ -12,6 +12,7 @@ per-sequence quantities fp64, everything logarithmic in nats.
 from fdpg_fast.ops.decode_attention import cache_append_, decode_attention
 from fdpg_fast.ops.fdiv_terms import fdiv_terms
 from fdpg_fast.ops.fdiv_weights import STATISTICS, Weights, fdiv_weights
+from fdpg_fast.ops.gelu_tanh import gelu_tanh
 from fdpg_fast.ops.linear_logprob import linear_logprob
 from fdpg_fast.ops.log_partition import log_partition_, new_log_partition
 from fdpg_fast.ops.policy_gradient import PolicyGradient, policy_gradient
@@ -29,6 +30,7 @@ __all__ = [
     "decode_attention",
     "fdiv_terms",
     "fdiv_weights",
+    "gelu_tanh",
     "linear_logprob",
     "log_partition_",
     "new_log_partition",

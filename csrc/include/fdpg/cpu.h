@@ -37,6 +37,7 @@ int64_t matmul_pack(const MatmulPackParams& p, int64_t begin, int64_t end);
 // Its walks one after the other: of rows, of the tiles of out, of rows.
 int64_t linear_numerators(const LinearNumeratorsParams& p, LinearWalk walk, int64_t begin,
                           int64_t end);
+int64_t gelu_tanh(const GeluTanhParams& p, int64_t begin, int64_t end);        // of its elements
 int64_t cache_append(const CacheAppendParams& p, int64_t begin, int64_t end);  // of B
 int64_t sequence_logprob(const SequenceLogprobParams& p, int64_t begin, int64_t end);
 int64_t fdiv_terms(const FdivTermsParams& p, int64_t begin, int64_t end);

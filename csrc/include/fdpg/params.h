@@ -265,6 +265,15 @@ inline constexpr int64_t kVocabularyTile = 64;
 // Which of them.
 enum class LinearWalk { kOffsets, kTiles, kRows };
 
+// gelu(x) = x (1 + tanh u) / 2,  u = sqrt(2 / pi) (x + 0.044715 x^3): its limits at both ends, NaN
+// for NaN. `out` may be `x`.
+struct GeluTanhParams {
+  const void* x;  // (count,)
+  void* out;      // (count,)
+  Dtype dtype;    // of both
+  int64_t count;
+};
+
 // New keys and values to their places in a cache whose sequences are at positions of their own:
 //   cache[b, h, position[b] + q, :] = states[b, h, q, :]
 // once for keys and once for values. Bytes are copied, whatever they mean.

@@ -1,4 +1,4 @@
-"""Layers that multiply by our own kernel are the layers that they were."""
+"""Layers that compute by our own kernels are the layers that they were."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ import torch
 from head_cases import calls_of_ours, multiply_by
 from torch import Tensor, nn
 from torch.fx import GraphModule
+from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 
-from fdpg_fast import linear_layers
-from fdpg_fast.linear_layers import choose_linear_layers
+from fdpg_fast import layers
+from fdpg_fast.layers import choose_layers
 from fdpg_fast.ops import matmul
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
 def _ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linear_layers, "library", lambda: (True, "the test says so"))
+    monkeypatch.setattr(layers, "library", lambda: (True, "the test says so"))
     multiply_by(monkeypatch, "ours")
 
 
@@ -30,7 +33,7 @@ def calls(_ours: None) -> Iterator[list[tuple[int, ...]]]:
 
 
 class Two(nn.Module):
-    """One layer of each kind, and one that is neither."""
+    """One layer of each kind, and one that is of none."""
 
     class Own(nn.Linear):
         pass
@@ -38,16 +41,17 @@ class Two(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.up, self.down, self.own = nn.Linear(8, 16), Conv1D(6, 16), self.Own(6, 6)
+        self.act = nn.GELU(approximate="tanh")
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.own(self.down(self.up(x).tanh()))
+        return self.own(self.down(self.act(self.up(x))))
 
 
 def test_layers_stay_what_they_are(calls: list[tuple[int, ...]]) -> None:
     torch.manual_seed(0)
     plain = Two()
     chosen = copy.deepcopy(plain)
-    choose_linear_layers(chosen)
+    choose_layers(chosen, CPU)
     assert isinstance(chosen.up, nn.Linear)
     assert isinstance(chosen.down, Conv1D)
     assert type(chosen.own) is Two.Own  # it may do anything
@@ -64,7 +68,7 @@ def test_layers_stay_what_they_are(calls: list[tuple[int, ...]]) -> None:
 def test_other_numbers_than_fp32_are_torchs(calls: list[tuple[int, ...]]) -> None:
     plain = Two()
     chosen = copy.deepcopy(plain)
-    choose_linear_layers(chosen)
+    choose_layers(chosen, CPU)
     x = torch.randn(3, 8)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(chosen(x), plain(x))
@@ -81,7 +85,7 @@ def test_weights_are_rounded_once(
     torch.manual_seed(0)
     plain = Two()
     chosen = copy.deepcopy(plain)
-    choose_linear_layers(chosen)
+    choose_layers(chosen, CPU)
     x = torch.randn(3, 4, 8)
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         expected = plain(x)
@@ -103,7 +107,7 @@ def test_weights_are_rounded_once(
 def test_a_compiler_sees_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, ops = Two(), []
     chosen = copy.deepcopy(plain)
-    choose_linear_layers(chosen)
+    choose_layers(chosen, CPU)
     x = torch.randn(3, 8)
 
     def backend(graph: GraphModule, _: object) -> object:
@@ -121,15 +125,51 @@ def test_small_products_go_the_short_way(
 ) -> None:
     monkeypatch.setattr(matmul, "_LEAST", 1000)
     layer = nn.Sequential(nn.Linear(10, 10))
-    choose_linear_layers(layer)
+    choose_layers(layer, CPU)
     layer(torch.ones(9, 10)), layer(torch.ones(10, 10))
     assert calls == [(10, 10, 10)]
 
 
 def test_nothing_happens_where_torch_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(matmul, "_OURS_ROUNDS", False)
-    monkeypatch.setattr(linear_layers, "library", lambda: (False, "the test says so"))
+    monkeypatch.setattr(layers, "library", lambda: (False, "the test says so"))
     model = Two()
-    choose_linear_layers(model)
+    choose_layers(model, CPU)
     assert type(model.up) is nn.Linear
     assert type(model.down) is Conv1D
+
+
+@pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_activations(dtype: torch.dtype, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are ours where nothing is learnt, and are what they were."""
+    plain = nn.GELU(approximate="tanh") if name == "tanh" else ACT2FN[name]
+    chosen = nn.Sequential(copy.deepcopy(plain))
+    choose_layers(chosen, CPU)
+    assert isinstance(chosen[0], type(plain))
+    calls = []
+    kernel = layers.ops.gelu_tanh
+    monkeypatch.setattr(layers.ops, "gelu_tanh", lambda x: calls.append(x.dtype) or kernel(x))
+    x = torch.linspace(-9, 9, 1001).to(dtype).view(7, 11, 13)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        result, expected = chosen(x), plain(x)
+    assert result.dtype == expected.dtype == dtype
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 2e-2, torch.float64: 1e-14}[dtype]
+    torch.testing.assert_close(result, plain(x), rtol=tolerance, atol=tolerance)
+    ours = [] if dtype == torch.float64 else [dtype]
+    assert calls == ours
+    x.requires_grad_()
+    with torch.no_grad():
+        chosen(x)
+    assert calls == 2 * ours
+    (grad,) = torch.autograd.grad(chosen(x).sum(), x)
+    torch.testing.assert_close(grad, torch.autograd.grad(plain(x).sum(), x)[0], rtol=0, atol=3e-2)
+    assert calls == 2 * ours
+
+
+def test_other_activations_are_torchs() -> None:
+    chosen = nn.Sequential(nn.GELU(), ACT2FN["gelu"], ACT2FN["silu"])
+    plain = copy.deepcopy(chosen)
+    choose_layers(chosen, CPU)
+    x = torch.randn(99)
+    assert torch.equal(chosen(x), plain(x))

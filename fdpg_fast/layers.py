@@ -1,27 +1,30 @@
-"""Linear layers of a model on a CPU, by our own product where torch's is slow: see
-``ops/matmul.py``."""
+"""Layers of a model by faster kernels: torch's for what transformers spells out, and on a CPU our
+own, see ``ops/matmul.py`` and ``ops/gelu_tanh.py``."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
+from fdpg_fast import ops
 from fdpg_fast.ops.matmul import has_rounded_products, library, linear, packed_once
 
-__all__ = ["choose_linear_layers"]
+__all__ = ["choose_layers"]
 
 
-def choose_linear_layers(model: nn.Module) -> None:
-    """Let the linear layers of a model be products of ours, if torch's own are slower.
+def choose_layers(model: nn.Module, device: torch.device) -> None:
+    """Let the layers of a model on ``device`` compute by kernels that are faster than their own.
 
     They stay what they are to whoever looks for them: the class of each becomes one derived from
     its own.
     """
-    if not (library()[0] or has_rounded_products()):
-        return
+    layers = dict(_ACTIVATIONS)
+    if device.type == "cpu" and (library()[0] or has_rounded_products()):
+        layers |= _PRODUCTS
     for module in model.modules():
-        if (chosen := _LAYERS.get(type(module))) is not None:
+        if (chosen := layers.get(type(module))) is not None:
             module.__class__ = chosen
 
 
@@ -63,4 +66,38 @@ class _Conv1D(Conv1D):
         return result
 
 
-_LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear, Conv1D: _Conv1D}
+def _gelu_tanh(x: Tensor) -> Tensor:
+    """By ours on a CPU where nothing is learnt; in fp64, which is for truth, torch's."""
+    if (
+        x.device.type != "cpu"
+        or x.dtype == torch.float64
+        or (x.requires_grad and torch.is_grad_enabled())
+        or torch.compiler.is_compiling()
+    ):
+        return nn.functional.gelu(x, approximate="tanh")
+    return ops.gelu_tanh(x)
+
+
+class _GELU(nn.GELU):
+    def forward(self, input: Tensor) -> Tensor:
+        return _gelu_tanh(input) if self.approximate == "tanh" else super().forward(input)
+
+
+class _GELUTanh(GELUTanh):
+    def forward(self, input: Tensor) -> Tensor:
+        return _gelu_tanh(input)
+
+
+class _NewGELU(NewGELUActivation):
+    # transformers spells the formula in eight kernels: forward 9.7 -> 4.6 ms and backward
+    # 16.5 -> 6.3 ms on [11264, 512] fp32, 2 cores, by torch's one.
+    def forward(self, input: Tensor) -> Tensor:
+        return _gelu_tanh(input)
+
+
+_ACTIVATIONS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.GELU: _GELU,
+    GELUTanh: _GELUTanh,
+    NewGELUActivation: _NewGELU,
+}
+_PRODUCTS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: _Linear, Conv1D: _Conv1D}
