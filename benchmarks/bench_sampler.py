@@ -36,7 +36,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from fdpg_fast.models import LanguageModel
-from fdpg_fast.ops.matmul import product, rounded_products
+from fdpg_fast.ops.matmul import has_rounded_products, packed_like, product, rounded_products
 from fdpg_fast.rollout import PromptBatch, Rollout
 from fdpg_fast.sampler import Sampler
 
@@ -102,38 +102,48 @@ class Drawn:
 
     def hardware(self, dtype: torch.dtype, *, reads: bool) -> Callable[[], None]:
         """The products of every step, layers in `dtype` and the head with fp32 logits; with
-        ``reads``, the live cache and the logits are read too."""
-        layers = [weight.to(dtype) for weight in _weights_of_layers(self.plain.base_model)]
+        ``reads``, the live cache and the logits are read too.
+
+        Where the sampler packs weights in bf16, which are fp32 between draws, so does this: once.
+        """
+        weights = _weights_of_layers(self.plain.base_model)
         head = self.plain.get_output_embeddings().weight.detach().t()
-        rows = self.samples
-        inputs = {
-            w.shape[0]: torch.ones(rows, w.shape[0], dtype=dtype, device=self.device)
-            for w in layers
-        }
-        outputs = {
-            w.shape[1]: torch.empty(rows, w.shape[1], dtype=dtype, device=self.device)
-            for w in layers
-        }
-        states = torch.ones(rows, head.shape[0], dtype=head.dtype, device=self.device)
-        logits = torch.empty(rows, head.shape[1], dtype=head.dtype, device=self.device)
+        rows, rounded = self.samples, dtype == torch.bfloat16
+        packs = rounded and head.is_cpu and has_rounded_products()
+        if not packs:
+            weights = [weight.to(dtype) for weight in weights]
+        packed = [packed_like(weight) for weight in (*weights, head)] if packs else []
+
+        def new(width: int, dtype: torch.dtype) -> Tensor:
+            return torch.ones(rows, width, dtype=dtype, device=self.device)
+
+        inputs = {k: new(k, dtype) for k in {len(w) for w in weights}}
+        outputs = {m: new(m, dtype) for m in {w.shape[1] for w in weights}}
+        ends = [(inputs[len(w)], outputs[w.shape[1]]) for w in weights]
+        logits = new(head.shape[1], head.dtype)
+        ends.append((new(len(head), dtype if packs else head.dtype), logits))
         config = self.plain.config
         heads = config.num_attention_heads
         key_heads = getattr(config, "num_key_value_heads", heads)
         per_token = 2 * config.num_hidden_layers * rows * key_heads * config.hidden_size // heads
         tokens = len(self.prompt) + self.tokens
         cache = torch.zeros(tokens * per_token, dtype=dtype, device=self.device)
-        rounded = dtype == torch.bfloat16
 
         def run() -> None:
-            for step in range(self.tokens):
-                for weight in layers:
-                    product(inputs[weight.shape[0]], weight, out=outputs[weight.shape[1]])
-                with rounded_products(head.device) if rounded else contextlib.nullcontext():
-                    product(states, head, out=logits)
-                if reads:
-                    live = (len(self.prompt) + step) * per_token
-                    cache[:live].view(torch.int32).sum(dtype=torch.int32)
-                    logits.view(-1).view(torch.int32).sum(dtype=torch.int32)
+            factors = [*weights, head]
+            for to, factor in zip(packed, factors, strict=False):
+                torch.ops.fdpg.matmul_pack_(to, factor)
+            with rounded_products(head.device) if rounded else contextlib.nullcontext():
+                for step in range(self.tokens):
+                    for factor, (states, out) in zip(packed or factors, ends, strict=True):
+                        if packs:
+                            torch.ops.fdpg.matmul_(out, states, factor)
+                        else:
+                            product(states, factor, out=out)
+                    if reads:
+                        live = (len(self.prompt) + step) * per_token
+                        cache[:live].view(torch.int32).sum(dtype=torch.int32)
+                        logits.view(-1).view(torch.int32).sum(dtype=torch.int32)
 
         return run
 
