@@ -21,10 +21,11 @@ FDPG_BEGIN_SIMD
 namespace fdpg::cpu {
 namespace {
 
-constexpr int64_t kGroup = 8;   // query heads at a time
-constexpr int64_t kKeys = 128;  // of a block
-constexpr int64_t kPrefetchBytes = 2048;
-constexpr int64_t kChains = 4;  // sums side by side, to hide the latency of fma
+constexpr int64_t kGroup = 8;             // query heads at a time
+constexpr int64_t kKeys = 128;            // of a block
+constexpr int64_t kPrefetchBytes = 8192;  // of the keys, and of the values, of an item
+constexpr int64_t kPrefetchAhead = 4;     // items
+constexpr int64_t kChains = 4;            // sums side by side, to hide the latency of fma
 
 // Up to kGroup query heads over the keys of one (sequence, key head).
 template <class S, class T>
@@ -216,13 +217,38 @@ class DecodeAttention {
   double sum_[kGroup];
 };
 
-// Asks for the beginning of a row that will be read next: the rows of short caches lie too far
-// apart for the hardware to see them coming.
+// What is attended to at once: the keys and values of one (sequence, key head).
 template <class T>
-FDPG_ALWAYS_INLINE void prefetch_rows(const T* first, int64_t rows, int64_t stride) {
-  const int64_t bytes = rows * stride * static_cast<int64_t>(sizeof(T));
-  const char* const from = reinterpret_cast<const char*>(first);
-  for (int64_t at = 0; at < bytes && at < kPrefetchBytes; at += 64) __builtin_prefetch(from + at);
+struct Item {
+  int64_t sequence, head, first, last;
+  const T* keys;
+  const T* values;
+
+  FDPG_ALWAYS_INLINE Item(const DecodeAttentionParams& p, int64_t i)
+      : sequence(i / p.key_heads),
+        head(i % p.key_heads),
+        first(p.begin ? p.begin[sequence] : 0),
+        last(p.end[sequence]),
+        keys(static_cast<const T*>(p.keys) + sequence * p.key_stride[0] + head * p.key_stride[1]),
+        values(static_cast<const T*>(p.values) + sequence * p.value_stride[0] +
+               head * p.value_stride[1]) {}
+};
+
+template <int kLocality, class T>
+FDPG_ALWAYS_INLINE void prefetch_rows(const T* rows, int64_t first, int64_t last, int64_t stride) {
+  const char* const from = reinterpret_cast<const char*>(rows + first * stride);
+  const int64_t bytes = (last - first) * stride * static_cast<int64_t>(sizeof(T));
+  for (int64_t at = 0; at < bytes && at < kPrefetchBytes; at += 64) {
+    __builtin_prefetch(from + at, 0, kLocality);
+  }
+}
+
+// Asks for what a later item will read: the rows of short caches lie too far apart for the hardware
+// to see them coming.
+template <int kLocality, class T>
+FDPG_ALWAYS_INLINE void prefetch(const DecodeAttentionParams& p, const Item<T>& item) {
+  prefetch_rows<kLocality>(item.keys, item.first, item.last, p.key_stride[2]);
+  prefetch_rows<kLocality>(item.values, item.first, item.last, p.value_stride[2]);
 }
 
 template <class S, class T>
@@ -231,33 +257,28 @@ int64_t decode_attention(const DecodeAttentionParams& p, int64_t begin, int64_t 
   const int64_t groups = p.heads / p.key_heads;
   int64_t bad_row = kOk;
   for (int64_t i = begin; i < end; ++i) {
-    const int64_t b = i / p.key_heads, h = i % p.key_heads;
-    const int64_t first = p.begin ? p.begin[b] : 0, last = p.end[b];
+    // From memory to the second level some items ahead, as more is on its way there at a time than
+    // the first has room to wait for, and from there one ahead.
+    if (i + kPrefetchAhead < end) prefetch<2>(p, Item<T>(p, i + kPrefetchAhead));
+    if (i + 1 < end) prefetch<3>(p, Item<T>(p, i + 1));
+    const Item<T> item(p, i);
+    const int64_t b = item.sequence, h = item.head;
     T* const out = static_cast<T*>(p.out) + (b * p.heads + h * groups) * p.value_size;
-    const bool bad = first < 0 || first > last || last > p.tokens;
-    if (bad || first == last) {
+    const bool bad = item.first < 0 || item.first > item.last || item.last > p.tokens;
+    if (bad || item.first == item.last) {
       const Real fill = bad ? static_cast<Real>(__builtin_nan("")) : 0;
       for (int64_t e = 0; e < groups * p.value_size; ++e) out[e] = store<T>(fill);
       if (bad && bad_row == kOk) bad_row = i;
       continue;
     }
     const T* const query = static_cast<const T*>(p.query) + b * p.query_stride[0];
-    const T* const keys = static_cast<const T*>(p.keys) + b * p.key_stride[0] + h * p.key_stride[1];
-    const T* const values =
-        static_cast<const T*>(p.values) + b * p.value_stride[0] + h * p.value_stride[1];
-    if (h + 1 < p.key_heads) {
-      prefetch_rows(keys + p.key_stride[1] + first * p.key_stride[2], last - first,
-                    p.key_stride[2]);
-      prefetch_rows(values + p.value_stride[1] + first * p.value_stride[2], last - first,
-                    p.value_stride[2]);
-    }
     for (int64_t g = 0; g < groups; g += kGroup) {
       const int64_t head = h * groups + g, group = groups - g < kGroup ? groups - g : kGroup;
       DecodeAttention<S, T> attention(p, query + head * p.query_stride[1], group);
       if (p.sinks) attention.sink(static_cast<const Real*>(p.sinks) + head);
-      for (int64_t t = first; t < last; t += kKeys) {
-        attention.block(keys + t * p.key_stride[2], values + t * p.value_stride[2],
-                        last - t < kKeys ? last - t : kKeys);
+      for (int64_t t = item.first; t < item.last; t += kKeys) {
+        attention.block(item.keys + t * p.key_stride[2], item.values + t * p.value_stride[2],
+                        item.last - t < kKeys ? item.last - t : kKeys);
       }
       attention.finish(out + g * p.value_size);
     }
