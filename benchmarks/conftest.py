@@ -169,7 +169,8 @@ def device() -> str:
     import cpuinfo  # pytest-benchmark brings it
 
     cpu = cpuinfo.get_cpu_info()  # a virtual machine may call different ones alike
-    name = " ".join(str(cpu.get(key, key)) for key in ("brand_raw", "family", "model"))
+    known = [str(cpu[key]) for key in ("brand_raw", "family", "model") if key in cpu]
+    name = " ".join(known) or "cpu"
     return f"{name} {_build.load().cpu_isa()} {torch.get_num_threads()} threads"
 
 

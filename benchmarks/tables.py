@@ -28,7 +28,8 @@ def device(machine: dict[str, Any]) -> str:
     if "cpu_isa" not in machine or machine["cpu_isa"] not in machine["device"]:
         return str(machine["device"])  # a GPU
     cpu = machine["cpu"]
-    name = f"{cpu['brand_raw']}, family {cpu['family']} model {cpu['model']}"
+    parts = [f"{key} {cpu[key]}" for key in ("family", "model") if key in cpu]  # ARM has none
+    name = ", ".join([cpu.get("brand_raw", "a CPU"), *([" ".join(parts)] if parts else [])])
     return f"{name}, {machine['threads']} threads"
 
 
@@ -37,7 +38,8 @@ def measured(results: Path = RESULTS) -> dict[str, dict[str, Row]]:
     files = [json.loads(path.read_text()) for path in results.glob("*/*.json")]
     found: dict[str, dict[str, Row]] = {}
     for file in sorted(files, key=lambda file: file["datetime"]):
-        facts = {"commit": file["commit_info"]["id"][:7], "torch": file["machine_info"]["torch"]}
+        commit = file["commit_info"].get("id") or "unknown"  # of a tree without its history
+        facts = {"commit": commit[:7], "torch": file["machine_info"]["torch"]}
         rows = found.setdefault(device(file["machine_info"]), {})
         rows.update({row["fullname"]: {**row, **facts} for row in file["benchmarks"]})
     return found

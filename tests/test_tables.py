@@ -71,6 +71,13 @@ def test_of_each_case_the_newest_counts(tmp_path: Path) -> None:
     ]
 
 
+def test_what_is_not_known_of_a_machine_is_left_out(tmp_path: Path) -> None:
+    write(tmp_path, "", 1, row("a", 1.0, 1.0), cpu={})
+    (name,) = tables.measured(tmp_path)
+    assert name == "a CPU, 4 threads"
+    assert "| commit | unknown |" in tables.section(tables.measured(tmp_path)[name])
+
+
 def test_every_bar_is_said_and_what_falls_short_is_bold(tmp_path: Path) -> None:
     limits = {"tokens_per_second_bar": 1000, "microseconds_bar": 20, "calls": 10}
     limits["memory_bars"] = {"eager": 0.5}
