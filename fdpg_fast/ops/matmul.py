@@ -132,10 +132,13 @@ def add_product_(to: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
     """``x W^T + bias``, ``[..., m]``, of ``x`` ``[..., k]`` and ``W`` ``[m, k]``; once
     differentiable. None where it is no faster by ours, or may not be ours."""
-    # In small models a layer takes as long as what is asked here: no question twice.
-    if not library()[0] or x.numel() * len(weight) < _LEAST or torch.is_autocast_enabled("cpu"):
+    # In small models a layer takes as long as what is asked here: no question twice, and a tensor's
+    # len() is a function of Python.
+    *outer, k = x.shape
+    m = weight.shape[0]
+    if not library()[0] or x.numel() * m < _LEAST or torch.is_autocast_enabled("cpu"):
         return None
-    rows, columns = x.reshape(-1, x.shape[-1]), weight.t()
+    rows, columns = x.reshape(-1, k), weight.t()
     if rows.dtype != torch.float32 or not is_ours(rows, columns):
         return None
     if torch.is_grad_enabled() and (
@@ -143,10 +146,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | No
     ):
         apply: Any = _Linear.apply
         learnt: Tensor = apply(rows, weight, bias)
-        return learnt.view(*x.shape[:-1], len(weight))
-    y = x.new_empty(*x.shape[:-1], len(weight))
-    torch.ops.fdpg.matmul_(y.view(-1, len(weight)), rows, columns, bias, 1.0, False, _may_round)
-    return y
+        return learnt.view(*outer, m)
+    y = rows.new_empty(rows.shape[0], m)
+    torch.ops.fdpg.matmul_(y, rows, columns, bias, 1.0, False, _may_round)
+    return y.view(*outer, m)
 
 
 @contextlib.contextmanager
@@ -252,7 +255,8 @@ def is_ours(a: Tensor, b: Tensor) -> bool:
         return False
     # Whether factors are rounded does not depend on how many there are: a sampler's log-probs
     # would differ from the trainer's.
-    large = len(a) * b.numel() >= _LEAST and len(a) >= _LEAST_ROWS
+    rows = a.shape[0]
+    large = rows * b.numel() >= _LEAST and rows >= _LEAST_ROWS
     return _may_round or (library()[0] and large)
 
 
