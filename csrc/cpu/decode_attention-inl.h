@@ -221,6 +221,7 @@ class DecodeAttention {
 template <class T>
 struct Item {
   int64_t sequence, head, first, last;
+  bool bad;  // such places there are not: first and last are for nothing else
   const T* keys;
   const T* values;
 
@@ -229,6 +230,7 @@ struct Item {
         head(i % p.key_heads),
         first(p.begin ? p.begin[sequence] : 0),
         last(p.end[sequence]),
+        bad(first < 0 || first > last || last > p.tokens),
         keys(static_cast<const T*>(p.keys) + sequence * p.key_stride[0] + head * p.key_stride[1]),
         values(static_cast<const T*>(p.values) + sequence * p.value_stride[0] +
                head * p.value_stride[1]) {}
@@ -247,6 +249,7 @@ FDPG_ALWAYS_INLINE void prefetch_rows(const T* rows, int64_t first, int64_t last
 // to see them coming.
 template <int kLocality, class T>
 FDPG_ALWAYS_INLINE void prefetch(const DecodeAttentionParams& p, const Item<T>& item) {
+  if (item.bad) return;
   prefetch_rows<kLocality>(item.keys, item.first, item.last, p.key_stride[2]);
   prefetch_rows<kLocality>(item.values, item.first, item.last, p.value_stride[2]);
 }
@@ -264,11 +267,10 @@ int64_t decode_attention(const DecodeAttentionParams& p, int64_t begin, int64_t 
     const Item<T> item(p, i);
     const int64_t b = item.sequence, h = item.head;
     T* const out = static_cast<T*>(p.out) + (b * p.heads + h * groups) * p.value_size;
-    const bool bad = item.first < 0 || item.first > item.last || item.last > p.tokens;
-    if (bad || item.first == item.last) {
-      const Real fill = bad ? static_cast<Real>(__builtin_nan("")) : 0;
+    if (item.bad || item.first == item.last) {
+      const Real fill = item.bad ? static_cast<Real>(__builtin_nan("")) : 0;
       for (int64_t e = 0; e < groups * p.value_size; ++e) out[e] = store<T>(fill);
-      if (bad && bad_row == kOk) bad_row = i;
+      if (item.bad && bad_row == kOk) bad_row = i;
       continue;
     }
     const T* const query = static_cast<const T*>(p.query) + b * p.query_stride[0];
