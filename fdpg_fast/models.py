@@ -867,6 +867,8 @@ class LanguageModel:
     def _require_causal(
         self, rows: list[list[int]], reference: list[Tensor], tolerance: float
     ) -> None:
+        """What the model says of the beginning of a text must not depend on the rest of it."""
+        # More than half of a text: the self-test's encoders read another prompt for less.
         row, logits = max(zip(rows, reference, strict=True), key=lambda pair: len(pair[0]))
         begun = row[: len(row) // 2 + 1]
         error = difference(self._plain_logits(begun), logits[: len(begun)], None)

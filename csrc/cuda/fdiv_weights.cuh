@@ -13,7 +13,8 @@
 // subtracting a sample from the whole would cancel where one importance ratio outweighs the rest.
 // So a sample walks to both ends of its group, over tiles that lie within it by their sums.
 //
-// The second launch begins early: groups are found in prompts, which nobody writes.
+// Both launches begin early. Groups are found in prompts, which the first does not write, so that
+// the second waits for it only after that.
 //
 // What a block waits for is its chains of steps and the fetching of its code, each of which runs
 // once: so statistics share code, and divisions are a warp's each.

@@ -1,11 +1,11 @@
 """Matrix products: torch's, and on a CPU our own where torch's are slow, or do not exist.
 
-torch hands fp32 products to MKL, whose AVX-512 code is for Intel's CPUs: AMD's get half of what
-they can do. oneDNN, which torch takes for 16-bit products, does better on them, but its results are
-in memory of its own, and those of 16-bit factors in 16 bits. ``matmul_`` (csrc/cpu/matmul-inl.h)
-writes fp32 results where they are wanted or adds them to what is there, whichever way its factors
-lie, or with one of many products that ``matmul_pack_`` has laid out for it. ms on an AMD EPYC with
-AVX-512 and avx512_bf16, 2 cores, [n, k] x [k, m]:
+torch hands fp32 products to MKL, whose AVX-512 code is for Intel's CPUs: AMD's get half to three
+quarters of what they can do. oneDNN, which torch takes for 16-bit products, does better on them,
+but its results are in memory of its own, and those of 16-bit factors in 16 bits. ``matmul_``
+(csrc/cpu/matmul-inl.h) writes fp32 results where they are wanted or adds them to what is there,
+whichever way its factors lie, or with one of many products that ``matmul_pack_`` has laid out for
+it. ms on an AMD EPYC with AVX-512 and avx512_bf16, 2 cores, [n, k] x [k, m]:
 
                     342, 768, 50257    64, 768, 3072    256, 128, 384    256, 64, 64
     MKL                         143             1.63            0.123          0.013
