@@ -81,6 +81,8 @@ def test_weights_are_rounded_once(
     rounds: bool, calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While they do not change: what autocast makes of them, by our product."""
+    if rounds and not matmul.has_rounded_products():
+        pytest.skip("bf16 products are not ours here")
     monkeypatch.setattr(matmul, "_OURS_ROUNDS", rounds)
     torch.manual_seed(0)
     plain = Two()
