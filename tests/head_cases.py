@@ -116,6 +116,7 @@ def multiply_by(monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
     monkeypatch.setattr(matmul, "library", lambda: (whose == "ours", "the test says so"))
     monkeypatch.setattr(matmul, "_LEAST", 0)
     monkeypatch.setattr(matmul, "_LEAST_ROWS", 0)
+    monkeypatch.setattr(matmul, "_LEAST_FACTOR", 0)
 
 
 @contextlib.contextmanager

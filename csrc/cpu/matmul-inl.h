@@ -158,6 +158,8 @@ class Matmul {
   using Unit = typename M::Unit;
   static constexpr int64_t kPanel = kVectors<S> * S::kLanes;  // columns
   static constexpr int64_t kLine = 64;                        // bytes of a cache line
+  static constexpr int64_t kStretch = 16;                     // whole units
+  static_assert(kStretch % M::kSteps == 0, "a stretch ends where a unit does");
   static_assert(kMatmulTileColumns % kPanel == 0, "a tile is whole panels");
 
  public:
@@ -189,11 +191,7 @@ class Matmul {
       int64_t k = 0;
       do {  // once where there is no depth: zeros, or the bias
         const int64_t depth = p_.depth - k < most ? p_.depth - k : most;
-        for (int64_t c = j; c < end; c += kPanel) {
-          if (p_.packed) break;
-          pack<M, kPanel>(b_at(k, c), p_.b_stride, depth, end - c,
-                          panels_ + (c - j) / kPanel * panel_step_);
-        }
+        if (!p_.packed) pack_panels(j, end, k, depth);
         first_ = p_.packed ? static_cast<const Unit*>(block_of_b(k, j)) : panels_;
         if (k + depth < p_.depth) {
           ask_for(block_of_b(k + depth, j));
@@ -216,6 +214,19 @@ class Matmul {
 
   FDPG_ALWAYS_INLINE const T* b_at(int64_t k, int64_t column) const {
     return static_cast<const T*>(p_.b) + k * p_.b_stride[0] + column * p_.b_stride[1];
+  }
+
+  // Columns [begin, end), at `depth` steps from k on. Where rows of b are contiguous they go by in
+  // stretches that every panel has its part of: each row is on a page of its own. In AVX2, one
+  // thread, [64, 768] x [768, 3072]: 5.0 ms with all of them for one panel after the other, 4.1 so.
+  void pack_panels(int64_t begin, int64_t end, int64_t k, int64_t depth) {
+    const int64_t most = b_lies_across() ? kStretch : depth;
+    for (int64_t d = 0; d < depth; d += most) {
+      for (int64_t c = begin; c < end; c += kPanel) {
+        pack<M, kPanel>(b_at(k + d, c), p_.b_stride, depth - d < most ? depth - d : most, end - c,
+                        panels_ + (c - begin) / kPanel * panel_step_ + d / M::kSteps * kPanel);
+      }
+    }
   }
 
   // Where the columns from this one on begin, at this depth.

@@ -1,8 +1,8 @@
 """Matrix products: torch's, and on a CPU our own where torch's are slow, or do not exist.
 
-torch hands fp32 products to MKL, whose AVX-512 code is for Intel's CPUs: AMD's get half to three
-quarters of what they can do. oneDNN, which torch takes for 16-bit products, does better on them,
-but its results are in memory of its own, and those of 16-bit factors in 16 bits. ``matmul_``
+torch hands fp32 products to MKL, which is for Intel's CPUs: AMD's get half to three quarters of
+what they can do. oneDNN, which torch takes for 16-bit products, does better on them, but its
+results are in memory of its own, and those of 16-bit factors in 16 bits. ``matmul_``
 (csrc/cpu/matmul-inl.h) writes fp32 results where they are wanted or adds them to what is there,
 whichever way its factors lie, or with one of many products that ``matmul_pack_`` has laid out for
 it. ms on an AMD EPYC with AVX-512 and avx512_bf16, 2 cores, [n, k] x [k, m]:
@@ -36,6 +36,7 @@ from fdpg_fast.ops.token_logprob import require_one_device, result_dtype
 
 __all__ = [
     "add_product_",
+    "has_16_bit_products",
     "has_rounded_products",
     "has_wide_products",
     "is_ours",
@@ -54,6 +55,10 @@ __all__ = [
 _LEAST = 1 << 16
 # And for so few rows packing the other factor does.
 _LEAST_ROWS = 4
+# With AVX2 alone MKL is as good where all of the other factor, k x m, stays in the caches (its time
+# in units of ours, of 64 and of 256 rows; the least of many):
+#   128 x 512: 0.98, 0.80     256 x 768: 1.23, 1.26     768 x 3072: 1.56, 1.33
+_LEAST_FACTOR = 1 << 17 if load().cpu_isa() == "avx2" else 0
 # Of a CPU: whether torch rounds fp32 factors to bf16 faster than it multiplies them, with AMX;
 # and whether ours does, by instructions for bf16.
 _TORCH_ROUNDS = torch.cpu._is_amx_tile_supported()
@@ -69,14 +74,24 @@ def library() -> tuple[bool, str]:
     """Whether fp32 products are ours, and why."""
     if not torch.backends.mkl.is_available():
         return False, "torch's own: this torch has no MKL to stay away from"
-    if load().cpu_vendor() != "amd" or not load().cpu_isa().startswith("avx512"):
-        return False, "torch's own: MKL; AMD's CPUs with AVX-512 alone are known to gain by ours"
-    return True, "ours: MKL keeps its AVX-512 code for Intel's CPUs"
+    if load().cpu_vendor() != "amd" or load().cpu_isa() == "portable":
+        return False, "torch's own: MKL; AMD's CPUs with AVX2 alone are known to gain by ours"
+    return True, "ours: MKL is for Intel's CPUs"
 
 
 def has_rounded_products() -> bool:
     """Whether there is a CPU here whose bf16 products are ours."""
     return _OURS_ROUNDS
+
+
+def has_16_bit_products(compute: str) -> bool:
+    """Whether torch has products for this CPU of what ``compute``, bf16 or fp16, has layers
+    multiply. Its loops for CPUs without take 5 to 150 times as long as fp32."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    known = torch.ops.mkldnn
+    bf16 = compute == "bf16"
+    return bool(known._is_mkldnn_bf16_supported() if bf16 else known._is_mkldnn_fp16_supported())
 
 
 def has_wide_products(factor: Tensor) -> bool:
@@ -256,7 +271,8 @@ def is_ours(a: Tensor, b: Tensor) -> bool:
     # Whether factors are rounded does not depend on how many there are: a sampler's log-probs
     # would differ from the trainer's.
     rows = a.shape[0]
-    large = rows * b.numel() >= _LEAST and rows >= _LEAST_ROWS
+    size = b.numel()
+    large = rows * size >= _LEAST and rows >= _LEAST_ROWS and size >= _LEAST_FACTOR
     return _may_round or (library()[0] and large)
 
 

@@ -189,7 +189,9 @@ def test_whose_products_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
         used, why = decide()
         assert used == expected
         assert why.startswith("ours" if used else "torch's own")
-    monkeypatch.setattr(matmul, "load", lambda: Cpu("amd", "avx2"))  # or told so: FDPG_CPU_ISA
+    monkeypatch.setattr(matmul, "load", lambda: Cpu("amd", "avx2"))
+    assert decide()[0]
+    monkeypatch.setattr(matmul, "load", lambda: Cpu("amd", "portable"))  # told so: FDPG_CPU_ISA
     assert not decide()[0]
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
     assert decide() == (False, "torch's own: this torch has no MKL to stay away from")
