@@ -12,7 +12,7 @@ import torch
 from fdpg_fast._build import load
 from fdpg_fast._version import __version__
 from fdpg_fast.attention import attention_report
-from fdpg_fast.ops.matmul import library
+from fdpg_fast.ops.matmul import has_16_bit_products, library
 
 __all__ = ["describe", "device_name", "versions"]
 
@@ -60,6 +60,7 @@ def describe() -> Iterator[tuple[str, str]]:
     else:
         reason = "torch was built without CUDA" if torch.version.cuda is None else "no GPU found"
         yield "CUDA", f"not used: {reason}"
-        yield "bf16", "not used on CPUs unless --model.compute bf16 asks for it"
+        slow = "" if has_16_bit_products("bf16") else ", and very slow on this one"
+        yield "bf16", f"not used on CPUs unless --model.compute bf16 asks for it{slow}"
     for name, available, why in attention_report():
         yield f"attention: {name}", f"{'available' if available else 'not available'}: {why}"

@@ -45,7 +45,7 @@ from fdpg_fast.attention import (
 )
 from fdpg_fast.layers import choose_layers
 from fdpg_fast.ops.linear_head import project
-from fdpg_fast.ops.matmul import rounded_products, rounding_once
+from fdpg_fast.ops.matmul import has_16_bit_products, rounded_products, rounding_once
 from fdpg_fast.packing import Packing, announced
 from fdpg_fast.rollout import Rollout
 
@@ -1166,6 +1166,14 @@ def _compute(wanted: str, device: torch.device) -> str:
     if wanted not in get_args(Compute):
         raise ModelError(f"compute: expected {', '.join(get_args(Compute))}, got {wanted!r}")
     if wanted != "auto":
+        if wanted != "fp32" and device.type == "cpu" and not has_16_bit_products(wanted):
+            warnings.warn(
+                f"compute: torch has no {wanted} products for this CPU, and what it does instead "
+                "can take a hundred times as long as fp32. Use compute fp32, which is also more "
+                "exact.",
+                RuntimeWarning,
+                stacklevel=4,
+            )
         return wanted
     return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
 

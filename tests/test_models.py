@@ -25,6 +25,7 @@ from transformers import (
 )
 
 from fdpg_fast import models, ops
+from fdpg_fast._build import load
 from fdpg_fast.attention import SLOT, SLOT_MASKED, attention_report
 from fdpg_fast.models import Head, LanguageModel, ModelError
 from fdpg_fast.ops import matmul
@@ -93,6 +94,18 @@ def test_half_compute_keeps_log_probs_in_fp32(compute: str, least: float, most: 
     weights = torch.ones(len(rollout), dtype=torch.float64)
     model.accumulate_gradient(rollout, weights, denominator=1)
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_compute_that_is_slow_here_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert matmul.has_16_bit_products("bf16") or load().cpu_isa() != "avx512bf16"
+    for fast, compute in ((False, "fp32"), (False, "auto"), (True, "bf16")):
+        monkeypatch.setattr(models, "has_16_bit_products", lambda _, fast=fast: fast)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            language_model("llama", compute=compute)
+    monkeypatch.setattr(models, "has_16_bit_products", lambda compute: compute == "bf16")
+    with pytest.warns(RuntimeWarning, match="torch has no fp16 products for this CPU.*Use.* fp32"):
+        language_model("llama", compute="fp16")
 
 
 @pytest.mark.parametrize("denominator", [1, 10**8])
