@@ -24,7 +24,7 @@ import peers
 import pytest
 import torch
 from conftest import Contest
-from shapes import NEEDS_CUDA
+from shapes import COMPUTE, NEEDS_CUDA
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -227,7 +227,7 @@ def test_stories(contest: Contest, name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("compute", COMPUTE)
 def test_gpt2(contest: Contest, compute: Literal["fp32", "bf16"]) -> None:
     torch.manual_seed(0)
     drawn = Drawn(GPT2LMHeadModel(GPT2Config()), (464,), samples=64, tokens=16)

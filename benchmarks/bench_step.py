@@ -20,6 +20,7 @@ from typing import Literal
 import pytest
 import torch
 from conftest import Contest
+from shapes import COMPUTE
 from step_peers import PROMPT, WORD, StepShape, contenders
 
 import fdpg_fast as fdpg
@@ -58,7 +59,7 @@ BARS = {
 
 
 @pytest.mark.skipif(not MODEL.is_dir(), reason="needs the 3M story model beside the checkout")
-@pytest.mark.parametrize("compute", BARS)
+@pytest.mark.parametrize("compute", COMPUTE)
 def test_step(contest: Contest, compute: Literal["fp32", "bf16"]) -> None:
     shape = StepShape()
     base = fdpg.load(MODEL, compute=compute)

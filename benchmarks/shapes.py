@@ -8,10 +8,22 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-__all__ = ["NEEDS_CUDA", "SHAPES", "Shape", "places"]
+from fdpg_fast.ops.matmul import has_16_bit_products
+
+__all__ = ["COMPUTE", "NEEDS_CUDA", "SHAPES", "Shape", "places"]
 
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# Both kinds of arithmetic that a CPU may be asked for; a draw in bf16 can take minutes without.
+COMPUTE = (
+    "fp32",
+    pytest.param(
+        "bf16",
+        marks=pytest.mark.skipif(
+            not has_16_bit_products("bf16"), reason="torch has no bf16 products for this CPU"
+        ),
+    ),
+)
 
 
 @dataclass(frozen=True)
