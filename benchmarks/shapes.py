@@ -14,7 +14,8 @@ __all__ = ["COMPUTE", "NEEDS_CUDA", "SHAPES", "Shape", "places"]
 
 
 NEEDS_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-# Both kinds of arithmetic that a CPU may be asked for; a draw in bf16 can take minutes without.
+# Both kinds of arithmetic that a CPU may be asked for; a draw in bf16 takes minutes where
+# torch has no products of it.
 COMPUTE = (
     "fp32",
     pytest.param(

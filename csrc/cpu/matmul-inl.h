@@ -158,7 +158,7 @@ class Matmul {
   using Unit = typename M::Unit;
   static constexpr int64_t kPanel = kVectors<S> * S::kLanes;  // columns
   static constexpr int64_t kLine = 64;                        // bytes of a cache line
-  static constexpr int64_t kStretch = 16;                     // whole units
+  static constexpr int64_t kStretch = 16;                     // rows of b
   static_assert(kStretch % M::kSteps == 0, "a stretch ends where a unit does");
   static_assert(kMatmulTileColumns % kPanel == 0, "a tile is whole panels");
 

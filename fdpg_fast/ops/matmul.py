@@ -1,7 +1,7 @@
 """Matrix products: torch's, and on a CPU our own where torch's are slow, or do not exist.
 
-torch hands fp32 products to MKL, which is for Intel's CPUs: AMD's get half to three quarters of
-what they can do. oneDNN, which torch takes for 16-bit products, does better on them, but its
+torch hands fp32 products to MKL, which is for Intel's CPUs: AMD's get a quarter to three quarters
+of what they can do. oneDNN, which torch takes for 16-bit products, does better on them, but its
 results are in memory of its own, and those of 16-bit factors in 16 bits. ``matmul_``
 (csrc/cpu/matmul-inl.h) writes fp32 results where they are wanted or adds them to what is there,
 whichever way its factors lie, or with one of many products that ``matmul_pack_`` has laid out for
@@ -55,7 +55,7 @@ __all__ = [
 _LEAST = 1 << 16
 # And for so few rows packing the other factor does.
 _LEAST_ROWS = 4
-# With AVX2 alone MKL is as good where all of the other factor, k x m, stays in the caches (its time
+# Without AVX-512 MKL is as good where all of the other factor, k x m, stays in the caches (its time
 # in units of ours, of 64 and of 256 rows; the least of many):
 #   128 x 512: 0.98, 0.80     256 x 768: 1.23, 1.26     768 x 3072: 1.56, 1.33
 _LEAST_FACTOR = 1 << 17 if load().cpu_isa() == "avx2" else 0
@@ -75,7 +75,7 @@ def library() -> tuple[bool, str]:
     if not torch.backends.mkl.is_available():
         return False, "torch's own: this torch has no MKL to stay away from"
     if load().cpu_vendor() != "amd" or load().cpu_isa() == "portable":
-        return False, "torch's own: MKL; AMD's CPUs with AVX2 alone are known to gain by ours"
+        return False, "torch's own: MKL; only AMD's CPUs with AVX2 are known to gain by ours"
     return True, "ours: MKL is for Intel's CPUs"
 
 
