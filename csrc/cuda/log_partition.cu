@@ -5,7 +5,7 @@
 namespace fdpg::cuda {
 
 Status log_partition(const LogPartitionParams& p, Stream stream) {
-  return launch<Begin::kEarly>(add_weights, p.prompts, kPartitionThreads, 0, stream, p);
+  return launch<Begin::kEarly>(add_weights, partition_blocks(p), kPartitionThreads, 0, stream, p);
 }
 
 }  // namespace fdpg::cuda

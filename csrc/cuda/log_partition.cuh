@@ -1,10 +1,12 @@
 // log_partition.cuh: the running importance-sampling estimate of Z per prompt, in log space.
 //
-// A block per prompt looks at all prompts' ids and adds up the weights of its own, a thread the few
-// that it meets, a warp what the threads have; the order is fixed, but not the CPU's, so the last
-// bits may differ from its and from a batch in two parts.
-//   bytes:  per block 8 B read (all of them from the L2 cache but once), 8 per own sample, 48 of
-//           state
+// A block looks at the prompts' ids of all samples and adds up the weights of one prompt, a thread
+// the few that it meets, a warp what the threads have; the order is fixed, but not the CPU's, so
+// the last bits may differ from its and from a batch in two parts. There are as many blocks as
+// prompts; or, in a run of more prompts than the batch has samples, as samples: then the first of
+// each prompt adds up, and the others have nothing to do.
+//   bytes:  per block that adds up 8 B a sample read (all of them from the L2 cache but once), 8
+//           per own sample, 48 of state
 //   floor:  a launch
 #pragma once
 
@@ -30,17 +32,28 @@ __device__ __forceinline__ double add_in_log_space(double a, double b, double su
   return sum == 0 ? a : log_add_exp(a, b + std::log(sum));
 }
 
-// Block g: prompt g.
+inline int64_t partition_blocks(const LogPartitionParams& p) {
+  return p.prompts <= p.sequences ? p.prompts : p.sequences;
+}
+
+// Block g: prompt g, or that of sample g.
 __global__ void __launch_bounds__(kPartitionThreads) add_weights(LogPartitionParams p) {
   constexpr int kAtOnce = 16;  // ids in flight per thread
   alignas(16) __shared__ unsigned char storage[kPartitionThreads * sizeof(PromptWeights)];
   PromptWeights* threads = reinterpret_cast<PromptWeights*>(storage);
   const int t = threadIdx.x;
   after_previous();
-  double* state = p.state + 3 * static_cast<int64_t>(blockIdx.x);
-  const double before = t < 3 ? state[t] : 0;  // asked for here, that nobody waits for it below
+  let_next_begin();
+  const int64_t block = blockIdx.x;
+  const bool of_sample = p.prompts > p.sequences;
+  const int64_t prompt = of_sample ? p.prompt[block] : block;
+  // As a rule the samples of a prompt stand together. Block 0 stays.
+  if (of_sample && block > 0 && p.prompt[block - 1] == prompt) return;
+  double* state = p.state + 3 * prompt;
+  // Asked for here, if it is known to be there, that nobody waits for it below.
+  double before = t < 3 && !of_sample ? state[t] : 0;
   PromptWeights mine;
-  bool bad = false;
+  bool bad = false, earlier = false;  // is there a prompt out of range; a sample for this before
   for (int64_t first = t; first < p.sequences; first += kAtOnce * kPartitionThreads) {
     int64_t prompts[kAtOnce];
 #pragma unroll
@@ -52,8 +65,10 @@ __global__ void __launch_bounds__(kPartitionThreads) add_weights(LogPartitionPar
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k) {
       bad |= prompts[k] < 0 || prompts[k] >= p.prompts;
-      const bool exists = first + k * kPartitionThreads < p.sequences;
-      own |= static_cast<unsigned>(exists && prompts[k] == blockIdx.x) << k;
+      const int64_t i = first + k * kPartitionThreads;
+      const bool is_own = i < p.sequences && prompts[k] == prompt;
+      own |= static_cast<unsigned>(is_own) << k;
+      earlier |= is_own && i < block;
     }
     for (; own != 0; own &= own - 1) {
       const int k = __ffs(static_cast<int>(own)) - 1;
@@ -63,8 +78,14 @@ __global__ void __launch_bounds__(kPartitionThreads) add_weights(LogPartitionPar
   }
   threads[t] = mine;
   if (__syncthreads_or(bad)) {  // a prompt that does not exist: no state may seem an estimate
-    if (t < 3) state[t] = NAN;
+    double* states = of_sample ? p.state : state;
+    const int64_t count = !of_sample ? 3 : block == 0 ? 3 * p.prompts : 0;
+    for (int64_t k = t; k < count; k += kPartitionThreads) states[k] = NAN;
     return;
+  }
+  if (of_sample) {
+    if (__syncthreads_or(earlier)) return;
+    if (t < 3) before = state[t];
   }
   if (t >= kWarp) return;
   EffectiveSize whole;

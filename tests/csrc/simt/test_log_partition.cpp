@@ -18,8 +18,9 @@ std::vector<double> fresh(int64_t prompts) {
   return state;
 }
 
-// Prompts in no order, weights far apart, some of them zero, one prompt without any.
-void agrees_with_cpu(int64_t sequences, int64_t prompts) {
+// Prompts in no order, weights far apart, some of them zero, at least one prompt without any.
+// `together`: samples of a prompt side by side, as far as chance does not make it more.
+void agrees_with_cpu(int64_t sequences, int64_t prompts, int64_t together = 1) {
   Buffer<double> expected(fresh(prompts)), log_weight(sequences);
   Buffer<int64_t> prompt(sequences);
   std::vector<double> first;
@@ -30,7 +31,11 @@ void agrees_with_cpu(int64_t sequences, int64_t prompts) {
     for (int update = 0; update < 3; ++update) {
       for (int64_t i = 0; i < sequences; ++i) {
         log_weight[i] = i % 4 == 1 ? -INFINITY : normal(random);
-        prompt[i] = prompts == 1 ? 0 : static_cast<int64_t>(random() % (prompts - 1));
+        if (i % together > 0) {
+          prompt[i] = prompt[i - 1];
+        } else {
+          prompt[i] = prompts == 1 ? 0 : static_cast<int64_t>(random() % (prompts - 1));
+        }
       }
       LogPartitionParams p{log_weight.data(), prompt.data(), sequences, prompts, got.data()};
       run_on_device([&] { return cuda::log_partition(p, nullptr); });
@@ -58,12 +63,18 @@ void not_finite() {
   for (int k = 0; k < 15; ++k) CHECK_NEAR(got[k], expected[k], 1e-12);
 }
 
-void a_prompt_that_does_not_exist() {
-  Buffer<double> state(fresh(2)), log_weight(std::vector<double>{0, 0, 0});
-  Buffer<int64_t> prompt(std::vector<int64_t>{0, 2, 1});
-  const LogPartitionParams p{log_weight.data(), prompt.data(), 3, 2, state.data()};
-  run_on_device([&] { return cuda::log_partition(p, nullptr); });
-  for (int k = 0; k < 6; ++k) CHECK(std::isnan(state[k]));
+// Of fewer prompts than samples, and of more.
+void a_prompt_that_does_not_exist(int64_t prompts) {
+  for (const std::vector<int64_t>& ids :
+       {std::vector<int64_t>{0, prompts, 1}, {-1, 0, 1}, {1, 1, prompts}, {prompts, prompts, -1}}) {
+    Buffer<double> state(fresh(prompts)), log_weight(std::vector<double>{0, 0, 0});
+    Buffer<int64_t> prompt(ids);
+    const LogPartitionParams p{log_weight.data(), prompt.data(), 3, prompts, state.data()};
+    for_each_schedule([&](int) {
+      run_on_device([&] { return cuda::log_partition(p, nullptr); });
+      for (int64_t k = 0; k < 3 * prompts; ++k) CHECK(std::isnan(state[k]));
+    });
+  }
 }
 
 }  // namespace
@@ -75,7 +86,11 @@ int main() {
     agrees_with_cpu(300, 1);
     agrees_with_cpu(70, 9);
     agrees_with_cpu(8200, 3);  // ids beyond two rounds of a block's
+    // More prompts than samples, which mostly stand beside others of theirs.
+    agrees_with_cpu(40, 41);
+    agrees_with_cpu(150, 200, 1);
+    agrees_with_cpu(150, 200, 7);
     not_finite();
-    a_prompt_that_does_not_exist();
+    for (const int64_t prompts : {2, 200}) a_prompt_that_does_not_exist(prompts);
   });
 }
