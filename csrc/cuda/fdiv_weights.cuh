@@ -221,6 +221,7 @@ __global__ void __launch_bounds__(kTile) weigh_samples(FdivWeightsParams p, Fdiv
   const Span group = group_in_tile(scope == Scope::kBatch, prompts, starts);
 
   after_previous();
+  let_next_begin();
   bool bad = false;
   for (int64_t k = t; k < tiles.tiles; k += kTile) bad |= tiles.bad[k] != 0;
   const SampleReward sample = tiles.samples[i];

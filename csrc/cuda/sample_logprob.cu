@@ -18,14 +18,14 @@ Status sample_logprob(const SampleLogprobParams& p, void* workspace, Stream stre
   if (p.vocab <= 0) return status;
   visit_dtype(p.dtype, [&](auto tag) {
     using T = decltype(tag);
-    constexpr int kWarps = kFoldThreads / kWarp;
+    constexpr int kWarps = kSpanThreads / kWarp;
     auto* partial = static_cast<OnlineLogSumExp<accumulate_t<T>>*>(workspace);
     const int64_t runs = divide_up(p.vocab, kRun<T>), spans = divide_up(p.vocab, kSpan);
     status = with_softcap(p.softcap, [&](auto capped) {
       constexpr bool kCapped = decltype(capped)::value;
-      const cudaError_t first =
-          launch(sample_logprob_spans<T, kCapped>, divide_up(p.rows * runs, kWarps), kFoldThreads,
-                 kWarps * kRunRoom<T> * sizeof(T), stream, p, runs, spans, partial);
+      const cudaError_t first = launch<Begin::kEarly>(
+          sample_logprob_spans<T, kCapped>, divide_up(p.rows * runs, kWarps), kSpanThreads,
+          kWarps * kRunRoom<T> * sizeof(T), stream, p, runs, spans, partial);
       if (first != cudaSuccess) return first;
       return launch<Begin::kEarly>(sample_logprob_rows<T, kCapped>, p.rows, kWarp, 0, stream, p,
                                    spans, partial);

@@ -85,6 +85,11 @@ inline constexpr int kRun = kRunSpans<T> * kSpan;
 template <class T>
 inline constexpr int kRunRoom = kRun<T> + kPerVector<T>;  // in shared memory, wherever it starts
 
+// Of a block that folds spans. Its warps do not meet, so a block is small: a multiprocessor of an
+// H100 has room for 13 of two warps, and for only 6 of four, by its shared memory. [256, 50257] in
+// bf16 is 1664 blocks, all of them there at once, or 832, of which 40 would begin late.
+constexpr int kSpanThreads = 64;
+
 // Begins to copy n elements at `from` to shared memory, of which each kSpan is a group of copies.
 // Returns where element 0 is, which is as misaligned as `from`.
 template <class T>
@@ -109,7 +114,7 @@ __device__ __forceinline__ const T* begin_run(T* stage, const T* from, int n) {
 
 // Warp w takes run w % runs of row w / runs. Each span goes to `partial` (N, spans).
 template <class T, bool kCapped>
-__global__ void __launch_bounds__(kFoldThreads)
+__global__ void __launch_bounds__(kSpanThreads)
     sample_logprob_spans(SampleLogprobParams p, int runs, int spans,
                          OnlineLogSumExp<accumulate_t<T>>* partial) {
   using A = accumulate_t<T>;
@@ -118,7 +123,7 @@ __global__ void __launch_bounds__(kFoldThreads)
   after_previous();
   let_next_begin();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int64_t job = blockIdx.x * int64_t{kFoldThreads / kWarp} + warp, row = job / runs;
+  const int64_t job = blockIdx.x * int64_t{kSpanThreads / kWarp} + warp, row = job / runs;
   if (row >= p.rows) return;
   const int64_t begin = job % runs * kRun<T>;
   const int size = static_cast<int>(min(int64_t{kRun<T>}, p.vocab - begin));
@@ -168,6 +173,7 @@ __global__ void __launch_bounds__(kWarp)
   double uniform = random_uniform(p.seed[0], p.sample_id[row], p.position[row]);
   partial += row * spans;
   after_previous();
+  let_next_begin();
 
   // A lane has a run of the row's spans, and reads them again from its cache.
   constexpr int kAtOnce = 8;
