@@ -36,6 +36,18 @@ inline constexpr int64_t kMaxBlocks = 0x7fffffff;
 __host__ __device__ constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 __host__ __device__ constexpr int64_t round_up(int64_t a, int64_t b) { return divide_up(a, b) * b; }
 
+// Of the current device's L2 cache.
+inline int64_t cache_bytes() {
+  int bytes = 0;
+#ifdef __CUDACC__
+  int device = 0;
+  if (cudaGetDevice(&device) == cudaSuccess) {
+    cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device);
+  }
+#endif
+  return bytes;
+}
+
 // When a kernel begins: when the one before it in the stream has ended; or, on GPUs that can (9.0),
 // when all blocks of that one have said let_next_begin() or ended, so that getting there costs no
 // time. It then calls after_previous() before it reads what that one wrote, or writes at all; and
