@@ -22,7 +22,6 @@ import contextlib
 import functools
 import warnings
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +72,7 @@ class Sampler:
         self.check_every = check_every
         self.stop = stop
         self._decoder: Decoder | None = None
+        self._recorder: _Recorder | None = None
 
     @torch.no_grad()
     def draw(
@@ -119,7 +119,9 @@ class Sampler:
         occupant, position = torch.full((slots,), idle), torch.zeros(slots, dtype=torch.int64)
         step: Callable[[int], None] = functools.partial(work.step, decoder, row)
         if _captures(decoder):
-            step = _Graphs(step, device, warm)
+            if self._recorder is None or self._recorder.device != device:
+                self._recorder = _Recorder(device)
+            step = _Graphs(step, self._recorder, warm)
         begun = 0
         while True:
             free = (occupant == idle).nonzero()[:, 0]
@@ -195,25 +197,53 @@ def _continues(decoder: Decoder, before: Decoder | None) -> bool:
     )
 
 
-def _capture(step: Callable[[], None], pool: Any) -> torch.cuda.CUDAGraph:
-    """What ``step`` does on the GPU, which it does not yet do; temporary memory is in ``pool``.
+class _Recorder:
+    """Makes CUDA graphs, on one stream and from one pool of memory, which are kept.
 
-    Not by ``torch.cuda.graph``, which empties the allocator's cache at every capture.
+    torch's allocator knows free memory by its pool and stream. So the graphs of a draw, no two of
+    which run at once, share their temporary memory, and those of the next draw have it again.
     """
-    graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        graph.capture_begin(pool=pool)
-        try:
-            step()
-        except BaseException:
-            with contextlib.suppress(RuntimeError):  # of the same cause
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.refused = False  # has there been an operation that no graph can hold?
+
+    @functools.cached_property
+    def pool(self) -> torch.cuda.MemPool:
+        with torch.cuda.device(self.device):
+            return torch.cuda.MemPool()
+
+    def record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
+        """What ``step`` does on the GPU, which it does not yet do.
+
+        Not by ``torch.cuda.graph``, which empties the allocator's cache at every capture.
+        """
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda._POOL_HANDLE(self.pool.id)
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            try:
+                # What other threads do meanwhile is no concern of it.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                step()
                 graph.capture_end()
-            raise
-        graph.capture_end()
-    torch.cuda.current_stream().wait_stream(stream)
-    return graph
+            except BaseException:
+                self._give_up(graph)
+                raise
+        current.wait_stream(self.stream)
+        return graph
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
+            return
+        # Then it has not told the allocator, which would believe in a capture for ever: and as
+        # long as it does, to empty its cache is an internal error.
+        with contextlib.suppress(RuntimeError):  # or it has, and failed later
+            index = self.stream.device_index
+            torch._C._cuda_endAllocateToPool(index, self.pool.id)
+            torch._C._cuda_releasePool(index, self.pool.id)
 
 
 class _Graphs:
@@ -222,18 +252,17 @@ class _Graphs:
     The first step of a reach runs as usual and makes what must outlive a graph (buffers, handles of
     libraries), unless an earlier draw has (``warm``); the next is captured, which shows whether
     there is memory for it, and replayed, as are all after it. Graphs live as long as a draw does,
-    because the memory they name does. No two run at once and nothing in a step outlives it, so that
-    their temporary memory is one pool.
+    because the memory they name does.
     """
 
-    def __init__(self, step: Callable[[int], None], device: torch.device, warm: bool) -> None:
-        self.step, self.device, self.warm = step, device, warm
+    def __init__(self, step: Callable[[int], None], recorder: _Recorder, warm: bool) -> None:
+        self.step, self.recorder, self.warm = step, recorder, warm
         self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
-        self.pool: Any = None
-        self.refused = False
+        recorder.refused &= warm  # by another model: this one may do better
+        self.refused = recorder.refused
 
     def __call__(self, reach: int) -> None:
-        reach = rounded_reach(reach, self.device)
+        reach = rounded_reach(reach, self.recorder.device)
         graph = self.graphs.get(reach)
         if graph is None and (self.warm or reach in self.graphs) and not self.refused:
             graph = self._captured(reach)
@@ -247,12 +276,14 @@ class _Graphs:
         step = functools.partial(self.step, reach)
         try:
             try:
-                graph = _capture(step, self.pool)
+                return self.recorder.record(step)
             except torch.OutOfMemoryError:  # what the allocator keeps for others may do
                 torch.cuda.empty_cache()
-                graph = _capture(step, self.pool)
+                return self.recorder.record(step)
         except RuntimeError as error:  # no memory, or an operation that no graph can hold
             self.refused = True
+            # There may be memory at the next draw.
+            self.recorder.refused = not isinstance(error, torch.OutOfMemoryError)
             reason = str(error).partition("\n")[0]
             warnings.warn(
                 f"sampling without CUDA graphs, which is right but slower: {reason}",
@@ -260,8 +291,6 @@ class _Graphs:
                 stacklevel=5,
             )
             return None
-        self.pool = graph.pool()
-        return graph
 
 
 class _Work:
