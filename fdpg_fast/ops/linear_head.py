@@ -116,6 +116,7 @@ def check_head(
     return max(1, -(-rows // chunks))
 
 
+@functools.cache
 def _chunk_bytes(device: torch.device) -> int:
     most = _CHUNK_BYTES.get(device.type, 256 << 20)
     if device.type != "cuda":
@@ -308,7 +309,9 @@ class LinearHead:
             if row_scale is None:
                 grad_bias.add_(numerators.sum(0, dtype=self.dtype), alpha=scale)
             else:
-                grad_bias.addmv_(numerators.t().to(self.dtype), row_scale, alpha=scale)
+                for tile in self._tiles():  # those of all would be as large as the logits
+                    columns = numerators[:, tile].t().to(self.dtype)
+                    grad_bias[tile].addmv_(columns, row_scale, alpha=scale)
 
     def _wide_logits(self, hidden: Tensor, out: Tensor) -> Tensor:
         """``hidden`` times the weight in fp32, of 16-bit inputs that have no such product."""
