@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -83,34 +83,37 @@ def check_head(
     ``per_row``: further arguments of shape ``[N]``.
     """
 
-    def expect(name: str, what: str, got: object, fits: bool) -> None:
-        if not fits:
-            raise ValueError(f"{op}: `{name}` must {what}, got {got}")
+    # On a GPU the time of a small head is that of its Python: nothing is worded that is not said.
+    def refuse(name: str, must: str, got: object) -> NoReturn:
+        raise ValueError(f"{op}: `{name}` must {must}, got {got}")
 
     for name, matrix in (("hidden", hidden), ("weight", weight)):
-        shape = list(matrix.shape)
-        expect(name, "be a matrix", f"shape {shape}", matrix.dim() == 2)
-        expect(name, "be floating point", matrix.dtype, matrix.dtype.is_floating_point)
+        if matrix.dim() != 2:
+            refuse(name, "be a matrix", f"shape {list(matrix.shape)}")
+        if not matrix.dtype.is_floating_point:
+            refuse(name, "be floating point", matrix.dtype)
     rows, size = hidden.shape
     vocab = weight.shape[0]
-    fits = weight.shape[1] == size and vocab > 0
-    expect("weight", f"have shape [V, {size}]", f"{list(weight.shape)}", fits)
-    if bias is not None:
-        expect("bias", f"have shape [{vocab}]", list(bias.shape), bias.shape == (vocab,))
-    for name, vector in {"target": target, "mask": mask, **per_row}.items():
-        if vector is not None:
-            expect(name, f"have shape [{rows}]", list(vector.shape), vector.shape == (rows,))
-    expect("softcap", "be positive", softcap, softcap is None or softcap > 0)
-    expect("chunk", "be at least 1", chunk, chunk is None or chunk >= 1)
-    others = {"weight": weight, "target": target, "bias": bias, "mask": mask, **per_row}
-    for name, other in others.items():
-        if other is not None:
-            what = f"be on the device of `hidden` ({hidden.device})"
-            expect(name, what, other.device, other.device == hidden.device)
+    if weight.shape[1] != size or vocab == 0:
+        refuse("weight", f"have shape [V, {size}]", list(weight.shape))
+    if bias is not None and bias.shape != (vocab,):
+        refuse("bias", f"have shape [{vocab}]", list(bias.shape))
+    vectors = {"target": target, "mask": mask, **per_row}
+    for name, vector in vectors.items():
+        if vector is not None and vector.shape != (rows,):
+            refuse(name, f"have shape [{rows}]", list(vector.shape))
+    if softcap is not None and not softcap > 0:
+        refuse("softcap", "be positive", softcap)
+    if chunk is not None and chunk < 1:
+        refuse("chunk", "be at least 1", chunk)
+    device = hidden.device
+    for name, other in {"weight": weight, "bias": bias, **vectors}.items():
+        if other is not None and other.device != device:
+            refuse(name, f"be on the device of `hidden` ({device})", other.device)
     if chunk is not None:
         return chunk
-    width = torch.finfo(result_dtype(hidden.dtype, weight.dtype)).bits // 8 * vocab
-    wanted = max(_LEAST_ROWS, _chunk_bytes(hidden.device) // width)
+    width = result_dtype(hidden.dtype, weight.dtype).itemsize * vocab
+    wanted = max(_LEAST_ROWS, _chunk_bytes(device) // width)
     # Of equal size: a short chunk takes nearly as long as a long one.
     chunks = max(1, round(rows / wanted))
     return max(1, -(-rows // chunks))
@@ -147,12 +150,12 @@ class LinearHead:
         self.weight = weight if self.low_precision else weight.to(self.dtype)  # [V, D]
         self.bias = None if bias is None else bias.to(self.dtype)
         self.scale, self.chunk = scale, chunk
-        self._spans = spans(self.weight)
+        self._spans = _spans(weight.shape[0], weight.device.type)
 
     @functools.cached_property
     def buffer(self) -> Tensor:
         """``[chunk, V]``; not made where nobody asks for it."""
-        return new_rows(self.weight, min(self.chunk, max(1, len(self.hidden))), self.dtype)
+        return new_rows(self.weight, min(self.chunk, max(1, self.hidden.shape[0])), self.dtype)
 
     def chunks(self) -> Iterator[slice]:
         n = self.hidden.shape[0]
@@ -161,7 +164,7 @@ class LinearHead:
     def logits(self, rows: slice, out: Tensor | None = None) -> Tensor:
         """``[n, V]`` in ``out``, or in memory that the next call overwrites."""
         hidden = self.hidden[rows]
-        out = self.buffer[: len(hidden)] if out is None else out
+        out = self.buffer[: hidden.shape[0]] if out is None else out
         if self.low_precision and not has_wide_products(hidden):
             return self._wide_logits(hidden, out)
         return project(hidden, self.weight, self.bias, self.scale, out)
@@ -251,7 +254,7 @@ class LinearHead:
 
     def recall(self, kept: Tensor) -> Tensor:
         """What :meth:`logits` gave for a chunk, ``[n, V]`` in the buffer."""
-        return self.buffer[: len(kept)].copy_(kept)
+        return self.buffer[: kept.shape[0]].copy_(kept)
 
     def backward(
         self,
@@ -326,7 +329,7 @@ class LinearHead:
 
     def _tiles(self) -> Iterator[slice]:
         """Of the vocabulary, where a product is followed by a pass over its result."""
-        vocab = len(self.weight)
+        vocab = self.weight.shape[0]
         return (slice(i, min(i + _TILE, vocab)) for i in range(0, vocab, _TILE))
 
     def gradients(
@@ -349,8 +352,9 @@ class LinearHead:
             lasting_empty(self.hidden, tuple(shape) if want else (0,), dtype)
             for (want, shape), dtype in zip(wanted, dtypes, strict=True)
         ]
-        for grad in found if len(self.hidden) == 0 else found[2:]:
-            grad.zero_()
+        for grad in found if self.hidden.shape[0] == 0 else found[2:]:
+            if grad.numel():
+                grad.zero_()
         return found
 
 
@@ -358,7 +362,7 @@ class LinearHead:
 def _fake(
     numerators: Tensor | None, hidden: Tensor, weight: Tensor, *others: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, n = result_dtype(hidden.dtype, weight.dtype), len(hidden)
+    dtype, n = result_dtype(hidden.dtype, weight.dtype), hidden.shape[0]
     return (
         hidden.new_empty(n, dtype=dtype),
         hidden.new_empty(n, dtype=dtype),
@@ -373,22 +377,22 @@ def project(
     if (packed := packed_once(weight)) is not None:
         torch.ops.fdpg.matmul_(out, hidden.to(packed.dtype), packed, bias, scale)
         return out
-    for span in spans(weight):
+    for span in _spans(weight.shape[0], weight.device.type):
         part = None if bias is None else bias[span]
         product(hidden, weight[span].t(), part, scale=scale, out=out[:, span])
     return out
 
 
-def spans(weight: Tensor) -> list[slice]:
+@functools.cache
+def _spans(vocab: int, device_type: str) -> list[slice]:
     """The vocabulary, in stretches that matrix products are fast over, the longest first."""
-    vocab = len(weight)
-    even = vocab - vocab % _GRANULE.get(weight.device.type, 1)
+    even = vocab - vocab % _GRANULE.get(device_type, 1)
     return [slice(a, b) for a, b in ((0, even), (even, vocab)) if a < b]
 
 
 def new_rows(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """``[rows, V]``; torch aligns storage to 64 bytes, with a padded stride so is every row."""
-    vocab, step = len(weight), _ALIGNMENT // dtype.itemsize
+    vocab, step = weight.shape[0], _ALIGNMENT // dtype.itemsize
     padded = -(-vocab // step) * step
     return lasting_empty(weight, (rows, padded), dtype)[:, :vocab]
 
@@ -414,10 +418,10 @@ def is_traced(*tensors: Tensor | None) -> bool:
     )
 
 
-def joined(chunks: Sequence[Sequence[Tensor]], none: Sequence[Tensor]) -> list[Tensor]:
-    """Each of the results of consecutive chunks of rows, for all rows; ``none`` of no chunk."""
+def joined(chunks: Sequence[Sequence[Tensor]], like: Tensor, results: int) -> list[Tensor]:
+    """Each of the results of consecutive chunks of rows, for all rows; of none as ``like``."""
     if not chunks:
-        return [*none]
+        return [like.new_empty(0)] * results
     return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*chunks, strict=True)]
 
 

@@ -120,7 +120,7 @@ def linear_logprob(
 
 
 def _kept_bytes(hidden: Tensor, weight: Tensor) -> int:
-    return len(hidden) * len(weight) * _kept_dtype(hidden, weight).itemsize
+    return hidden.shape[0] * weight.shape[0] * _kept_dtype(hidden, weight).itemsize
 
 
 def _kept_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -136,7 +136,7 @@ def _new_kept(hidden: Tensor, weight: Tensor, keep: bool, entropy: bool) -> tupl
     nothing, where they would be of 16 bits.
     """
     keep = keep and not (entropy and multiplies_as_they_are(hidden, weight))
-    rows, dtype = len(hidden) if keep else 0, result_dtype(hidden.dtype, weight.dtype)
+    rows, dtype = hidden.shape[0] if keep else 0, result_dtype(hidden.dtype, weight.dtype)
     return (
         new_rows(weight, rows, _kept_dtype(hidden, weight)),
         weight.new_empty(0 if entropy else rows, dtype=dtype),
@@ -157,32 +157,31 @@ def _linear_logprob(
     chunk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """logp, lse, entropy, and what backward makes use of: kept and row_scale."""
-    require_in_range("linear_logprob", target, mask, len(weight))
+    require_in_range("linear_logprob", target, mask, weight.shape[0])
     n = hidden.shape[0]
     kept, row_scale = _new_kept(hidden, weight, keep, entropy)
     rows = kept_rows(mask)  # the first so many rows of what is kept
     if rows is not None:
         hidden, target, mask = hidden[rows], target[rows], None
-        kept[len(hidden) :] = 0
-        row_scale[len(hidden) :] = 0
+        kept[hidden.shape[0] :] = 0
+        row_scale[hidden.shape[0] :] = 0
     head = LinearHead(hidden, weight, bias, scale, chunk)
     cap = softcap or 0.0
     results: list[Sequence[Tensor]] = []
+    ones = torch.ones_like(row_scale)
     for c in head.chunks():
         y, m = target[c], None if mask is None else mask[c]
-        if len(row_scale):
-            ones = torch.ones_like(row_scale[c])
+        if row_scale.shape[0]:
             *values, row_scale[c] = head.numerators(
-                c, kept[c], y, ones, None, inv_temperature, m, cap
+                c, kept[c], y, ones[c], None, inv_temperature, m, cap
             )
         elif entropy:
-            z = head.logits(c, out=kept[c] if len(kept) else None)
+            z = head.logits(c, out=kept[c] if kept.shape[0] else None)
             values = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, True, cap)
         else:
             values = [*head.logprob(c, y, inv_temperature, m, cap)]
         results.append(values)
-    none = [hidden.new_empty(0, dtype=head.dtype)] * 3
-    logp, lse, *ent = (spread(rows, r, n) for r in joined(results, none))
+    logp, lse, *ent = (spread(rows, r, n) for r in joined(results, row_scale, 3))
     return logp, lse, ent[0] if entropy else logp.new_empty(0), kept, row_scale
 
 
@@ -242,14 +241,14 @@ def _linear_logprob_backward(
     )
     grad_logp = per_row[3]
     # The gradient of a log-sum-exp needs p at the target, which numerators have rounded away.
-    from_numerators = len(row_scale) > 0 and grad_lse is None and grad_logp is not None
+    from_numerators = row_scale.shape[0] > 0 and grad_lse is None and grad_logp is not None
     if from_numerators:
-        chunk = max(1, len(hidden))  # all that a chunk would hold is there
+        chunk = max(1, hidden.shape[0])  # all that a chunk would hold is there
     head = LinearHead(hidden, weight, bias, scale, chunk)
     cap = softcap or 0.0
     at_once = from_numerators and head.low_precision
     grads = head.gradients(of_hidden, of_weight, of_bias, weight.dtype if at_once else None)
-    has_logits = len(kept) > 0 and len(row_scale) == 0
+    has_logits = kept.shape[0] > 0 and row_scale.shape[0] == 0
     for c in head.chunks():
         if from_numerators:
             head.backward(c, kept[c], row_scale[c] * grad_logp, *grads, new=True)

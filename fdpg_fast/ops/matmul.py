@@ -118,7 +118,7 @@ def product(
     for where they have such a product: see :func:`has_wide_products`.
     """
     if out is None:
-        out = a.new_empty(len(a), b.shape[1], dtype=result_dtype(a.dtype, b.dtype))
+        out = a.new_empty(a.shape[0], b.shape[1], dtype=result_dtype(a.dtype, b.dtype))
     if is_ours(a, b):
         torch.ops.fdpg.matmul_(out, a, b, bias, scale, False, _may_round)
     elif a.dtype != out.dtype:

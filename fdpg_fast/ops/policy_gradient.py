@@ -110,7 +110,7 @@ def policy_gradient(
     op = "policy_gradient"
     per_row = {"coefficient": coefficient, "lse_hint": lse_hint}
     chunk = check_head(op, hidden, weight, target, bias, softcap, mask, chunk, **per_row)
-    require_in_range(op, target, mask, len(weight))
+    require_in_range(op, target, mask, weight.shape[0])
     dtype = result_dtype(hidden.dtype, weight.dtype)
     grads = []  # in which the first chunk of rows writes that of the weight, if there is none yet
     for name, given, like in (
@@ -174,7 +174,7 @@ def _policy_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logp, lse, and the gradient of hidden; adds to the others, of size 0 where not wanted, or
     writes that of the weight."""
-    n = len(hidden)
+    n = hidden.shape[0]
     rows = kept_rows(mask)
     if rows is not None:
         mask = None
@@ -184,16 +184,16 @@ def _policy_gradient(
     head = LinearHead(hidden, weight, bias, scale, chunk)
     cap = softcap or 0.0
     grads = [head.gradients(need_hidden, False, False)[0], grad_weight, grad_bias]
-    if not adds_to_weight and len(hidden) == 0:
+    if not adds_to_weight and hidden.shape[0] == 0:
         grad_weight.zero_()
     learns = any(grad.numel() for grad in grads)
-    numerators = head.new_numerators(min(chunk, len(hidden)) if learns else 0)
+    numerators = head.new_numerators(min(chunk, hidden.shape[0]) if learns else 0)
     results: list[list[Tensor]] = []
     for c in head.chunks():
         y = target[c]
         m, hint = (None if t is None else t[c] for t in (mask, lse_hint))
         if learns:
-            e = numerators[: len(y)]
+            e = numerators[: y.shape[0]]
             *values, row_scale = head.numerators(
                 c, e, y, coefficient[c], hint, inv_temperature, m, cap
             )
@@ -201,7 +201,7 @@ def _policy_gradient(
         else:
             values = [*head.logprob(c, y, inv_temperature, m, cap)]
         results.append(values)
-    logp, lse = joined(results, [hidden.new_empty(0, dtype=head.dtype)] * 2)
+    logp, lse = joined(results, coefficient, 2)
     grad_hidden = spread(rows, grads[0], n) if need_hidden else grads[0]
     return spread(rows, logp, n), spread(rows, lse, n), grad_hidden
 
@@ -215,7 +215,7 @@ _OP = torch.library.custom_op(
 def _fake(hidden: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
     dtype, need_hidden = result_dtype(hidden.dtype, weight.dtype), others[9]
     return (
-        hidden.new_empty(len(hidden), dtype=dtype),
-        hidden.new_empty(len(hidden), dtype=dtype),
+        hidden.new_empty(hidden.shape[0], dtype=dtype),
+        hidden.new_empty(hidden.shape[0], dtype=dtype),
         hidden.new_empty(hidden.shape if need_hidden else (0,), dtype=dtype),
     )
