@@ -109,8 +109,9 @@ class _SlotLayer(CacheLayerMixin):
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         # Under autocast rotated keys may be fp32 beside values in bf16: one type for both.
-        dtype = torch.promote_types(key_states.dtype, value_states.dtype)
-        key_states, value_states = key_states.to(dtype), value_states.to(dtype)
+        if key_states.dtype != value_states.dtype:
+            dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+            key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if not self._fits(key_states):
             self.lazy_initialization(key_states, value_states)
         cache = self.cache
@@ -178,12 +179,12 @@ def span_mask(*args: Any, **kwargs: Any) -> Tensor | Packing | None:
     end = begin + live.sum(-1, keepdim=True)
     place = torch.arange(live.shape[3], device=live.device)
     spanned = (place >= begin) & (place < end)
-    if live.device.type == "cpu":
-        if torch.equal(live, spanned):
-            return torch.cat((begin, end), -1)
+    if live.device.type != "cpu":
+        end = end.masked_fill((live != spanned).any(-1, keepdim=True), -1)
+    elif not torch.equal(live, spanned):
         return slot_mask(*args, **kwargs)
-    apart = (live != spanned).any(-1, keepdim=True)
-    return torch.cat((begin, end.masked_fill(apart, -1)), -1)
+    # All first keys lie side by side, and all ends: every layer asks for them.
+    return torch.stack((begin[..., 0], end[..., 0])).movedim(0, -1)
 
 
 def slot_mask(*args: Any, **kwargs: Any) -> Tensor | Packing | None:

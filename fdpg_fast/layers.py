@@ -33,23 +33,23 @@ def _by_ours(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
     # A compiler makes choices of its own, and would make constants of sizes that are looked at.
     if torch.compiler.is_compiling():
         return None
-    if (y := linear(x, weight, bias)) is not None:
-        return y
+    if not torch.is_autocast_enabled("cpu"):
+        return linear(x, weight, bias)
     if (
         has_rounded_products()
-        and torch.is_autocast_enabled("cpu")
-        and torch.get_autocast_dtype("cpu") == torch.bfloat16
         and not torch.is_grad_enabled()
-        and x.device.type == "cpu"
+        and x.is_cpu
         and weight.dtype == torch.float32
+        and torch.get_autocast_dtype("cpu") == torch.bfloat16
     ):
         # As autocast would have it: 16-bit factors and results.
         if (columns := packed_once(weight)) is None:
             columns = weight.bfloat16().t()
-        rows = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-        y = rows.new_empty(len(rows), len(weight))
+        *outer, k = x.shape
+        rows, m = x.reshape(-1, k).to(torch.bfloat16), weight.shape[0]
+        y = rows.new_empty(rows.shape[0], m)
         torch.ops.fdpg.matmul_(y, rows, columns, bias)
-        return y.view(*x.shape[:-1], len(weight))
+        return y.view(*outer, m)
     return None
 
 
