@@ -166,9 +166,9 @@ def span_mask(*args: Any, **kwargs: Any) -> Tensor | Packing | None:
     """The mask builder registered as :data:`SLOT`: where a decoding step's live keys are.
 
     For one query per slot, ``(B, 1, 1, 2)`` int64: the first live key, and the one after the last,
-    which :func:`slot_attention` hands to ``ops.decode_attention``. Otherwise, and should live keys
-    ever not be neighbours, :func:`slot_mask`; on a GPU, which nobody asks in the middle of a step,
-    such a slot gets a span that cannot be, hence NaN, and the self-test at load sees it.
+    which :func:`slot_attention` hands to ``ops.decode_attention``; otherwise :func:`slot_mask`.
+    Should live keys ever not be neighbours, which nobody asks in the middle of a step, a slot gets
+    a span that cannot be, hence NaN, and the self-test at load sees it.
     """
     offset = kwargs.get("q_offset")
     slots = isinstance(offset, Tensor) and offset.ndim == 1
@@ -179,10 +179,7 @@ def span_mask(*args: Any, **kwargs: Any) -> Tensor | Packing | None:
     end = begin + live.sum(-1, keepdim=True)
     place = torch.arange(live.shape[3], device=live.device)
     spanned = (place >= begin) & (place < end)
-    if live.device.type != "cpu":
-        end = end.masked_fill((live != spanned).any(-1, keepdim=True), -1)
-    elif not torch.equal(live, spanned):
-        return slot_mask(*args, **kwargs)
+    end = end.masked_fill((live != spanned).any(-1, keepdim=True), -1)
     # All first keys lie side by side, and all ends: every layer asks for them.
     return torch.stack((begin[..., 0], end[..., 0])).movedim(0, -1)
 
@@ -389,6 +386,8 @@ class _Model(Protocol):
 
     @property
     def layers(self) -> int: ...
+    @property
+    def is_compiled(self) -> bool: ...
     def hidden(self, tokens: Tensor, positions: Tensor, cache: Cache | None = None) -> Tensor: ...
     def logits(self, hidden: Tensor) -> Tensor: ...
 

@@ -21,6 +21,7 @@ import copy
 import inspect
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -466,6 +467,17 @@ class LanguageModel:
     def has_cache(self) -> bool:
         """Whether sampling keeps keys and values, rather than reading the text at every step."""
         return self.attention in SLOTS
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether ``torch.compile`` has had a part of the model, whose operations nobody sees."""
+        dynamo = sys.modules.get("torch._dynamo")  # whose import takes a second
+        return dynamo is not None and any(
+            isinstance(module, dynamo.OptimizedModule)
+            or module._compiled_call_impl is not None
+            or hasattr(module.forward, "_torchdynamo_orig_callable")
+            for module in self.model.modules()
+        )
 
     @property
     def head(self) -> Head | None:

@@ -5,8 +5,8 @@ sample at a time; when a sample ends its slot takes the next one. The random num
 function of (key, sample id, place in the sample), so samples depend neither on the slot nor on the
 batch size, beyond ties that floating-point rounding decides.
 
-On a GPU a step is replayed as a CUDA graph: it is a function of memory that is there before it and
-of the number of keys that it attends to, rounded up.
+A step is a function of memory that is there before it and of the number of keys that it attends to,
+rounded up: it is recorded once for each, and replayed (replay.py).
 
 Samples are draws from the model itself: temperature 1, nothing truncated. A sample ends with its
 first end-of-text token, which belongs to it, or at the first prefix that a stop function is true
@@ -18,20 +18,22 @@ Shape legend: B samples, G prompts, P longest prompt, S ``max_new_tokens``, T = 
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import warnings
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from fdpg_fast import ops
-from fdpg_fast.attention import Decoder, SlotDecoder, rounded_reach
+from fdpg_fast.attention import Decoder, SlotDecoder
 from fdpg_fast.models import LanguageModel
+from fdpg_fast.replay import Recorder, Replays, recorder_for
 from fdpg_fast.rollout import Finish, PromptBatch, Rollout, Texts
 
 __all__ = ["Sampler", "SamplingError"]
+
+# So many steps, on a CPU, before it pays to record one.
+LEAST_STEPS = 16
 
 
 class SamplingError(RuntimeError):
@@ -72,7 +74,7 @@ class Sampler:
         self.check_every = check_every
         self.stop = stop
         self._decoder: Decoder | None = None
-        self._recorder: _Recorder | None = None
+        self._recorder: Recorder | None = None
 
     @torch.no_grad()
     def draw(
@@ -118,10 +120,10 @@ class Sampler:
         row = torch.full((slots,), idle, dtype=torch.int64, device=device)  # which sample, or idle
         occupant, position = torch.full((slots,), idle), torch.zeros(slots, dtype=torch.int64)
         step: Callable[[int], None] = functools.partial(work.step, decoder, row)
-        if _captures(decoder):
+        if _can_be_replayed(decoder, self.max_new_tokens):
             if self._recorder is None or self._recorder.device != device:
-                self._recorder = _Recorder(device)
-            step = _Graphs(step, self._recorder, warm)
+                self._recorder = recorder_for(device)
+            step = Replays(step, work.memory(decoder, row), self._recorder, warm)
         begun = 0
         while True:
             free = (occupant == idle).nonzero()[:, 0]
@@ -182,9 +184,14 @@ def _is_whole(text: str, stop: Callable[[str], bool]) -> bool:
         ) from error
 
 
-def _captures(decoder: Decoder) -> bool:
-    """Whether its steps can be CUDA graphs: they have few shapes, and the GPU is asked nothing."""
-    return isinstance(decoder, SlotDecoder) and decoder.positions.device.type == "cuda"
+def _can_be_replayed(decoder: Decoder, steps: int) -> bool:
+    """Whether its steps have few shapes and ask the device nothing, and recording them pays."""
+    if not isinstance(decoder, SlotDecoder):
+        return False
+    device = decoder.positions.device
+    if device.type == "cuda":
+        return True
+    return device.type == "cpu" and steps >= LEAST_STEPS and not decoder.model.is_compiled
 
 
 def _continues(decoder: Decoder, before: Decoder | None) -> bool:
@@ -195,102 +202,6 @@ def _continues(decoder: Decoder, before: Decoder | None) -> bool:
         and decoder.model is before.model
         and decoder.cache is before.cache
     )
-
-
-class _Recorder:
-    """Makes CUDA graphs, on one stream and from one pool of memory, which are kept.
-
-    torch's allocator knows free memory by its pool and stream. So the graphs of a draw, no two of
-    which run at once, share their temporary memory, and those of the next draw have it again.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.refused = False  # has there been an operation that no graph can hold?
-
-    @functools.cached_property
-    def pool(self) -> torch.cuda.MemPool:
-        with torch.cuda.device(self.device):
-            return torch.cuda.MemPool()
-
-    def record(self, step: Callable[[], None]) -> torch.cuda.CUDAGraph:
-        """What ``step`` does on the GPU, which it does not yet do.
-
-        Not by ``torch.cuda.graph``, which empties the allocator's cache at every capture.
-        """
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda._POOL_HANDLE(self.pool.id)
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            try:
-                # What other threads do meanwhile is no concern of it.
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                step()
-                graph.capture_end()
-            except BaseException:
-                self._give_up(graph)
-                raise
-        current.wait_stream(self.stream)
-        return graph
-
-    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
-        with contextlib.suppress(RuntimeError):
-            graph.capture_end()
-            return
-        # Then it has not told the allocator, which would believe in a capture for ever: and as
-        # long as it does, to empty its cache is an internal error.
-        with contextlib.suppress(RuntimeError):  # or it has, and failed later
-            index = self.stream.device_index
-            torch._C._cuda_endAllocateToPool(index, self.pool.id)
-            torch._C._cuda_releasePool(index, self.pool.id)
-
-
-class _Graphs:
-    """A step as CUDA graphs, one for each number of keys that it attends to.
-
-    The first step of a reach runs as usual and makes what must outlive a graph (buffers, handles of
-    libraries), unless an earlier draw has (``warm``); the next is captured, which shows whether
-    there is memory for it, and replayed, as are all after it. Graphs live as long as a draw does,
-    because the memory they name does.
-    """
-
-    def __init__(self, step: Callable[[int], None], recorder: _Recorder, warm: bool) -> None:
-        self.step, self.recorder, self.warm = step, recorder, warm
-        self.graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
-        recorder.refused &= warm  # by another model: this one may do better
-        self.refused = recorder.refused
-
-    def __call__(self, reach: int) -> None:
-        reach = rounded_reach(reach, self.recorder.device)
-        graph = self.graphs.get(reach)
-        if graph is None and (self.warm or reach in self.graphs) and not self.refused:
-            graph = self._captured(reach)
-        self.graphs[reach] = graph
-        if graph is None:
-            self.step(reach)
-        else:
-            graph.replay()
-
-    def _captured(self, reach: int) -> torch.cuda.CUDAGraph | None:
-        step = functools.partial(self.step, reach)
-        try:
-            try:
-                return self.recorder.record(step)
-            except torch.OutOfMemoryError:  # what the allocator keeps for others may do
-                torch.cuda.empty_cache()
-                return self.recorder.record(step)
-        except RuntimeError as error:  # no memory, or an operation that no graph can hold
-            self.refused = True
-            # There may be memory at the next draw.
-            self.recorder.refused = not isinstance(error, torch.OutOfMemoryError)
-            reason = str(error).partition("\n")[0]
-            warnings.warn(
-                f"sampling without CUDA graphs, which is right but slower: {reason}",
-                RuntimeWarning,
-                stacklevel=5,
-            )
-            return None
 
 
 class _Work:
@@ -335,6 +246,10 @@ class _Work:
         self.judged = [0] * self.count  # tokens of each sample that the stop function has seen
         self.softcap = model.softcap
         self.eos = torch.tensor(model.eos_ids, dtype=torch.int64, device=device)
+
+    def memory(self, decoder: Decoder, row: Tensor) -> list[Tensor]:
+        """What a step writes that is read after it, but for keys and values."""
+        return [row, decoder.positions, self.tokens, self.logp, self.lse, self.lengths, self.finish]
 
     def step(self, decoder: Decoder, row: Tensor, reach: int) -> None:
         """One token for every slot; ``row`` ``(slots,)`` is updated: idle where a sample ended."""

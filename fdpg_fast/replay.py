@@ -1,0 +1,369 @@
+"""A decoding step that is done again without the Python around its operations.
+
+A step is a function of memory that is there before it and of the number of keys that it attends to,
+so what it calls, with the very tensors that it gives them, is the same each time. On a GPU it
+becomes a CUDA graph; on a CPU a list of the operations that PyTorch was asked for, written out as a
+function, which is worth most in small models: what transformers does around them takes there as
+long as they do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import warnings
+import weakref
+from collections.abc import Callable, Sequence
+from types import CodeType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fdpg_fast.attention import rounded_reach
+
+__all__ = ["Recorder", "Replays", "Tape", "recorder_for"]
+
+Step = Callable[[], None]
+
+
+class NotRecordedError(RuntimeError):
+    """A step that could not be recorded.
+
+    Attributes:
+        done: whether it has been done.
+        final: whether no later draw of the model need try.
+    """
+
+    def __init__(self, why: str, *, done: bool, final: bool) -> None:
+        super().__init__(why)
+        self.done, self.final = done, final
+
+
+class Recorder(Protocol):
+    """Keeps from one draw to the next what recording takes.
+
+    Attributes:
+        refused: whether there has been a step that cannot be recorded, of the model at hand.
+        verifies: whether the first replays of a model are to be compared with its steps.
+        every_draw: whether the first step of every draw makes what must outlive it (weights that
+            are rounded for a draw), rather than the first of a reach in the first draw.
+    """
+
+    device: torch.device
+    refused: bool
+    verifies: bool
+    every_draw: bool
+
+    def record(self, step: Step) -> Step:
+        """Does ``step``, and returns what does it again.
+
+        Raises:
+            NotRecordedError: it cannot be recorded.
+        """
+
+
+def recorder_for(device: torch.device) -> Recorder:
+    return CudaRecorder(device) if device.type == "cuda" else TapeRecorder(device)
+
+
+class Replays:
+    """A step, recorded for each number of keys that it attends to, and replayed.
+
+    The first step of a reach runs as usual and makes what must outlive it (buffers, handles of
+    libraries), unless an earlier draw or step has; the next is recorded. Recordings live as long as
+    a draw does, because the memory they name does.
+
+    Args:
+        step: of a reach.
+        memory: what it writes, and the next one and whoever comes after the last reads.
+        warm: whether an earlier draw was of the same model, and on the same memory.
+    """
+
+    def __init__(
+        self, step: Callable[[int], None], memory: Sequence[Tensor], recorder: Recorder, warm: bool
+    ) -> None:
+        self.step, self.memory, self.recorder = step, memory, recorder
+        self.ready = warm and not recorder.every_draw
+        self.verifies = recorder.verifies and not warm
+        self.replays: dict[int, Step | None] = {}
+        self.unverified: set[int] = set()
+        recorder.refused &= warm  # by another model: this one may do better
+        self.refused = recorder.refused
+
+    def __call__(self, reach: int) -> None:
+        reach = rounded_reach(reach, self.recorder.device)
+        replay = self.replays.get(reach)
+        if replay is not None:
+            self._again(reach, replay)
+        elif (self.ready or reach in self.replays) and not self.refused:
+            self.replays[reach] = self._recorded(reach)
+            if self.verifies:
+                self.unverified.add(reach)
+        else:
+            self.replays[reach] = None
+            self.step(reach)
+            self.ready |= self.recorder.every_draw
+
+    def _recorded(self, reach: int) -> Step | None:
+        step = functools.partial(self.step, reach)
+        try:
+            return self.recorder.record(step)
+        except NotRecordedError as error:
+            self.refused, self.recorder.refused = True, error.final
+            if not error.done:
+                self._warn(f"sampling without CUDA graphs, which is right but slower: {error}")
+                step()
+        return None
+
+    def _again(self, reach: int, replay: Step) -> None:
+        if reach not in self.unverified:
+            return replay()
+        self.unverified.remove(reach)
+        before = [tensor.clone() for tensor in self.memory]
+        replay()
+        replayed = [tensor.clone() for tensor in self.memory]
+        for tensor, value in zip(self.memory, before, strict=True):
+            tensor.copy_(value)
+        self.step(reach)
+        if not all(map(_same, self.memory, replayed)):
+            self.refused = self.recorder.refused = True
+            self.replays.clear()
+            self._warn(
+                "sampling by the model's own steps, which is right but slower: a step that was "
+                "recorded and replayed gave other tokens. Does the model keep numbers in Python?"
+            )
+        return None
+
+    def _warn(self, what: str) -> None:
+        warnings.warn(what, RuntimeWarning, stacklevel=6)
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+# --------------------------------------------------------------------------------------------------
+# On a GPU
+
+
+class CudaRecorder:
+    """Makes CUDA graphs, on one stream and from one pool of memory, which are kept.
+
+    torch's allocator knows free memory by its pool and stream. So the graphs of a draw, no two of
+    which run at once, share their temporary memory, and those of the next draw have it again.
+    """
+
+    verifies = False  # CUDA refuses what a graph cannot hold
+    every_draw = False
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.refused = device, False
+        self.stream = torch.cuda.Stream(device)
+
+    @functools.cached_property
+    def pool(self) -> torch.cuda.MemPool:
+        with torch.cuda.device(self.device):
+            return torch.cuda.MemPool()
+
+    def record(self, step: Step) -> Step:
+        try:
+            try:
+                graph = self._captured(step)
+            except torch.OutOfMemoryError:  # what the allocator keeps for others may do
+                torch.cuda.empty_cache()
+                graph = self._captured(step)
+        except RuntimeError as error:  # no memory, or an operation that no graph can hold
+            why = str(error).partition("\n")[0]
+            final = not isinstance(error, torch.OutOfMemoryError)
+            raise NotRecordedError(why, done=False, final=final) from error
+        graph.replay()
+        replay: Step = graph.replay
+        return replay
+
+    def _captured(self, step: Step) -> torch.cuda.CUDAGraph:
+        """What ``step`` does on the GPU, which it does not yet do.
+
+        Not by ``torch.cuda.graph``, which empties the allocator's cache at every capture.
+        """
+        graph, pool = torch.cuda.CUDAGraph(), torch.cuda._POOL_HANDLE(self.pool.id)
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        with torch.cuda.stream(self.stream):
+            try:
+                # What other threads do meanwhile is no concern of it.
+                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                step()
+                graph.capture_end()
+            except BaseException:
+                self._give_up(graph)
+                raise
+        current.wait_stream(self.stream)
+        return graph
+
+    def _give_up(self, graph: torch.cuda.CUDAGraph) -> None:
+        with contextlib.suppress(RuntimeError):
+            graph.capture_end()
+            return
+        # Then it has not told the allocator, which would believe in a capture for ever: and as
+        # long as it does, to empty its cache is an internal error.
+        with contextlib.suppress(RuntimeError):  # or it has, and failed later
+            index = self.stream.device_index
+            torch._C._cuda_endAllocateToPool(index, self.pool.id)
+            torch._C._cuda_releasePool(index, self.pool.id)
+
+
+# --------------------------------------------------------------------------------------------------
+# On a CPU
+
+
+class TapeRecorder:
+    """Has a :class:`Tape` of each step. What bypasses PyTorch's dispatcher is not on it, hence the
+    comparison."""
+
+    verifies = every_draw = True
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.refused = device, False
+
+    def record(self, step: Step) -> Step:
+        tape = Tape()
+        with tape:
+            step()
+        return tape.function()
+
+
+class Tape(TorchDispatchMode):
+    """The operations that are called while it is entered, and a function that calls them again:
+    on the same memory where they were given such, on each other's results where they were given
+    those. Views of memory that was there are kept, not made again.
+
+    The operations are those below autocast and autograd, which the function stays below, too.
+    """
+
+    # What an operation may be given that is as well written out.
+    _LITERALS = (bool, int, str, type(None))
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would go through its compiler, and import it, at every operation
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lines: list[str] = []
+        # Names of the tensors that operations have made, by id, which another may have once they
+        # are gone.
+        self.names: dict[int, tuple[weakref.ref[Tensor], str]] = {}
+        self.last_use: dict[str, int] = {}  # of each of those: the line
+        self.globals: dict[str, Any] = {}
+        self.constants: dict[int, str] = {}  # names in globals, by id
+        self.refusal = ""
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = op(*args, **(kwargs or {}))
+        if not self.refusal:
+            self._write(op, args, kwargs or {}, out)
+        return out
+
+    def function(self) -> Step:
+        """Does what was recorded.
+
+        Raises:
+            NotRecordedError: a number was asked of a tensor, or a size depends on one.
+        """
+        if self.refusal:
+            raise NotRecordedError(self.refusal, done=True, final=True)
+        done: dict[int, list[str]] = {}
+        for name, number in self.last_use.items():
+            done.setdefault(number, []).append(name)
+        body = []
+        for number, line in enumerate(self.lines):
+            body.append(f"        {line}\n")
+            if number in done:
+                body.append(f"        del {', '.join(done[number])}\n")
+        code = "def replay():\n    with autocast_off(), below_autograd():\n" + "".join(body)
+        names = self.globals
+        names["autocast_off"] = functools.partial(torch.autocast, "cpu", enabled=False)
+        names["below_autograd"] = torch._C._AutoDispatchBelowAutograd
+        exec(_compiled(code), names)
+        replay: Step = names.pop("replay")  # no cycle: what it holds goes with it
+        return replay
+
+    def _write(self, op: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
+        given: dict[int, str | None] = {}  # tensors by id; the names of those that were made
+        words = [self._word(value, given) for value in args]
+        words += [f"{key}={self._word(value, given)}" for key, value in kwargs.items()]
+        results = out if isinstance(out, (tuple, list)) else (out,)
+        asks, is_view = _nature(op)
+        if (asks and not _by_numbers(op, args)) or (
+            given and not all(x is None or isinstance(x, Tensor) for x in results)
+        ):
+            self.refusal = f"{op} asks for the values of a tensor"
+            return
+        used = [name for name in given.values() if name is not None]
+        if is_view and not used:
+            return
+        number = len(self.lines)
+        targets: list[str] = []
+        for value in results:
+            name = "_"
+            if isinstance(value, Tensor) and id(value) not in given:
+                name = f"t{number}_{len(targets)}"
+                self.names[id(value)] = weakref.ref(value), name
+                used.append(name)
+            targets.append(name)
+        for name in used:
+            self.last_use[name] = number
+        call = f"{self._constant(op)}({', '.join(words)})"
+        if any(name != "_" for name in targets):
+            comma = "" if results[0] is out else ","
+            call = f"{', '.join(targets)}{comma} = {call}"
+        self.lines.append(call)
+
+    def _word(self, value: Any, given: dict[int, str | None]) -> str:
+        """How an argument is written; tensors in it are added to ``given``."""
+        if isinstance(value, Tensor):
+            reference, name = self.names.get(id(value), (None, None))
+            if reference is None or reference() is not value:
+                name = None
+            given[id(value)] = name
+            return name or self._constant(value)
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join([self._word(x, given) for x in value])}]"
+        if type(value) in self._LITERALS or (type(value) is float and math.isfinite(value)):
+            return repr(value)
+        return self._constant(value)
+
+    def _constant(self, value: Any) -> str:
+        name = self.constants.get(id(value))
+        if name is None:
+            name = self.constants[id(value)] = f"c{len(self.constants)}"
+            self.globals[name] = value
+        return name
+
+
+@functools.lru_cache(maxsize=64)  # the next draw's tape of a reach reads the same
+def _compiled(code: str) -> CodeType:
+    return compile(code, "<tape>", "exec")
+
+
+@functools.cache
+def _nature(op: Any) -> tuple[bool, bool]:
+    """Whether it may tell Python a number of a tensor, or have a size that depends on one; and
+    whether all its results are of the memory that it is given, of which it writes none."""
+    tags, returns = torch.Tag, op._schema.returns
+    asking = (tags.data_dependent_output, tags.dynamic_output_shape, tags.inplace_view)
+    aliases = [r.alias_info for r in returns]
+    is_view = all(alias is not None and not alias.is_write for alias in aliases)
+    return any(tag in op.tags for tag in asking), bool(returns) and is_view
+
+
+def _by_numbers(op: Any, args: Any) -> bool:
+    """Whether it is an index by numbers, whose result has the size of the index."""
+    if op not in (torch.ops.aten.index.Tensor, torch.ops.aten._unsafe_index.Tensor):
+        return False
+    return not any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1])

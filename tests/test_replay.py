@@ -1,0 +1,327 @@
+"""A recorded step does again what it did; what cannot be recorded is done as usual."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal
+
+import pytest
+import torch
+from families import CONFIGS, ENCODER_DECODER, batch, language_model
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fdpg_fast import sampler as sampler_module
+from fdpg_fast.models import LanguageModel
+from fdpg_fast.replay import CudaRecorder, NotRecordedError, Replays, Tape
+from fdpg_fast.rollout import Rollout
+from fdpg_fast.sampler import LEAST_STEPS, Sampler
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PROMPTS = ([7, 3], [9], [1, 2, 3, 4, 5, 6, 7])
+LONG = LEAST_STEPS
+
+
+def test_a_tape_reads_memory_as_it_is_then() -> None:
+    """Views of it, in-place results, several results of one operation, and none of the Python."""
+    memory, weight = torch.arange(6.0), torch.ones(2, 3)
+    out, calls = torch.zeros(2), []
+
+    def step() -> None:
+        calls.append(1)
+        rows = memory.view(2, 3)  # of memory: made once
+        left, right = (rows * 2 + torch.full((), 1.5)).split([1, 2], dim=1)
+        values, _ = torch.cat((left, right), 1).max(1)
+        out.copy_((weight * values[:, None]).sum(1))
+        memory.add_(1)
+
+    with Tape() as tape:
+        step()
+    again = tape.function()
+    for _ in range(3):
+        expected, start = torch.zeros(2), memory.clone()
+        again()
+        assert torch.equal(memory, start + 1)
+        expected = (start.view(2, 3) * 2 + 1.5).amax(1) * 3
+        assert torch.equal(out, expected)
+    weight.zero_()
+    again()
+    assert out.eq(0).all()
+    assert len(calls) == 1
+    # What no later line needs is freed by then, and views of memory take no line.
+    names = {name for name, value in tape.globals.items() if value is torch.ops.aten.view.default}
+    assert not any(line.split(" = ")[-1].split("(")[0] in names for line in tape.lines)
+
+
+class _Living(TorchDispatchMode):
+    """Counts the results of operations that are still there when the next is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.results: list[weakref.ref[Tensor]] = []
+        self.most = 0
+
+    def __torch_dispatch__(
+        self, op: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.most = max(self.most, sum(result() is not None for result in self.results))
+        out = op(*args, **(kwargs or {}))
+        self.results.append(weakref.ref(out))
+        return out
+
+
+def test_a_tape_keeps_no_more_than_the_step_does() -> None:
+    """Neither while it is recorded nor when it is replayed; tensors whose ids come again are told
+    apart."""
+    x, out = torch.ones(4), torch.zeros(4)
+
+    def step() -> None:
+        y = x + 1
+        for _ in range(50):
+            y = y * 2 - y
+        out.copy_(y + x)
+
+    with Tape() as tape, _Living() as recorded:
+        step()
+    again = tape.function()
+    with _Living() as replayed:
+        out.zero_()
+        again()
+    assert recorded.most <= 3
+    assert replayed.most <= 3
+    assert out.eq(3).all()
+
+
+def test_a_tape_is_below_autocast() -> None:
+    """Layers that were outside of it when recorded are not rounded when replayed inside."""
+    x, y = torch.randn(4, 8), torch.empty(4, 4)
+    layer = nn.Linear(8, 4)
+
+    def step() -> None:
+        with torch.autocast("cpu", enabled=False):
+            y.copy_(layer(x))
+
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        with Tape() as tape:
+            step()
+        exact = y.clone()
+        y.zero_()
+        tape.function()()
+    assert torch.equal(y, exact)
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x.nonzero(),
+        lambda x: torch.equal(x, x + 1),
+        lambda x: bool(x[0] > 0),
+        lambda x: x.clone().resize_(2),
+    ],
+    ids=["item", "mask", "nonzero", "equal", "if", "resize"],
+)
+def test_a_tape_refuses_what_depends_on_values(asks: Callable[[Tensor], Any]) -> None:
+    """But does it."""
+    x = torch.arange(5.0)
+    with Tape() as tape:
+        asks(x)
+        x.add_(1)
+    assert x[0] == 1
+    with pytest.raises(NotRecordedError, match="asks for the values"):
+        tape.function()
+
+
+def plain(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> Rollout:
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler_module, "_can_be_replayed", lambda decoder, steps: False)
+        return draw(Sampler(LONG, batch_size=8), model)
+
+
+def draw(sampler: Sampler, model: LanguageModel) -> Rollout:
+    return sampler.draw(model, batch(*PROMPTS), 8, key=7)
+
+
+def assert_equal(left: Rollout, right: Rollout) -> None:
+    for name in ("tokens", "token_logprob", "lse", "lengths", "finish"):
+        assert torch.equal(getattr(left, name), getattr(right, name)), name
+
+
+REPLAYED = sorted(set(CONFIGS) - {"falcon", "bloom", "gpt_neo", *ENCODER_DECODER})
+
+
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", REPLAYED)
+def test_a_family_draws_the_same_by_replays(
+    family: str, compute: Literal["fp32", "bf16"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit by bit, in a first draw, which compares, and after the weights have changed."""
+    model = language_model(family, compute=compute)
+    replays: list[Any] = []
+
+    class Counted(Replays):
+        def _again(self, reach: int, replay: Callable[[], None]) -> None:
+            replays.append(reach)
+            super()._again(reach, replay)
+
+    monkeypatch.setattr(sampler_module, "Replays", Counted)
+    sampler = Sampler(LONG, batch_size=8)
+    for _ in range(2):
+        replays.clear()
+        assert_equal(draw(sampler, model), plain(model, monkeypatch))
+        assert len(replays) >= LONG - 2
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(0.9)
+
+
+@pytest.mark.parametrize("how", ["counts its calls", "bypasses the dispatcher"])
+def test_a_step_that_cannot_be_replayed_is_found_out(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not what was recorded: a warning, and the model's own."""
+    model = language_model("gpt2")
+    norm, calls = model.model.transformer.ln_f, []
+
+    def drifts(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        calls.append(1)
+        if how == "counts its calls":
+            return out * (1 + 0.1 * (len(calls) % 5))
+        return torch.from_numpy(out.numpy() * 1.5)
+
+    norm.register_forward_hook(drifts)
+    expected = plain(model, monkeypatch)
+    calls.clear()
+    sampler = Sampler(LONG, batch_size=8)
+    with pytest.warns(RuntimeWarning, match="gave other tokens"):
+        found = draw(sampler, model)
+    assert len(calls) >= LONG
+    # The one step that was compared has been counted; the first tokens have not.
+    assert torch.equal(found.token_logprob[:8, :2], expected.token_logprob[:8, :2])
+    assert sampler._recorder is not None
+    assert sampler._recorder.refused
+    draw(sampler, model)  # without a warning
+
+
+def test_errors_of_a_step_are_not_taken_for_refusals() -> None:
+    model, calls = language_model("gpt2"), []
+
+    def fails(module: nn.Module, args: Any, out: Tensor) -> None:
+        calls.append(1)
+        if len(calls) == 3:  # of the prompts, the first step, and the one that is recorded
+            raise RuntimeError("too hot")
+
+    model.model.transformer.ln_f.register_forward_hook(fails)
+    with pytest.raises(RuntimeError, match="too hot"):
+        draw(Sampler(LONG, batch_size=8), model)
+    assert len(calls) == 3
+
+
+def test_what_a_tape_refuses_is_sampled_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, asked = language_model("gpt2"), []
+
+    def asks(module: nn.Module, args: Any, out: Tensor) -> Tensor:
+        asked.append(out.abs().max().item())
+        return out
+
+    model.model.transformer.ln_f.register_forward_hook(asks)
+    expected = plain(model, monkeypatch)
+    steps = len(asked)
+    assert_equal(draw(Sampler(LONG, batch_size=8), model), expected)
+    assert len(asked) == 2 * steps
+
+
+@pytest.mark.parametrize(
+    "compiles",
+    [
+        lambda m: m.compile(backend="eager"),
+        lambda m: setattr(m, "forward", torch.compile(m.forward, backend="eager")),
+        lambda m: m.transformer.h.__setitem__(
+            0, torch.compile(m.transformer.h[0], backend="eager")
+        ),
+    ],
+    ids=["compile()", "forward", "a layer"],
+)
+def test_compiled_models_are_not_recorded(compiles: Callable[[Any], object]) -> None:
+    model = language_model("gpt2")
+    decoder = model.decoder(4, 16)
+    assert sampler_module._can_be_replayed(decoder, LONG)
+    assert not sampler_module._can_be_replayed(decoder, LONG - 1)
+    compiles(model.model)
+    assert not sampler_module._can_be_replayed(decoder, LONG)
+
+
+# --------------------------------------------------------------------------------------------------
+# CUDA graphs
+
+
+@pytest.mark.parametrize(
+    ("error", "tries"),
+    # Out of memory: once more with the cache emptied, and again at the next draw.
+    [(torch.OutOfMemoryError, 4), (RuntimeError, 1)],
+    ids=str,
+)
+def test_a_graph_that_cannot_be_captured_is_done_without(
+    error: type[RuntimeError], tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = language_model("gpt2")
+    eager = plain(model, monkeypatch)
+    tried = []
+
+    class Refusing(CudaRecorder):
+        def __init__(self, device: torch.device) -> None:
+            self.device, self.refused = device, False
+
+        def _captured(self, step: Callable[[], None]) -> Any:
+            tried.append(step)
+            raise error("It does not fit.\nAnd more")
+
+    monkeypatch.setattr(sampler_module, "recorder_for", Refusing)
+    sampler = Sampler(LONG, batch_size=8)
+    with pytest.warns(RuntimeWarning, match=r"without CUDA graphs, .*slower: It does not fit.$"):
+        found = [draw(sampler, model) for _ in range(2)]
+    for rollout in found:
+        assert_equal(rollout, eager)
+    assert len(tried) == tries
+    # What one model cannot do another may.
+    with pytest.warns(RuntimeWarning, match="It does not fit"):
+        draw(sampler, language_model("llama"))
+    assert len(tried) > tries
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("invalid", [True, False], ids=["cuda says so", "python says so"])
+def test_the_gpu_goes_on_after_a_capture_has_failed(invalid: bool) -> None:
+    """With the allocator, random numbers and the next capture as if nothing had been."""
+    device = torch.device("cuda")
+    recorder = CudaRecorder(device)
+    x = torch.ones(1000, device=device)
+
+    def wrong() -> None:
+        torch.empty(1 << 20, device=device).fill_(1)
+        if invalid:
+            x.sum().item()  # waits for the GPU
+        raise ValueError("wrong")
+
+    with pytest.raises(RuntimeError if invalid else ValueError):
+        recorder.record(wrong)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    assert torch.isfinite(torch.randn(10, device=device)).all()
+    again = recorder.record(lambda: x.add_(torch.ones_like(x)))
+    assert x.eq(2).all()
+    again()
+    assert x.eq(3).all()
+
+
+@pytest.mark.gpu
+def test_draws_take_no_more_memory_from_one_to_the_next() -> None:
+    model = language_model("llama", device="cuda")
+    sampler, reserved = Sampler(LONG, batch_size=8), []
+    for _ in range(4):
+        draw(sampler, model)
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[1] == reserved[3]
