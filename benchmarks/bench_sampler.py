@@ -230,7 +230,7 @@ def test_stories(contest: Contest, name: str) -> None:
 @pytest.mark.parametrize("compute", COMPUTE)
 def test_gpt2(contest: Contest, compute: Literal["fp32", "bf16"]) -> None:
     torch.manual_seed(0)
-    drawn = Drawn(GPT2LMHeadModel(GPT2Config()), (464,), samples=64, tokens=16)
+    drawn = Drawn(GPT2LMHeadModel(GPT2Config()), (464,), samples=64, tokens=64)
     ours, fp32 = drawn.ours(compute), drawn.ours("fp32")
     drawn.check(fp32())
     dtype = torch.float32 if compute == "fp32" else torch.bfloat16
