@@ -188,7 +188,8 @@ class CudaRecorder:
 
         Not by ``torch.cuda.graph``, which empties the allocator's cache at every capture.
         """
-        graph, pool = torch.cuda.CUDAGraph(), torch.cuda._POOL_HANDLE(self.pool.id)
+        graph = torch.cuda.CUDAGraph()
+        pool: Any = self.pool.id  # a type of its own in some versions of torch
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream):
