@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import weakref
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -290,6 +293,60 @@ def test_a_graph_that_cannot_be_captured_is_done_without(
     with pytest.warns(RuntimeWarning, match="It does not fit"):
         draw(sampler, language_model("llama"))
     assert len(tried) > tries
+
+
+@pytest.mark.parametrize("fails", ["nowhere", "in the step", "when it ends"])
+def test_the_allocator_is_told_of_the_end_of_a_capture(
+    fails: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By torch, or, where CUDA has refused the capture and torch has not got to it, by us."""
+    told: list[Any] = []
+
+    class Stream:
+        device_index = 3
+
+        def wait_stream(self, other: object) -> None: ...
+
+    class Graph:
+        def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+            told.append(("begin", pool))
+
+        def capture_end(self) -> None:
+            if fails != "nowhere":
+                raise RuntimeError("capture was invalidated")
+            told.append("end")
+
+        def replay(self) -> None:
+            told.append("replay")
+
+    cuda, private = torch.cuda, torch._C
+    monkeypatch.setattr(cuda, "Stream", lambda device: Stream())
+    monkeypatch.setattr(cuda, "current_stream", lambda device: Stream())
+    monkeypatch.setattr(cuda, "MemPool", lambda: SimpleNamespace(id=(0, 7)))
+    monkeypatch.setattr(cuda, "CUDAGraph", Graph)
+    for context in ("device", "stream"):
+        monkeypatch.setattr(cuda, context, contextlib.nullcontext)
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        told_of = functools.partial(lambda name, *where: told.append((name, *where)), name)
+        monkeypatch.setattr(private, name, told_of, raising=False)
+
+    def step() -> None:
+        told.append("step")
+        if fails == "in the step":
+            raise RuntimeError("no such thing in a capture\nand more")
+
+    recorder = CudaRecorder(torch.device("cuda", 3))
+    if fails == "nowhere":
+        recorder.record(step)()
+        assert told == [("begin", (0, 7)), "step", "end", "replay", "replay"]
+        return
+    with pytest.raises(NotRecordedError) as error:
+        recorder.record(step)
+    assert not error.value.done
+    assert error.value.final
+    assert "\n" not in str(error.value)
+    ended = [("_cuda_endAllocateToPool", 3, (0, 7)), ("_cuda_releasePool", 3, (0, 7))]
+    assert told == [("begin", (0, 7)), "step", *ended]
 
 
 @pytest.mark.gpu
