@@ -203,7 +203,6 @@ __global__ void __launch_bounds__(kTile) weigh_samples(FdivWeightsParams p, Fdiv
   alignas(16) __shared__ unsigned char sums_storage[kTile * sizeof(RewardSums)];
   alignas(16) __shared__ unsigned char statistics_storage[kTile * sizeof(SampleStatistics)];
   __shared__ unsigned starts[kTile / kWarp];
-  __shared__ bool last;
   RewardSums* sums = reinterpret_cast<RewardSums*>(sums_storage);
   SampleStatistics* statistics = reinterpret_cast<SampleStatistics*>(statistics_storage);
   const int t = threadIdx.x;
@@ -251,13 +250,8 @@ __global__ void __launch_bounds__(kTile) weigh_samples(FdivWeightsParams p, Fdiv
     out->sums = totals.sums;
   }
   take_wholes(kTile, PartIsSample{statistics}, &out->statistics);
-  __threadfence();
-  __syncthreads();
-  if (t == 0) last = atomicInc(tiles.arrived, gridDim.x - 1) == gridDim.x - 1;
-  __syncthreads();
-  if (!last) return;
+  if (!last_to_arrive(tiles.arrived, gridDim.x)) return;
 
-  __threadfence();
   totals = {};
   for (int64_t k = t; k < tiles.tiles; k += kTile) {
     totals.merge({tiles.partial[k].statistics.counts, tiles.partial[k].sums});

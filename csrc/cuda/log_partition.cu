@@ -5,7 +5,8 @@
 namespace fdpg::cuda {
 
 Status log_partition(const LogPartitionParams& p, Stream stream) {
-  return launch<Begin::kEarly>(add_weights, partition_blocks(p), kPartitionThreads, 0, stream, p);
+  const int64_t blocks = is_by_sample(p) ? p.sequences : p.prompts;
+  return launch<Begin::kEarly>(add_weights, blocks, kPartitionThreads, 0, stream, p);
 }
 
 }  // namespace fdpg::cuda

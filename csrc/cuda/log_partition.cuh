@@ -32,8 +32,9 @@ __device__ __forceinline__ double add_in_log_space(double a, double b, double su
   return sum == 0 ? a : log_add_exp(a, b + std::log(sum));
 }
 
-inline int64_t partition_blocks(const LogPartitionParams& p) {
-  return p.prompts <= p.sequences ? p.prompts : p.sequences;
+// Whether there is a block for each sample, not for each prompt.
+__host__ __device__ __forceinline__ bool is_by_sample(const LogPartitionParams& p) {
+  return p.prompts > p.sequences;
 }
 
 // Block g: prompt g, or that of sample g.
@@ -45,7 +46,7 @@ __global__ void __launch_bounds__(kPartitionThreads) add_weights(LogPartitionPar
   after_previous();
   let_next_begin();
   const int64_t block = blockIdx.x;
-  const bool of_sample = p.prompts > p.sequences;
+  const bool of_sample = is_by_sample(p);
   const int64_t prompt = of_sample ? p.prompt[block] : block;
   // As a rule the samples of a prompt stand together. Block 0 stays.
   if (of_sample && block > 0 && p.prompt[block - 1] == prompt) return;

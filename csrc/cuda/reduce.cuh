@@ -1,6 +1,6 @@
-// reduce.cuh: one value per thread -> one per block, in a fixed order. A value is any trivially
-// copyable struct with `void merge(const S& later)`; thread t's value counts as before thread
-// t + 1's. Two runs give the same bits.
+// reduce.cuh: one value per thread -> one per block, in a fixed order; and which block is the last.
+// A value is any trivially copyable struct with `void merge(const S& later)`; thread t's value
+// counts as before thread t + 1's. Two runs give the same bits.
 #pragma once
 
 #include "device.cuh"
@@ -65,6 +65,18 @@ __device__ S block_merge(S mine) {
   }
   __syncthreads();  // `storage` may be written again
   return mine;
+}
+
+// Whether this block is the last of `blocks` to get here, which then reads what the others have
+// written before. `arrived`: how many have; 0 at first and, once all have, again.
+__device__ __forceinline__ bool last_to_arrive(unsigned* arrived, unsigned blocks) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicInc(arrived, blocks - 1) == blocks - 1;
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
 }
 
 }  // namespace

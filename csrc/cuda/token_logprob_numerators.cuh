@@ -227,7 +227,6 @@ __global__ void __launch_bounds__(Cut::kMaxThreads, kRoom<T>)
     numerators_fold_and_write(TokenLogprobNumeratorsParams p, int part, int parts,
                               OnlineLogSumExp<T>* partial, unsigned* arrived) {
   FDPG_DYNAMIC_SHARED(T, shared);
-  __shared__ bool last;
   const int64_t row = blockIdx.x / parts;
   const Logits<T, kCapped> logits(p);
   partial += row * parts;
@@ -238,17 +237,10 @@ __global__ void __launch_bounds__(Cut::kMaxThreads, kRoom<T>)
     const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
     state = fold_part<false>(x, p.vocab, index, part, logits, shared);
   }
-  if (threadIdx.x == 0) {
-    partial[index] = state;
-    __threadfence();
-    last = atomicInc(arrived + row, parts - 1) == static_cast<unsigned>(parts - 1);
-    if (last) {
-      __threadfence();
-      finish_folded(p, row, logits, parts, partial);
-    }
-  }
-  __syncthreads();  // all may read `last`, and of the last block what the row has come to
-  if (!last) return;
+  if (threadIdx.x == 0) partial[index] = state;
+  if (!last_to_arrive(arrived + row, parts)) return;
+  if (threadIdx.x == 0) finish_folded(p, row, logits, parts, partial);
+  __syncthreads();  // all may read what the row has come to
   state = *partial;
   for (int k = 0; k < parts; ++k) {
     write_softmax(p, row, Part<T, U>(p, row, k, part, shared), logits, state);
