@@ -61,7 +61,8 @@ SHARED = "fdpg_shared"
 
 # Attended and stored lengths are rounded up to this: few shapes, and above 50 keys of 8 numbers
 # torch's batched product goes to MKL (64 keys took 0.78 ms, 48 took 1.0 ms: B=256, H=16, 2 cores).
-# On a GPU each shape is a graph to be captured, and decode_attention reads live keys alone.
+# Each shape is a step to be recorded, which takes a GPU longer (replay.py); and there
+# decode_attention reads live keys alone.
 REACH_STEP = {"cpu": 32, "cuda": 128}
 
 # torch 2.11's takes as many key heads as query heads.

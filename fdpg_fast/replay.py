@@ -138,7 +138,7 @@ class Replays:
         return None
 
     def _warn(self, what: str) -> None:
-        warnings.warn(what, RuntimeWarning, stacklevel=6)
+        warnings.warn(what, RuntimeWarning, stacklevel=7)  # who asked for the draw
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -48,7 +48,7 @@ def test_only_the_stable_abi_is_used() -> None:
     """So that a module built against one torch loads in another."""
     nm = shutil.which("nm")
     if nm is None:
-        pytest.skip("needs nm")
+        pytest.skip("needs nm, which binutils has")
     out = subprocess.run(
         [nm, "-DC", "--undefined-only", C.__file__], capture_output=True, text=True, check=True
     ).stdout

@@ -82,7 +82,7 @@ def test_weights_are_rounded_once(
 ) -> None:
     """While they do not change: what autocast makes of them, by our product."""
     if rounds and not matmul.has_rounded_products():
-        pytest.skip("bf16 products are not ours here")
+        pytest.skip("this CPU has no products of bf16 of ours: they need avx512_bf16")
     monkeypatch.setattr(matmul, "_OURS_ROUNDS", rounds)
     torch.manual_seed(0)
     plain = Two()

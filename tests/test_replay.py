@@ -199,8 +199,9 @@ def test_a_step_that_cannot_be_replayed_is_found_out(
     expected = plain(model, monkeypatch)
     calls.clear()
     sampler = Sampler(LONG, batch_size=8)
-    with pytest.warns(RuntimeWarning, match="gave other tokens"):
+    with pytest.warns(RuntimeWarning, match="gave other tokens") as said:
         found = draw(sampler, model)
+    assert said[0].filename == __file__  # not torch's, whose decorator is in between
     assert len(calls) >= LONG
     # The one step that was compared has been counted; the first tokens have not.
     assert torch.equal(found.token_logprob[:8, :2], expected.token_logprob[:8, :2])
@@ -284,8 +285,10 @@ def test_a_graph_that_cannot_be_captured_is_done_without(
 
     monkeypatch.setattr(sampler_module, "recorder_for", Refusing)
     sampler = Sampler(LONG, batch_size=8)
-    with pytest.warns(RuntimeWarning, match=r"without CUDA graphs, .*slower: It does not fit.$"):
+    match = r"without CUDA graphs, .*slower: It does not fit.$"
+    with pytest.warns(RuntimeWarning, match=match) as said:
         found = [draw(sampler, model) for _ in range(2)]
+    assert said[0].filename == __file__
     for rollout in found:
         assert_equal(rollout, eager)
     assert len(tried) == tries
