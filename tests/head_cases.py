@@ -137,11 +137,10 @@ def calls_of_ours() -> Iterator[list[tuple[int, ...]]]:
 
 
 def keep_bf16(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
-    """Take the path that multiplies bf16 inputs as they are: of a CPU with or without AMX, whatever
-    this one has, or of a GPU, with torch's GPU-only product imitated."""
+    """Take the path that multiplies bf16 inputs as they are: of a CPU, whatever this one has, or of
+    a GPU, with torch's GPU-only product imitated."""
     head, matmul = (sys.modules[f"fdpg_fast.ops.{name}"] for name in ("linear_head", "matmul"))
-    monkeypatch.setattr(head, "_CPU_HAS_BF16", True)
-    monkeypatch.setattr(head, "has_wide_products", lambda _: where != "cpu with amx")
+    monkeypatch.setattr(head, "has_wide_products", lambda _: True)
     if where != "gpu":
         return
 
@@ -182,4 +181,4 @@ def split_vocabulary(monkeypatch: pytest.MonkeyPatch, granule: int) -> None:
 
 def widen_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the path of a CPU that has no instructions for bf16."""
-    monkeypatch.setattr(sys.modules["fdpg_fast.ops.linear_head"], "_CPU_HAS_BF16", False)
+    monkeypatch.setattr(sys.modules["fdpg_fast.ops.linear_head"], "has_wide_products", lambda _: False)

@@ -9,6 +9,12 @@
 #include "fdpg/cpu.h"
 #include "kernels.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fdpg::cpu {
 namespace {
 
@@ -23,14 +29,29 @@ bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+
+bool has_avx512bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+
+// The registers are 8 KB, which Linux saves for processes that have asked for them (from 5.16 on).
+bool has_amx() {
+#if defined(__linux__)
+  constexpr unsigned kTile = 1u << 24, kBf16 = 1u << 22;  // CPUID leaf 7, EDX
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned a, b, c, d;
+  return has_avx512bf16() && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kTile) &&
+         (d & kBf16) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
 #endif
 
 // THE list, best first. The conditions name what the target pragma of simd_<isa>-inl.h names; each
 // also implies, in __builtin_cpu_supports, that the operating system saves the registers.
 constexpr Isa kIsas[] = {
 #if defined(__x86_64__)
-    {"avx512bf16", [] { return has_avx512() && __builtin_cpu_supports("avx512bf16"); },
-     avx512bf16_kernels},
+    {"amx", has_amx, amx_kernels},
+    {"avx512bf16", has_avx512bf16, avx512bf16_kernels},
     {"avx512", has_avx512, avx512_kernels},
     {"avx2",
      [] {

@@ -54,6 +54,7 @@ VocabularyKernels portable_kernels(Dtype dtype);
 VocabularyKernels avx2_kernels(Dtype dtype);
 VocabularyKernels avx512_kernels(Dtype dtype);
 VocabularyKernels avx512bf16_kernels(Dtype dtype);
+VocabularyKernels amx_kernels(Dtype dtype);
 #endif
 
 }  // namespace fdpg::cpu

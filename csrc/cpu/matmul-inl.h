@@ -2,11 +2,10 @@
 // fp32, or in that type, that are written where the caller wants them, or added to what is there.
 //
 // Some columns of b, by some of the depth, are packed into panels that the second-level cache
-// holds, unless all of b has been packed before, and strips of kStrip rows of a pass over them.
-// What a strip and a panel have in common of out stays in registers while the depth goes by: per
-// step, one load of each vector of b and one broadcast of each row of a (the inner kernel of Goto
-// and van de Geijn, ACM TOMS 34(3), 2008). Rows of a are read where they lie if they are contiguous
-// along the depth and need no conversion; else they are packed too, a tile at a time.
+// holds, unless all of b has been packed before, and strips of a few rows of a pass over them. What
+// a strip and a panel have in common of out stays in registers while the depth goes by (the inner
+// kernel of Goto and van de Geijn, ACM TOMS 34(3), 2008). Rows of a are read where they lie if they
+// are contiguous along the depth and need no conversion; else they are packed too, some at a time.
 //
 // Every element of out is summed along the depth in order, in blocks whose length depends on the
 // depth alone: its bits depend on its row of a and its column of b, not on what else there is.
@@ -25,9 +24,6 @@ FDPG_BEGIN_SIMD
 namespace fdpg::cpu {
 namespace {
 
-constexpr int64_t kStrip = 6;  // rows: 6 x 4 sums, 4 vectors of b and one of a fit 32 registers
-static_assert(kMatmulTileRows % kStrip == 0, "a tile is whole strips");
-
 // How factors are multiplied: by the numbers that they add up in, one step of the depth at a time.
 template <class S, class T>
 struct Singly {
@@ -36,6 +32,7 @@ struct Singly {
   using Vec = typename S::Vec;
   using Unit = typename S::Real;  // what is packed: kSteps steps of one row or column
   static constexpr int64_t kSteps = 1;
+  static constexpr int64_t kGrain = 1;  // units of a panel are a multiple, with zeros at its end
   static constexpr bool kAsStored = sizeof(T) == sizeof(Unit);
 
   static FDPG_ALWAYS_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) { return S::fma(a, b, sum); }
@@ -109,6 +106,12 @@ FDPG_ALWAYS_INLINE int64_t units_of(int64_t depth) {
   return (depth + M::kSteps - 1) / M::kSteps;
 }
 
+// With the zeros at the end of a panel.
+template <class M>
+FDPG_ALWAYS_INLINE int64_t in_grains(int64_t units) {
+  return (units + M::kGrain - 1) / M::kGrain * M::kGrain;
+}
+
 // kWidth neighbours, rows of a or columns of b, of which `count` are there: [units][kWidth], with
 // zeros where the depth or the neighbours have ended. `steps`: along the depth, among neighbours.
 template <class M, int64_t kWidth>
@@ -166,16 +169,106 @@ void pack_panels(const typename M::Stored* from, const int64_t (&steps)[2], int6
                       to + c / kPanel * step + d / M::kSteps * kPanel);
     }
   }
+  const int64_t end = units_of<M>(depth) * kPanel, all = in_grains<M>(units_of<M>(depth)) * kPanel;
+  for (int64_t c = 0; c < columns; c += kPanel) {
+    for (int64_t i = end; i < all; ++i) to[c / kPanel * step + i] = typename M::Unit{0};
+  }
 }
+
+// Some rows of a, over one panel of b.
+template <class M>
+struct Strip {
+  const char* a;  // row r at a + r row_bytes, its units unit_bytes apart
+  int64_t row_bytes, unit_bytes, units;
+  const typename M::Unit* panel;
+  Place<typename M::Simd> place;  // of row 0
+  const char* ahead;              // cache lines to ask for meanwhile
+  const int32_t* lines;
+  bool asks;          // some of them have not been asked for yet
+  float* sums;        // of earlier and for later passes
+  bool begins, ends;  // it is the first pass, the last
+};
+
+// How many rows a strip has, how rows are packed for it, and how it is multiplied: by vectors here,
+// one row of a against kVectors vectors of b. There is another in simd_amx-inl.h.
+template <class M, class Sink>
+struct Strips {
+  using S = typename M::Simd;
+  using T = typename M::Stored;
+  using Vec = typename S::Vec;
+  using Unit = typename M::Unit;
+  static constexpr int64_t kPanel = kVectors<S> * S::kLanes;
+  static constexpr int64_t kRows = 6;  // 6 x 4 sums, 4 vectors of b and one of a fit 32 registers
+  static constexpr int64_t kPackedRows = kMatmulTileRows;
+  static constexpr int64_t kLines = 1;  // asked for per unit
+  static constexpr int64_t kPassUnits = int64_t{1}
+                                        << 40;  // that a strip goes over before the next panel
+  static constexpr int64_t kSums = 0;           // kept of a panel from pass to pass
+  static constexpr int64_t kPanelBytes = kMatmulPanelBytes, kFewPanelBytes = kMatmulFewPanelBytes;
+
+  // Whether rows that are contiguous along the depth need not be packed.
+  static bool reads(int64_t depth, int64_t /*count*/) {
+    return M::kAsStored && depth % M::kSteps == 0;
+  }
+  static void pack_rows(const T* from, const int64_t (&steps)[2], int64_t depth, int64_t count,
+                        Unit* to, Strip<M>& strip) {
+    pack<M, kPackedRows>(from, steps, depth, count, to);
+    strip.row_bytes = sizeof(Unit);
+    strip.unit_bytes = kPackedRows * static_cast<int64_t>(sizeof(Unit));
+  }
+
+  static FDPG_ALWAYS_INLINE void multiply(const Strip<M>& s, const Sink& sink, int64_t height) {
+    by_height<kRows>(s, sink, height);
+  }
+
+ private:
+  template <int kHeight>
+  static FDPG_ALWAYS_INLINE void by_height(const Strip<M>& s, const Sink& sink, int64_t height) {
+    if constexpr (kHeight > 1) {
+      if (height < kHeight) return by_height<kHeight - 1>(s, sink, height);
+    }
+    multiply_rows<kHeight>(s, sink);
+  }
+
+  // Not inlined: all registers are for its sums.
+  template <int kHeight>
+  static __attribute__((noinline)) void multiply_rows(const Strip<M>& s, const Sink& sink) {
+    Vec sums[kHeight][kVectors<S>];
+    for (auto& row : sums) {
+      for (Vec& sum : row) sum = S::broadcast(0);
+    }
+    const char* a = s.a;
+    const Unit* b = s.panel;
+    const int64_t row_bytes = s.row_bytes, unit_bytes = s.unit_bytes;
+    const char* const ahead = s.ahead;
+    const int32_t* const lines = s.lines;
+    for (int64_t u = 0; u < s.units; ++u, a += unit_bytes, b += kPanel) {
+      __builtin_prefetch(ahead + lines[u], 0, 2);  // to the second level
+      Vec column[kVectors<S>];
+      for (int64_t v = 0; v < kVectors<S>; ++v) column[v] = M::load_units(b + v * S::kLanes);
+      for (int64_t r = 0; r < kHeight; ++r) {
+        Unit unit;
+        __builtin_memcpy(&unit, a + r * row_bytes, sizeof(unit));
+        const Vec x = M::broadcast(unit);
+        for (int64_t v = 0; v < kVectors<S>; ++v) {
+          sums[r][v] = M::multiply_add(x, column[v], sums[r][v]);
+        }
+      }
+    }
+    Place<S> place = s.place;
+    for (int64_t r = 0; r < kHeight; ++r, ++place.row) sink.take(place, sums[r]);
+  }
+};
 
 template <class M, class Sink>
 class Matmul {
   using S = typename M::Simd;
   using T = typename M::Stored;
-  using Vec = typename S::Vec;
   using Unit = typename M::Unit;
+  using By = Strips<M, Sink>;
   static constexpr int64_t kPanel = kVectors<S> * S::kLanes;  // columns
   static constexpr int64_t kLine = 64;                        // bytes of a cache line
+  static_assert(By::kPackedRows % By::kRows == 0, "rows are packed by whole strips");
   static_assert(kMatmulTileColumns % kPanel == 0, "a tile is whole panels");
 
  public:
@@ -184,19 +277,26 @@ class Matmul {
     const int64_t units = units_of<M>(p.depth);
     const int64_t most = kMatmulColumnBytes / static_cast<int64_t>(sizeof(Unit));
     const int64_t blocks = Sink::kInBlocks && units > most ? (units + most - 1) / most : 1;
-    units_ = (units + blocks - 1) / blocks;
-    const int64_t room = packs_a() ? kMatmulPanelBytes : kMatmulFewPanelBytes;
+    units_ = in_grains<M>((units + blocks - 1) / blocks);
+    const int64_t room = packs_a() ? By::kPanelBytes : By::kFewPanelBytes;
     const int64_t panels = room / (units_ * kPanel * static_cast<int64_t>(sizeof(Unit)) + 1);
     const int64_t all = (p.columns + kPanel - 1) / kPanel;
     columns_ = (panels < 1 ? 1 : panels < all ? panels : all) * kPanel;
-    // A tile of a, the panels of b, the lines of the next ones: see find_lines.
-    const int64_t packed = (kMatmulTileRows + (p.packed ? 0 : columns_)) * units_;
-    panel_step_ = p.packed ? units * kPanel : units_ * kPanel;
-    const int64_t lines = rows_of_lines() * lines_of_row() + units_;
-    tile_ = static_cast<Unit*>(workspace.allocate(packed * static_cast<int64_t>(sizeof(Unit)) +
-                                                  lines * static_cast<int64_t>(sizeof(int32_t))));
-    panels_ = tile_ + kMatmulTileRows * units_;
-    lines_ = reinterpret_cast<int32_t*>(tile_ + packed);
+    const int64_t passes = (units_ + By::kPassUnits - 1) / By::kPassUnits;
+    pass_units_ = passes > 1 ? in_grains<M>((units_ + passes - 1) / passes) : units_;
+    // Rows of a, the panels of b, the lines of the next ones: see find_lines.
+    const int64_t packed = (By::kPackedRows + (p.packed ? 0 : columns_)) * units_;
+    panel_step_ = (p.packed ? in_grains<M>(units) : units_) * kPanel;
+    const int64_t lines = rows_of_lines() * lines_of_row() + units_ * By::kLines;
+    // What is kept from pass to pass, or else one place for all panels.
+    sums_step_ = passes > 1 ? By::kSums : 0;
+    const int64_t sums = passes > 1 ? columns_ / kPanel * By::kSums : By::kSums;
+    rows_of_a_ = static_cast<Unit*>(workspace.allocate(
+        packed * static_cast<int64_t>(sizeof(Unit)) + sums * static_cast<int64_t>(sizeof(float)) +
+        lines * static_cast<int64_t>(sizeof(int32_t))));
+    panels_ = rows_of_a_ + By::kPackedRows * units_;
+    sums_ = reinterpret_cast<float*>(rows_of_a_ + packed);
+    lines_ = reinterpret_cast<int32_t*>(sums_ + sums);
     find_lines();
   }
 
@@ -218,8 +318,8 @@ class Matmul {
         } else {
           ask_for(nullptr);
         }
-        for (int64_t i = row; i < end_row; i += kMatmulTileRows) {
-          rows(i, end_row - i < kMatmulTileRows ? end_row - i : kMatmulTileRows, j, end, k, depth);
+        for (int64_t i = row; i < end_row; i += By::kPackedRows) {
+          rows(i, end_row - i < By::kPackedRows ? end_row - i : By::kPackedRows, j, end, k, depth);
         }
         k += depth;
       } while (k < p_.depth);
@@ -227,7 +327,7 @@ class Matmul {
   }
 
  private:
-  // Whether tiles of a are packed, but for an odd end of the depth.
+  // Whether rows of a are packed, but for odd ends.
   bool packs_a() const { return !M::kAsStored || p_.a_stride[1] != 1; }
 
   FDPG_ALWAYS_INLINE const T* b_at(int64_t k, int64_t column) const {
@@ -250,7 +350,7 @@ class Matmul {
         lines_[count_++] = static_cast<int32_t>(r * row_bytes_of_b() + i * kLine);
       }
     }
-    for (int64_t u = 0; u < units_; ++u) lines_[count_ + u] = 0;
+    for (int64_t i = 0; i < units_ * By::kLines; ++i) lines_[count_ + i] = 0;
   }
 
   // Of a block of b, as it lies in memory; none where there is one block only, or nobody asks.
@@ -258,7 +358,7 @@ class Matmul {
     const int64_t depth = units_ * M::kSteps;
     const int64_t rows = p_.packed ? columns_ / kPanel : b_lies_across() ? depth : columns_;
     const bool alone = columns_ >= p_.columns && depth >= p_.depth;
-    return packs_a() || alone || rows * row_bytes_of_b() >= INT32_MAX ? 0 : rows;
+    return By::kLines == 0 || packs_a() || alone || rows * row_bytes_of_b() >= INT32_MAX ? 0 : rows;
   }
   int64_t lines_of_row() const {
     if (p_.packed) return units_ * kPanel * static_cast<int64_t>(sizeof(Unit)) / kLine;
@@ -279,88 +379,58 @@ class Matmul {
   // `count` rows over the panels of columns [begin, end), at `depth` steps from k on.
   void rows(int64_t row, int64_t count, int64_t begin, int64_t end, int64_t k, int64_t depth) {
     const T* const a = static_cast<const T*>(p_.a) + row * p_.a_stride[0] + k * p_.a_stride[1];
-    const int64_t units = units_of<M>(depth);
-    const bool as_it_is = M::kAsStored && p_.a_stride[1] == 1 && depth % M::kSteps == 0;
-    if (!as_it_is) {
-      pack<M, kMatmulTileRows>(a, {p_.a_stride[1], p_.a_stride[0]}, depth, count, tile_);
+    Strip<M> s;
+    const bool as_it_is = p_.a_stride[1] == 1 && By::reads(depth, count);
+    if (as_it_is) {
+      s.row_bytes = p_.a_stride[0] * static_cast<int64_t>(sizeof(T));
+      s.unit_bytes = sizeof(Unit);
+    } else {
+      By::pack_rows(a, {p_.a_stride[1], p_.a_stride[0]}, depth, count, rows_of_a_, s);
     }
-    Strip s;
-    s.row_bytes = as_it_is ? p_.a_stride[0] * static_cast<int64_t>(sizeof(T)) : sizeof(Unit);
-    s.unit_bytes = (as_it_is ? 1 : kMatmulTileRows) * static_cast<int64_t>(sizeof(Unit));
-    s.units = units;
+    const char* const first =
+        as_it_is ? reinterpret_cast<const char*>(a) : reinterpret_cast<const char*>(rows_of_a_);
+    const int64_t units = units_of<M>(depth);
     s.place.adds = p_.accumulate || k > 0;
     s.place.first = k == 0;
-    for (int64_t i = 0; i < count; i += kStrip) {
-      s.a = as_it_is ? reinterpret_cast<const char*>(a + i * p_.a_stride[0])
-                     : reinterpret_cast<const char*>(tile_ + i);
-      const int64_t height = count - i < kStrip ? count - i : kStrip;
-      for (int64_t c = begin; c < end; c += kPanel) {
-        s.panel = first_ + (c - begin) / kPanel * panel_step_;
-        s.place.row = row + i;
-        s.place.column = c;
-        s.place.columns = end - c < kPanel ? end - c : kPanel;
-        s.ahead = ahead_;
-        s.lines = lines_ + asked_;
-        asked_ = asked_ + units < count_ ? asked_ + units : count_;
-        strip<kStrip>(s, sink_, height);
-      }
-    }
-  }
-
-  struct Strip {
-    const char* a;  // row r at a + r row_bytes, its units unit_bytes apart
-    int64_t row_bytes, unit_bytes, units;
-    const Unit* panel;
-    Place<S> place;     // of row 0
-    const char* ahead;  // cache lines to ask for, one per unit
-    const int32_t* lines;
-  };
-
-  template <int kRows>
-  static FDPG_ALWAYS_INLINE void strip(const Strip& s, const Sink& sink, int64_t height) {
-    if constexpr (kRows > 1) {
-      if (height < kRows) return strip<kRows - 1>(s, sink, height);
-    }
-    strip_of<kRows>(s, sink);
-  }
-
-  // Not inlined: all registers are for its sums.
-  template <int kRows>
-  static __attribute__((noinline)) void strip_of(const Strip& s, const Sink& sink) {
-    Vec sums[kRows][kVectors<S>];
-    for (auto& row : sums) {
-      for (Vec& sum : row) sum = S::broadcast(0);
-    }
-    const char* a = s.a;
-    const Unit* b = s.panel;
-    const int64_t row_bytes = s.row_bytes, unit_bytes = s.unit_bytes;
-    const char* const ahead = s.ahead;
-    const int32_t* const lines = s.lines;
-    for (int64_t u = 0; u < s.units; ++u, a += unit_bytes, b += kPanel) {
-      __builtin_prefetch(ahead + lines[u], 0, 2);  // to the second level
-      Vec column[kVectors<S>];
-      for (int64_t v = 0; v < kVectors<S>; ++v) column[v] = M::load_units(b + v * S::kLanes);
-      for (int64_t r = 0; r < kRows; ++r) {
-        Unit unit;
-        __builtin_memcpy(&unit, a + r * row_bytes, sizeof(unit));
-        const Vec x = M::broadcast(unit);
-        for (int64_t v = 0; v < kVectors<S>; ++v) {
-          sums[r][v] = M::multiply_add(x, column[v], sums[r][v]);
+    s.ahead = ahead_;
+    for (int64_t i = 0; i < count; i += By::kRows) {
+      const int64_t height = count - i < By::kRows ? count - i : By::kRows;
+      s.place.row = row + i;
+      int64_t u = 0;
+      do {
+        s.units = units - u < pass_units_ ? units - u : pass_units_;
+        s.begins = u == 0;
+        s.ends = u + s.units == units;
+        s.a = first + i * s.row_bytes + u * s.unit_bytes;
+        const int64_t asked = s.units * By::kLines;
+        for (int64_t c = begin; c < end; c += kPanel) {
+          const int64_t panel = (c - begin) / kPanel;
+          s.panel = first_ + panel * panel_step_ + u * kPanel;
+          s.sums = sums_ + panel * sums_step_;
+          s.place.column = c;
+          s.place.columns = end - c < kPanel ? end - c : kPanel;
+          s.lines = lines_ + asked_;
+          s.asks = asked_ < count_;
+          asked_ = asked_ + asked < count_ ? asked_ + asked : count_;
+          strips_.multiply(s, sink_, height);
         }
-      }
+        u += s.units;
+      } while (u < units);
     }
-    Place<S> place = s.place;
-    for (int64_t r = 0; r < kRows; ++r, ++place.row) sink.take(place, sums[r]);
   }
 
   const MatmulParams& p_;
   const Sink& sink_;
-  int64_t units_;    // of a block of the depth
+  By strips_;
+  int64_t units_;  // of a block of the depth
+  int64_t pass_units_;
   int64_t columns_;  // whose panels are packed at a time
-  Unit* tile_;
+  Unit* rows_of_a_;
   Unit* panels_;
   const Unit* first_;   // panel of the block, packed by us or before
   int64_t panel_step_;  // from one to the next
+  float* sums_;
+  int64_t sums_step_;
   int32_t* lines_;
   int64_t count_, asked_ = 0;  // lines of a block; of the next one
   const char* ahead_ = nullptr;
@@ -408,7 +478,7 @@ template <class M>
 int64_t matmul_pack(const MatmulPackParams& p, int64_t begin, int64_t end) {
   constexpr int64_t kPanel = kVectors<typename M::Simd> * M::Simd::kLanes;
   static_assert(kPanel == kMatmulTileColumns, "as MatmulPackParams has it");
-  const int64_t step = units_of<M>(p.depth) * kPanel, first = begin * kPanel;
+  const int64_t step = in_grains<M>(units_of<M>(p.depth)) * kPanel, first = begin * kPanel;
   const int64_t columns = (end * kPanel < p.columns ? end * kPanel : p.columns) - first;
   pack_panels<M, kPanel>(p.b + first * p.b_stride[1], p.b_stride, p.depth, columns,
                          static_cast<typename M::Unit*>(p.out) + begin * step, step);

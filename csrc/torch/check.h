@@ -177,7 +177,7 @@ class Arguments {
     same_device(name, t);
     one_of(name, t.scalar_type(), {ScalarType::BFloat16});
     const int64_t panels = (columns + kVocabularyTile - 1) / kVocabularyTile;
-    shape(name, t, {panels, (depth + 1) / 2, kVocabularyTile, 2});
+    shape(name, t, {panels, (depth + 31) / 32 * 16, kVocabularyTile, 2});
     if (!t.is_contiguous()) {
       fail(op_, ": `", name, "` is packed and must be contiguous, got strides ",
            list_of(t.strides()));

@@ -91,7 +91,7 @@ PYBIND11_MODULE(_C, m) {
         "The baselines in the order of their ids: as the divergences, and keeps_state.");
   m.def("statistics", &statistics, "Names of the statistics of fdiv_weights, in order.");
   m.def("cpu_isa", &fdpg::cpu::isa,
-        "The instruction set in use: avx512bf16, avx512, avx2 or portable.");
+        "The instruction set in use: amx, avx512bf16, avx512, avx2 or portable.");
   m.def("cpu_vendor", &fdpg::cpu::vendor, "Who made the CPU: amd, intel or other.");
   m.def("set_cpu_isa", &fdpg::cpu::set_isa, py::arg("name"),
         "Chooses an instruction set; False if this CPU lacks it or the name is unknown.");

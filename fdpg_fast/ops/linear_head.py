@@ -26,7 +26,6 @@ from fdpg_fast.ops.matmul import (
     may_round,
     packed_once,
     product,
-    rounded_products,
 )
 from fdpg_fast.ops.memory import lasting_empty
 from fdpg_fast.ops.token_logprob import result_dtype
@@ -61,9 +60,7 @@ _LEAST_ROWS = 320
 _GRANULE = {"cuda": 16}
 # Rows of the logits buffer start at multiples of this many bytes: one cache line, one AVX-512 load.
 _ALIGNMENT = 64
-# Of a CPU: whether bf16 products are much faster than fp32's, and how many rows of a bf16 weight
-# are in fp32 at a time where a product must be.
-_CPU_HAS_BF16 = torch.cpu._is_avx512_bf16_supported()
+# How much of the vocabulary is in fp32 at a time where numerators are in 16 bits.
 _TILE = 4096
 
 
@@ -165,8 +162,6 @@ class LinearHead:
         """``[n, V]`` in ``out``, or in memory that the next call overwrites."""
         hidden = self.hidden[rows]
         out = self.buffer[: hidden.shape[0]] if out is None else out
-        if self.low_precision and not has_wide_products(hidden):
-            return self._wide_logits(hidden, out)
         return project(hidden, self.weight, self.bias, self.scale, out)
 
     def logprob(
@@ -223,9 +218,7 @@ class LinearHead:
         if self.hidden.device.type != "cpu":
             return False
         hidden = self.hidden[rows]
-        return is_ours(hidden, self.weight.t()) and (
-            not self.low_precision or has_wide_products(hidden)
-        )
+        return is_ours(hidden, self.weight.t())
 
     def _fused(
         self,
@@ -277,16 +270,12 @@ class LinearHead:
         hidden, weight, scale = self.hidden[rows], self.weight, self.scale
         if self.low_precision:
             numerators = numerators.to(hidden.dtype)
-        narrow = self.low_precision and not has_wide_products(hidden)
         if grad_hidden.numel():
             place = grad_hidden[rows]
-            if narrow:
-                place.copy_(torch.mm(numerators, weight))
-            else:
-                first, *rest = self._spans
-                product(numerators[:, first], weight[first], out=place)
-                for span in rest:
-                    add_product_(place, numerators[:, span], weight[span])
+            first, *rest = self._spans
+            product(numerators[:, first], weight[first], out=place)
+            for span in rest:
+                add_product_(place, numerators[:, span], weight[span])
             if row_scale is not None:
                 place *= row_scale[:, None]
             if scale != 1.0:
@@ -294,43 +283,20 @@ class LinearHead:
         if row_scale is not None and (grad_weight.numel() or grad_bias.numel()):
             hidden = torch.mul(hidden, row_scale[:, None], out=torch.empty_like(hidden))
         if grad_weight.numel():
-            if narrow:
-                for tile in self._tiles():
-                    part = torch.mm(numerators[:, tile].t(), hidden)
-                    if new:
-                        torch.mul(part, scale, out=grad_weight[tile])
-                    else:
-                        grad_weight[tile].add_(part, alpha=scale)
-            else:
-                for span in self._spans:
-                    place, columns = grad_weight[span], numerators[:, span].t()
-                    if new:
-                        product(columns, hidden, scale=scale, out=place)
-                    else:
-                        add_product_(place, columns, hidden, scale)
+            for span in self._spans:
+                place, columns = grad_weight[span], numerators[:, span].t()
+                if new:
+                    product(columns, hidden, scale=scale, out=place)
+                else:
+                    add_product_(place, columns, hidden, scale)
         if grad_bias.numel():
             if row_scale is None:
                 grad_bias.add_(numerators.sum(0, dtype=self.dtype), alpha=scale)
             else:
-                for tile in self._tiles():  # those of all would be as large as the logits
-                    columns = numerators[:, tile].t().to(self.dtype)
-                    grad_bias[tile].addmv_(columns, row_scale, alpha=scale)
-
-    def _wide_logits(self, hidden: Tensor, out: Tensor) -> Tensor:
-        """``hidden`` times the weight in fp32, of 16-bit inputs that have no such product."""
-        # But fp32 numbers that may be rounded to bf16 on the way in do; these have been already.
-        hidden = hidden.to(self.dtype)
-        with rounded_products(hidden.device):
-            for tile in self._tiles():
-                bias = None if self.bias is None else self.bias[tile]
-                weight = self.weight[tile].to(self.dtype)
-                product(hidden, weight.t(), bias, scale=self.scale, out=out[:, tile])
-        return out
-
-    def _tiles(self) -> Iterator[slice]:
-        """Of the vocabulary, where a product is followed by a pass over its result."""
-        vocab = self.weight.shape[0]
-        return (slice(i, min(i + _TILE, vocab)) for i in range(0, vocab, _TILE))
+                # In fp32, which all of them at once would be as large as the logits in.
+                for first in range(0, grad_bias.shape[0], _TILE):
+                    columns = numerators[:, first : first + _TILE].t().to(self.dtype)
+                    grad_bias[first : first + _TILE].addmv_(columns, row_scale, alpha=scale)
 
     def gradients(
         self,
@@ -398,11 +364,9 @@ def new_rows(weight: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def multiplies_as_they_are(hidden: Tensor, weight: Tensor) -> bool:
-    """Whether products take 16-bit inputs as they are, and add them up in fp32: on a GPU, and bf16
-    on a CPU with instructions for it."""
-    if hidden.dtype != weight.dtype or hidden.dtype.itemsize >= 4:
-        return False
-    return hidden.is_cuda or (hidden.dtype == torch.bfloat16 and _CPU_HAS_BF16)
+    """Whether products take inputs of 16 bits as they are, and add them up in fp32."""
+    same = hidden.dtype == weight.dtype
+    return same and hidden.dtype.itemsize < 4 and has_wide_products(hidden)
 
 
 def is_traced(*tensors: Tensor | None) -> bool:

@@ -59,10 +59,8 @@ _LEAST_ROWS = 4
 # in units of ours, of 64 and of 256 rows; the least of many):
 #   128 x 512: 0.98, 0.80     256 x 768: 1.23, 1.26     768 x 3072: 1.56, 1.33
 _LEAST_FACTOR = 1 << 17 if load().cpu_isa() == "avx2" else 0
-# Of a CPU: whether torch rounds fp32 factors to bf16 faster than it multiplies them, with AMX;
-# and whether ours does, by instructions for bf16.
-_TORCH_ROUNDS = torch.cpu._is_amx_tile_supported()
-_OURS_ROUNDS = load().cpu_isa() == "avx512bf16" and not _TORCH_ROUNDS
+# Whether there is a CPU with instructions for products of bf16.
+_OURS_ROUNDS = load().cpu_isa() in ("avx512bf16", "amx")
 _may_round = False  # inside rounded_products, on a CPU where ours rounds
 _packed: dict[int, tuple[Tensor, Tensor]] | None = None  # inside rounding_once, as is
 _memory: dict[int, Tensor] = {}
@@ -96,8 +94,7 @@ def has_16_bit_products(compute: str) -> bool:
 
 def has_wide_products(factor: Tensor) -> bool:
     """Whether 16-bit factors like this one are multiplied as they are into fp32 results: on a GPU,
-    and bf16 on a CPU with instructions for it. With AMX, torch's products are faster than ours, but
-    their results are rounded to 16 bits."""
+    and bf16 on a CPU with instructions for it."""
     return factor.is_cuda or (
         factor.dtype == torch.bfloat16 and factor.device.type == "cpu" and _OURS_ROUNDS
     )
@@ -176,11 +173,9 @@ def rounded_products(device: torch.device) -> Iterator[None]:
     No 16-bit copies of the weight are made, which would have to be renewed at every step.
     """
     global _may_round
-    if device.type == "cuda" or _TORCH_ROUNDS:
-        backends: Any = torch.backends
-        on_gpu = device.type == "cuda"
-        backend = backends.cuda.matmul if on_gpu else backends.mkldnn.matmul
-        before, backend.fp32_precision = backend.fp32_precision, "tf32" if on_gpu else "bf16"
+    if device.type == "cuda":
+        backend: Any = torch.backends.cuda.matmul
+        before, backend.fp32_precision = backend.fp32_precision, "tf32"
         try:
             yield
         finally:
@@ -219,7 +214,7 @@ def _fake_pack(out: Tensor, b: Tensor) -> None:
 def packed_like(b: Tensor) -> Tensor:
     """Memory for ``b`` ``[k, m]``, rounded to bf16 and packed: see ``MatmulPackParams``."""
     k, m = b.shape
-    return b.new_empty(-(-m // _PANEL), -(-k // 2), _PANEL, 2, dtype=torch.bfloat16)
+    return b.new_empty(-(-m // _PANEL), -(-k // 32) * 16, _PANEL, 2, dtype=torch.bfloat16)
 
 
 @contextlib.contextmanager

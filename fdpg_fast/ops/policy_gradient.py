@@ -82,8 +82,7 @@ def policy_gradient(
 
     Arithmetic is fp32 whatever the dtypes (fp64 if an input is fp64), except that matrix products
     of bf16 (on CUDA fp16 too) take their inputs as they are and accumulate in fp32, where the
-    hardware can. Log-probs are as exact then; gradients are of softmax numerators in 16 bits, and
-    on a CPU with AMX each chunk's are rounded to 16 bits themselves.
+    hardware can. Log-probs are as exact then; gradients are of softmax numerators in 16 bits.
 
     Args:
         hidden: ``[N, D]`` floating point.

@@ -16,7 +16,7 @@
 // Runs fn for each instruction set this CPU has, and says which.
 template <class Fn>
 void for_each_isa(Fn fn) {
-  for (const char* name : {"portable", "avx2", "avx512", "avx512bf16"}) {
+  for (const char* name : {"portable", "avx2", "avx512", "avx512bf16", "amx"}) {
     if (!fdpg::cpu::set_isa(name)) {
       std::printf("skipped %s: this CPU does not have it\n", name);
       continue;

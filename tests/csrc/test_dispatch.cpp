@@ -181,6 +181,7 @@ void set_isa_by_name() {
 #if defined(__x86_64__)
   CHECK(set_isa("avx512") == (__builtin_cpu_supports("avx512f") != 0));
   CHECK(set_isa("avx512bf16") == (__builtin_cpu_supports("avx512bf16") != 0));
+  CHECK(!set_isa("amx") || __builtin_cpu_supports("avx512bf16"));
   CHECK(set_isa("avx2") == (__builtin_cpu_supports("avx2") != 0));
 #endif
 }

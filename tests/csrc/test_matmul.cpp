@@ -95,9 +95,10 @@ struct Problem {
   std::normal_distribution<double> normal{0, 1};
 };
 
-// Sizes around 6 rows of a strip, 48 x 64 of a tile, 1024 steps of the depth (512 in fp64).
-const std::vector<Shape> kShapes = {{1, 1, 1},      {6, 2, 64},   {7, 16, 17},  {49, 33, 65},
-                                    {5, 1025, 130}, {100, 64, 3}, {2, 2101, 20}};
+// Sizes around 6 rows of a strip, 48 x 64 of a tile, 1024 steps of the depth (512 in fp64); 32 rows
+// of a strip of AMX, half of one, and 32 steps.
+const std::vector<Shape> kShapes = {{1, 1, 1},      {6, 2, 64},   {7, 16, 17},   {49, 33, 65},
+                                    {5, 1025, 130}, {100, 64, 3}, {2, 2101, 20}, {112, 96, 70}};
 
 template <class T>
 double tolerance() {
@@ -186,7 +187,7 @@ void test_rounded_factors(const std::string& isa) {
         Problem<BFloat16> rounded(s, a_by_rows, b_by_rows);
         for (size_t i = 0; i < exact.a.size(); ++i) rounded.a[i] = store<BFloat16>(exact.a[i]);
         for (size_t i = 0; i < exact.b.size(); ++i) rounded.b[i] = store<BFloat16>(exact.b[i]);
-        const bool rounds = isa == "avx512bf16";
+        const bool rounds = isa == "avx512bf16" || isa == "amx";
         MatmulParams p = exact.params(Dtype::kFloat32);
         cpu::matmul(p, 0, exact.tiles());
         std::vector<float> expected = exact.out;
@@ -204,7 +205,7 @@ void test_rounded_factors(const std::string& isa) {
         CHECK(cpu::has_packed_products() == rounds);
         if (!rounds) continue;
         const auto parts = [](int64_t size, int64_t of) { return (size + of - 1) / of; };
-        const int64_t panels = parts(s.columns, kVocabularyTile), pairs = parts(s.depth, 2);
+        const int64_t panels = parts(s.columns, kVocabularyTile), pairs = parts(s.depth, 32) * 16;
         std::vector<BFloat16> packed(panels * pairs * kVocabularyTile * 2);
         MatmulPackParams pack{exact.b.data(), packed.data(), s.depth, s.columns, {}};
         for (int i = 0; i < 2; ++i) pack.b_stride[i] = exact.b_stride(i);

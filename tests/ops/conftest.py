@@ -9,7 +9,7 @@ import pytest
 from fdpg_fast import _build
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16"])
+@pytest.fixture(params=["portable", "avx2", "avx512", "avx512bf16", "amx"])
 def cpu_isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test through each instruction set of the CPU kernels that this CPU has."""
     compiled = _build.load()

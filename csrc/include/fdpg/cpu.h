@@ -9,8 +9,9 @@
 
 namespace fdpg::cpu {
 
-// Instruction set the dispatcher settled on: "avx512bf16", "avx512", "avx2" or "portable". The
-// environment variable FDPG_CPU_ISA=portable|avx2|avx512 lowers it (for tests and bug reports).
+// Instruction set the dispatcher settled on: "amx", "avx512bf16", "avx512", "avx2" or
+// "portable". The environment variable FDPG_CPU_ISA=portable|avx2|avx512|avx512bf16 lowers it (for
+// tests and bug reports).
 const char* isa();
 
 // Chooses an instruction set by name for the calls that follow; false if this CPU lacks it or the

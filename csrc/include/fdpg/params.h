@@ -232,10 +232,11 @@ struct MatmulParams {
 
 // A factor b of many products as the kernel walks over it, rounded to bf16: panels of
 // kVocabularyTile columns, in each of which pairs of neighbours along the depth follow one
-// another, those of all columns at one place together; zeros where depth or columns have ended.
+// another, those of all columns at one place together, 16 of them, and 16 again; zeros where depth
+// or columns have ended.
 struct MatmulPackParams {
   const float* b;       // (K, M), unit stride along K or M
-  void* out;            // (M / kVocabularyTile, K / 2, kVocabularyTile, 2), rounded up
+  void* out;            // (M / kVocabularyTile, K / 32 * 16, kVocabularyTile, 2), rounded up
   int64_t depth;        // K
   int64_t columns;      // M
   int64_t b_stride[2];  // along K, M
