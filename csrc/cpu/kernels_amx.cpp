@@ -15,6 +15,7 @@ VocabularyKernels amx_kernels(Dtype dtype) {
     kernels.linear_numerators = linear_numerators<InTiles<BFloat16>>;
   }
   if (dtype == Dtype::kFloat32) {
+    kernels.matmul_pack = matmul_pack<InTiles<float>>;
     kernels.matmul = [](const MatmulParams& p, int64_t begin, int64_t end, Workspace& workspace) {
       const auto run =
           p.may_round ? matmul<InTiles<float>> : avx512_kernels(Dtype::kFloat32).matmul;

@@ -153,25 +153,29 @@ void pack(const typename M::Stored* from, const int64_t (&steps)[2], int64_t dep
   }
 }
 
-// Panels of so many columns from `from` on, `step` units apart. Where rows are contiguous they go
-// by in stretches that every panel has its part of: each row is on a page of its own. In AVX2, one
-// thread, [64, 768] x [768, 3072]: 5.0 ms with all of them for one panel after the other, 4.1 so.
-template <class M, int64_t kPanel>
+// Panels from `from` on, so many columns of them side by side, `step` units apart. Where rows are
+// contiguous they go by in stretches that every panel has its part of: each row is on a page of its
+// own. In AVX2, one thread, [64, 768] x [768, 3072]: 5.0 ms with all of them for one panel after
+// the other, 4.1 so.
+template <class M, int64_t kSide>
 void pack_panels(const typename M::Stored* from, const int64_t (&steps)[2], int64_t depth,
                  int64_t columns, typename M::Unit* to, int64_t step) {
   constexpr int64_t kStretch = 16;
   static_assert(kStretch % M::kSteps == 0, "a stretch ends where a unit does");
+  constexpr int64_t kPanel = kVectors<typename M::Simd> * M::Simd::kLanes;
   const int64_t most = steps[1] == 1 ? kStretch : depth;
+  const int64_t all = (columns + kPanel - 1) / kPanel * kPanel;
   for (int64_t d = 0; d < depth; d += most) {
-    for (int64_t c = 0; c < columns; c += kPanel) {
-      pack<M, kPanel>(from + d * steps[0] + c * steps[1], steps,
-                      depth - d < most ? depth - d : most, columns - c,
-                      to + c / kPanel * step + d / M::kSteps * kPanel);
+    for (int64_t c = 0; c < all; c += kSide) {
+      pack<M, kSide>(from + d * steps[0] + c * steps[1], steps, depth - d < most ? depth - d : most,
+                     columns - c, to + c / kSide * step + d / M::kSteps * kSide);
     }
   }
-  const int64_t end = units_of<M>(depth) * kPanel, all = in_grains<M>(units_of<M>(depth)) * kPanel;
-  for (int64_t c = 0; c < columns; c += kPanel) {
-    for (int64_t i = end; i < all; ++i) to[c / kPanel * step + i] = typename M::Unit{0};
+  const int64_t units = units_of<M>(depth), wide = in_grains<M>(units);
+  for (int64_t c = 0; c < all; c += kSide) {
+    for (int64_t i = units * kSide; i < wide * kSide; ++i) {
+      to[c / kSide * step + i] = typename M::Unit{0};
+    }
   }
 }
 
@@ -181,10 +185,10 @@ struct Strip {
   const char* a;  // row r at a + r row_bytes, its units unit_bytes apart
   int64_t row_bytes, unit_bytes, units;
   const typename M::Unit* panel;
+  int64_t side_step;              // from columns that are packed side by side to the next ones
   Place<typename M::Simd> place;  // of row 0
   const char* ahead;              // cache lines to ask for meanwhile
   const int32_t* lines;
-  bool asks;          // some of them have not been asked for yet
   float* sums;        // of earlier and for later passes
   bool begins, ends;  // it is the first pass, the last
 };
@@ -198,6 +202,7 @@ struct Strips {
   using Vec = typename S::Vec;
   using Unit = typename M::Unit;
   static constexpr int64_t kPanel = kVectors<S> * S::kLanes;
+  static constexpr int64_t kSide = kPanel;  // columns of a panel that are packed side by side
   static constexpr int64_t kRows = 6;  // 6 x 4 sums, 4 vectors of b and one of a fit 32 registers
   static constexpr int64_t kPackedRows = kMatmulTileRows;
   static constexpr int64_t kLines = 1;  // asked for per unit
@@ -308,7 +313,8 @@ class Matmul {
       do {  // once where there is no depth: zeros, or the bias
         const int64_t depth = p_.depth - k < most ? p_.depth - k : most;
         if (!p_.packed) {
-          pack_panels<M, kPanel>(b_at(k, j), p_.b_stride, depth, end - j, panels_, panel_step_);
+          pack_panels<M, By::kSide>(b_at(k, j), p_.b_stride, depth, end - j, panels_,
+                                    panel_step_ / kPanel * By::kSide);
         }
         first_ = p_.packed ? static_cast<const Unit*>(block_of_b(k, j)) : panels_;
         if (k + depth < p_.depth) {
@@ -337,7 +343,8 @@ class Matmul {
   // Where the columns from this one on begin, at this depth.
   FDPG_ALWAYS_INLINE const void* block_of_b(int64_t k, int64_t column) const {
     if (!p_.packed) return b_at(k, column);
-    return static_cast<const Unit*>(p_.b) + column / kPanel * panel_step_ + k / M::kSteps * kPanel;
+    return static_cast<const Unit*>(p_.b) + column / kPanel * panel_step_ +
+           k / M::kSteps * By::kSide;
   }
 
   // What a block of b comes from, as offsets of its cache lines from the first, and zeros for one
@@ -393,29 +400,31 @@ class Matmul {
     s.place.adds = p_.accumulate || k > 0;
     s.place.first = k == 0;
     s.ahead = ahead_;
+    s.side_step = panel_step_ / kPanel * By::kSide;
+    const int64_t panels = (end - begin + kPanel - 1) / kPanel;
+    const int64_t passes = units > pass_units_ ? (units + pass_units_ - 1) / pass_units_ : 1;
+    const bool alone = p_.rows <= By::kRows;  // then over b as it lies in memory
     for (int64_t i = 0; i < count; i += By::kRows) {
       const int64_t height = count - i < By::kRows ? count - i : By::kRows;
       s.place.row = row + i;
-      int64_t u = 0;
-      do {
-        s.units = units - u < pass_units_ ? units - u : pass_units_;
-        s.begins = u == 0;
-        s.ends = u + s.units == units;
-        s.a = first + i * s.row_bytes + u * s.unit_bytes;
-        const int64_t asked = s.units * By::kLines;
-        for (int64_t c = begin; c < end; c += kPanel) {
-          const int64_t panel = (c - begin) / kPanel;
-          s.panel = first_ + panel * panel_step_ + u * kPanel;
+      for (int64_t outer = 0; outer < (alone ? panels : passes); ++outer) {
+        for (int64_t inner = 0; inner < (alone ? passes : panels); ++inner) {
+          const int64_t panel = alone ? outer : inner, pass = alone ? inner : outer;
+          const int64_t u = pass * pass_units_, c = begin + panel * kPanel;
+          s.units = units - u < pass_units_ ? units - u : pass_units_;
+          s.begins = pass == 0;
+          s.ends = pass == passes - 1;
+          s.a = first + i * s.row_bytes + u * s.unit_bytes;
+          s.panel = first_ + panel * panel_step_ + u * By::kSide;
           s.sums = sums_ + panel * sums_step_;
           s.place.column = c;
           s.place.columns = end - c < kPanel ? end - c : kPanel;
           s.lines = lines_ + asked_;
-          s.asks = asked_ < count_;
+          const int64_t asked = s.units * By::kLines;
           asked_ = asked_ + asked < count_ ? asked_ + asked : count_;
           strips_.multiply(s, sink_, height);
         }
-        u += s.units;
-      } while (u < units);
+      }
     }
   }
 
@@ -477,11 +486,12 @@ int64_t matmul(const MatmulParams& p, int64_t begin, int64_t end, Workspace& wor
 template <class M>
 int64_t matmul_pack(const MatmulPackParams& p, int64_t begin, int64_t end) {
   constexpr int64_t kPanel = kVectors<typename M::Simd> * M::Simd::kLanes;
+  constexpr int64_t kSide = Strips<M, Result<typename M::Simd, float>>::kSide;
   static_assert(kPanel == kMatmulTileColumns, "as MatmulPackParams has it");
-  const int64_t step = in_grains<M>(units_of<M>(p.depth)) * kPanel, first = begin * kPanel;
+  const int64_t units = in_grains<M>(units_of<M>(p.depth)), first = begin * kPanel;
   const int64_t columns = (end * kPanel < p.columns ? end * kPanel : p.columns) - first;
-  pack_panels<M, kPanel>(p.b + first * p.b_stride[1], p.b_stride, p.depth, columns,
-                         static_cast<typename M::Unit*>(p.out) + begin * step, step);
+  pack_panels<M, kSide>(p.b + first * p.b_stride[1], p.b_stride, p.depth, columns,
+                        static_cast<typename M::Unit*>(p.out) + first * units, units * kSide);
   return kOk;
 }
 

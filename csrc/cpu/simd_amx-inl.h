@@ -31,16 +31,19 @@ class Strips<InTiles<T>, Sink> {
   using Unit = typename M::Unit;
   static constexpr int64_t kTile = 16;  // rows; units of a row of a tile of a; rows of one of b
   static constexpr int64_t kPanel = kVectors<S> * S::kLanes;
-  static_assert(M::kGrain == kTile && S::kLanes == kTile && kPanel == 4 * kTile, "four tiles wide");
+  static_assert(M::kGrain == kTile && S::kLanes == kTile, "a grain is as deep as a tile");
+  static constexpr int64_t kHigh = 2 * kTile, kWide = 2 * kTile;  // of sums that are in registers
+  static constexpr int64_t kSums1 = kTile * kTile, kSums4 = 4 * kSums1;
 
  public:
-  static constexpr int64_t kRows = 2 * kTile;
-  static constexpr int64_t kPackedRows = 2 * kRows;
-  static constexpr int64_t kLines = 2;
+  static constexpr int64_t kSide = kWide;
+  static constexpr int64_t kRows = 2 * kHigh;
+  static constexpr int64_t kPackedRows = kRows;
+  static constexpr int64_t kLines = 0;  // what a core fetches ahead by itself is more
   // Of a second-level cache of 2 MB, which all CPUs with AMX have.
   static constexpr int64_t kPanelBytes = 1 << 20, kFewPanelBytes = 512 << 10;
-  // 16 KB of a strip, which the first level holds while panels go by; storing sums in between costs
-  // less than having both factors come from the second level: 43 ms for 53.
+  // 32 KB of a strip: the first level keeps much of it, and columns of b from one half of the strip
+  // to the other. 1024 x 768 by 768 x 50257: 43 ms, and 53 in one pass.
   static constexpr int64_t kPassUnits = 8 * kTile;
   static constexpr int64_t kSums = kRows * kPanel;
 
@@ -108,24 +111,26 @@ class Strips<InTiles<T>, Sink> {
 
   void multiply(const Strip<M>& s, const Sink& sink, int64_t height) {
     wait();
-    for (int64_t half = 0; half < 2; ++half) {
-      const Unit* const panel = s.panel + half * 2 * kTile;
-      float* const sums = s.sums + half * 4 * kTile * kTile;
-      const int32_t* const lines = s.lines + half * s.units;
-      if (height > kTile) {
-        multiply_tiles<true>(s, panel, lines, sums);
-      } else {
-        multiply_tiles<false>(s, panel, lines, sums);
+    for (int64_t column = 0; column < s.place.columns; column += kWide) {
+      const Unit* const b = s.panel + column / kWide * s.side_step;
+      for (int64_t row = 0; row < height; row += kHigh) {
+        float* const sums = s.sums + (column / kWide * (kRows / kHigh) + row / kHigh) * kSums4;
+        if (height - row > kTile) {
+          multiply_tiles<true>(s, s.a + row * s.row_bytes, b, sums);
+        } else {
+          multiply_tiles<false>(s, s.a + row * s.row_bytes, b, sums);
+        }
       }
     }
     wait();
     if (!s.ends) return;
     Place<S> place = s.place;
     for (int64_t r = 0; r < height; ++r, ++place.row) {
-      const float* const row = s.sums + (r / kTile * 2 * kTile + r % kTile) * kTile;
+      const float* const row =
+          s.sums + (r / kHigh * 4 + r % kHigh / kTile * 2) * kSums1 + r % kTile * kTile;
       Vec sums[kVectors<S>];
       for (int64_t v = 0; v < kVectors<S>; ++v) {
-        sums[v] = S::load(row + (v / 2 * 4 + v % 2) * kTile * kTile);
+        sums[v] = S::load(row + v / 2 * (kRows / kHigh) * kSums4 + v % 2 * kSums1);
       }
       sink.take(place, sums);
     }
@@ -137,13 +142,9 @@ class Strips<InTiles<T>, Sink> {
 
   // 32 rows, or 16, of a against 32 columns of b.
   template <bool kTwo>
-  static __attribute__((noinline)) void multiply_tiles(const Strip<M>& s, const Unit* b,
-                                                       const int32_t* lines, float* sums) {
-    constexpr int64_t kRowOfPanel = kPanel * sizeof(Unit), kRowOfSums = kTile * sizeof(float);
-    constexpr int64_t kSize = kTile * kTile;
-    const char* a = s.a;
-    const char* const ahead = s.ahead;
-    const bool asks = s.asks;
+  static __attribute__((noinline)) void multiply_tiles(const Strip<M>& s, const char* a,
+                                                       const Unit* b, float* sums) {
+    constexpr int64_t kRowOfSide = kSide * sizeof(Unit), kRowOfSums = kTile * sizeof(float);
     const int64_t row_bytes = s.row_bytes;
     if (s.begins) {
       _tile_zero(0);
@@ -154,15 +155,15 @@ class Strips<InTiles<T>, Sink> {
       }
     } else {
       _tile_loadd(0, sums, kRowOfSums);
-      _tile_loadd(1, sums + kSize, kRowOfSums);
+      _tile_loadd(1, sums + kSums1, kRowOfSums);
       if constexpr (kTwo) {
-        _tile_loadd(2, sums + 2 * kSize, kRowOfSums);
-        _tile_loadd(3, sums + 3 * kSize, kRowOfSums);
+        _tile_loadd(2, sums + 2 * kSums1, kRowOfSums);
+        _tile_loadd(3, sums + 3 * kSums1, kRowOfSums);
       }
     }
-    for (int64_t u = 0; u < s.units; u += kTile, a += kTile * sizeof(Unit), b += kTile * kPanel) {
-      _tile_loadd(4, b, kRowOfPanel);
-      _tile_loadd(5, b + kTile, kRowOfPanel);
+    for (int64_t u = 0; u < s.units; u += kTile, a += kTile * sizeof(Unit), b += kTile * kSide) {
+      _tile_loadd(4, b, kRowOfSide);
+      _tile_loadd(5, b + kTile, kRowOfSide);
       _tile_loadd(6, a, row_bytes);
       _tile_dpbf16ps(0, 6, 4);
       _tile_dpbf16ps(1, 6, 5);
@@ -171,16 +172,12 @@ class Strips<InTiles<T>, Sink> {
         _tile_dpbf16ps(2, 7, 4);
         _tile_dpbf16ps(3, 7, 5);
       }
-      if (!asks) continue;
-      for (int64_t i = 0; i < kTile; ++i) {
-        __builtin_prefetch(ahead + lines[u + i], 0, 2);  // to the second level
-      }
     }
     _tile_stored(0, sums, kRowOfSums);
-    _tile_stored(1, sums + kSize, kRowOfSums);
+    _tile_stored(1, sums + kSums1, kRowOfSums);
     if constexpr (kTwo) {
-      _tile_stored(2, sums + 2 * kSize, kRowOfSums);
-      _tile_stored(3, sums + 3 * kSize, kRowOfSums);
+      _tile_stored(2, sums + 2 * kSums1, kRowOfSums);
+      _tile_stored(3, sums + 3 * kSums1, kRowOfSums);
     }
   }
 };

@@ -232,8 +232,8 @@ struct MatmulParams {
 
 // A factor b of many products as the kernel walks over it, rounded to bf16: panels of
 // kVocabularyTile columns, in each of which pairs of neighbours along the depth follow one
-// another, those of all columns at one place together, 16 of them, and 16 again; zeros where depth
-// or columns have ended.
+// another, those of all columns (with AMX, of one half of them, then of the other) at one place
+// together; zeros where depth or columns have ended.
 struct MatmulPackParams {
   const float* b;       // (K, M), unit stride along K or M
   void* out;            // (M / kVocabularyTile, K / 32 * 16, kVocabularyTile, 2), rounded up
