@@ -287,7 +287,9 @@ class Matmul {
     const int64_t panels = room / (units_ * kPanel * static_cast<int64_t>(sizeof(Unit)) + 1);
     const int64_t all = (p.columns + kPanel - 1) / kPanel;
     columns_ = (panels < 1 ? 1 : panels < all ? panels : all) * kPanel;
-    const int64_t passes = (units_ + By::kPassUnits - 1) / By::kPassUnits;
+    // A strip alone goes over b as it lies in memory.
+    const bool alone = p.rows <= By::kRows;
+    const int64_t passes = alone ? 1 : (units_ + By::kPassUnits - 1) / By::kPassUnits;
     pass_units_ = passes > 1 ? in_grains<M>((units_ + passes - 1) / passes) : units_;
     // Rows of a, the panels of b, the lines of the next ones: see find_lines.
     const int64_t packed = (By::kPackedRows + (p.packed ? 0 : columns_)) * units_;
@@ -403,13 +405,11 @@ class Matmul {
     s.side_step = panel_step_ / kPanel * By::kSide;
     const int64_t panels = (end - begin + kPanel - 1) / kPanel;
     const int64_t passes = units > pass_units_ ? (units + pass_units_ - 1) / pass_units_ : 1;
-    const bool alone = p_.rows <= By::kRows;  // then over b as it lies in memory
     for (int64_t i = 0; i < count; i += By::kRows) {
       const int64_t height = count - i < By::kRows ? count - i : By::kRows;
       s.place.row = row + i;
-      for (int64_t outer = 0; outer < (alone ? panels : passes); ++outer) {
-        for (int64_t inner = 0; inner < (alone ? passes : panels); ++inner) {
-          const int64_t panel = alone ? outer : inner, pass = alone ? inner : outer;
+      for (int64_t pass = 0; pass < passes; ++pass) {
+        for (int64_t panel = 0; panel < panels; ++panel) {
           const int64_t u = pass * pass_units_, c = begin + panel * kPanel;
           s.units = units - u < pass_units_ ? units - u : pass_units_;
           s.begins = pass == 0;

@@ -33,10 +33,10 @@ class Strips<InTiles<T>, Sink> {
   static constexpr int64_t kPanel = kVectors<S> * S::kLanes;
   static_assert(M::kGrain == kTile && S::kLanes == kTile, "a grain is as deep as a tile");
   static constexpr int64_t kHigh = 2 * kTile, kWide = 2 * kTile;  // of sums that are in registers
-  static constexpr int64_t kSums1 = kTile * kTile, kSums4 = 4 * kSums1;
+  static constexpr int64_t kLine = 64;  // bytes of a row of a tile, of a, b or sums
 
  public:
-  static constexpr int64_t kSide = kWide;
+  static constexpr int64_t kSide = kTile;
   static constexpr int64_t kRows = 2 * kHigh;
   static constexpr int64_t kPackedRows = kRows;
   static constexpr int64_t kLines = 0;  // what a core fetches ahead by itself is more
@@ -112,9 +112,9 @@ class Strips<InTiles<T>, Sink> {
   void multiply(const Strip<M>& s, const Sink& sink, int64_t height) {
     wait();
     for (int64_t column = 0; column < s.place.columns; column += kWide) {
-      const Unit* const b = s.panel + column / kWide * s.side_step;
+      const Unit* const b = s.panel + column / kSide * s.side_step;
       for (int64_t row = 0; row < height; row += kHigh) {
-        float* const sums = s.sums + (column / kWide * (kRows / kHigh) + row / kHigh) * kSums4;
+        float* const sums = s.sums + column * kRows + row * kTile;
         if (height - row > kTile) {
           multiply_tiles<true>(s, s.a + row * s.row_bytes, b, sums);
         } else {
@@ -126,11 +126,9 @@ class Strips<InTiles<T>, Sink> {
     if (!s.ends) return;
     Place<S> place = s.place;
     for (int64_t r = 0; r < height; ++r, ++place.row) {
-      const float* const row =
-          s.sums + (r / kHigh * 4 + r % kHigh / kTile * 2) * kSums1 + r % kTile * kTile;
       Vec sums[kVectors<S>];
       for (int64_t v = 0; v < kVectors<S>; ++v) {
-        sums[v] = S::load(row + v / 2 * (kRows / kHigh) * kSums4 + v % 2 * kSums1);
+        sums[v] = S::load(s.sums + (v * kRows + r) * kTile);
       }
       sink.take(place, sums);
     }
@@ -144,8 +142,8 @@ class Strips<InTiles<T>, Sink> {
   template <bool kTwo>
   static __attribute__((noinline)) void multiply_tiles(const Strip<M>& s, const char* a,
                                                        const Unit* b, float* sums) {
-    constexpr int64_t kRowOfSide = kSide * sizeof(Unit), kRowOfSums = kTile * sizeof(float);
-    const int64_t row_bytes = s.row_bytes;
+    const int64_t row_bytes = s.row_bytes, side_step = s.side_step;
+    float* const right = sums + kRows * kTile;
     if (s.begins) {
       _tile_zero(0);
       _tile_zero(1);
@@ -154,16 +152,16 @@ class Strips<InTiles<T>, Sink> {
         _tile_zero(3);
       }
     } else {
-      _tile_loadd(0, sums, kRowOfSums);
-      _tile_loadd(1, sums + kSums1, kRowOfSums);
+      _tile_loadd(0, sums, kLine);
+      _tile_loadd(1, right, kLine);
       if constexpr (kTwo) {
-        _tile_loadd(2, sums + 2 * kSums1, kRowOfSums);
-        _tile_loadd(3, sums + 3 * kSums1, kRowOfSums);
+        _tile_loadd(2, sums + kTile * kTile, kLine);
+        _tile_loadd(3, right + kTile * kTile, kLine);
       }
     }
-    for (int64_t u = 0; u < s.units; u += kTile, a += kTile * sizeof(Unit), b += kTile * kSide) {
-      _tile_loadd(4, b, kRowOfSide);
-      _tile_loadd(5, b + kTile, kRowOfSide);
+    for (int64_t u = 0; u < s.units; u += kTile, a += kLine, b += kTile * kTile) {
+      _tile_loadd(4, b, kLine);
+      _tile_loadd(5, b + side_step, kLine);
       _tile_loadd(6, a, row_bytes);
       _tile_dpbf16ps(0, 6, 4);
       _tile_dpbf16ps(1, 6, 5);
@@ -173,11 +171,11 @@ class Strips<InTiles<T>, Sink> {
         _tile_dpbf16ps(3, 7, 5);
       }
     }
-    _tile_stored(0, sums, kRowOfSums);
-    _tile_stored(1, sums + kSums1, kRowOfSums);
+    _tile_stored(0, sums, kLine);
+    _tile_stored(1, right, kLine);
     if constexpr (kTwo) {
-      _tile_stored(2, sums + 2 * kSums1, kRowOfSums);
-      _tile_stored(3, sums + 3 * kSums1, kRowOfSums);
+      _tile_stored(2, sums + kTile * kTile, kLine);
+      _tile_stored(3, right + kTile * kTile, kLine);
     }
   }
 };

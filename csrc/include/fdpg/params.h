@@ -232,7 +232,7 @@ struct MatmulParams {
 
 // A factor b of many products as the kernel walks over it, rounded to bf16: panels of
 // kVocabularyTile columns, in each of which pairs of neighbours along the depth follow one
-// another, those of all columns (with AMX, of one half of them, then of the other) at one place
+// another, those of all columns (with AMX, of 16 columns, then of 16 others) at one place
 // together; zeros where depth or columns have ended.
 struct MatmulPackParams {
   const float* b;       // (K, M), unit stride along K or M
