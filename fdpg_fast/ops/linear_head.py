@@ -49,12 +49,13 @@ __all__ = [
 # ms by rows of a chunk; its three products alone take 154 and 682:
 #   V 14019, D 128, N 4096:   64: 184   128: 171   256: 158   512: 147
 #   V 50257, D 768, N 1024:   128: 921   256: 858   341: 820   512: 825   1024: 797
+#   the same in bf16, by AMX:            256: 189   341: 174   512: 156   1024: 161
 # On a GPU a share of its memory, up to a bound: bf16, V 128256, D 4096, N 4096 on an H200 (products
 # and bytes: 20.2), by MB of a chunk:
 #   256: 26.8   512: 22.7   1024: 21.8   4096: 20.8
 _CHUNK_BYTES = {"cpu": 28 << 20, "cuda": 1 << 30}
 _GPU_SHARE = 1 / 64
-_LEAST_ROWS = 320
+_LEAST_ROWS, _LEAST_ROWS_OF_16_BITS = 320, 512
 # Products over a vocabulary that is no multiple of so many are slow there, by 7 over GPT-2's 50257
 # (H200, bf16): so they are made of one that is over most of it, and one over the rest.
 _GRANULE = {"cuda": 16}
@@ -109,8 +110,10 @@ def check_head(
             refuse(name, f"be on the device of `hidden` ({device})", other.device)
     if chunk is not None:
         return chunk
-    width = result_dtype(hidden.dtype, weight.dtype).itemsize * vocab
-    wanted = max(_LEAST_ROWS, _chunk_bytes(device) // width)
+    width, least = result_dtype(hidden.dtype, weight.dtype).itemsize * vocab, _LEAST_ROWS
+    if device.type == "cpu" and multiplies_as_they_are(hidden, weight):  # there are no logits
+        width, least = hidden.dtype.itemsize * vocab, _LEAST_ROWS_OF_16_BITS
+    wanted = max(least, _chunk_bytes(device) // width)
     # Of equal size: a short chunk takes nearly as long as a long one.
     chunks = max(1, round(rows / wanted))
     return max(1, -(-rows // chunks))
