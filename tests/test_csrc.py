@@ -5,6 +5,7 @@ The CUDA kernels on the CPU have a file of their own, test_simt.py.
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "cmake"  # that of `make ctest`: what it has compiled is not compiled again
 PROGRAMS = [p.stem for p in sorted((ROOT / "tests" / "csrc").glob("test_*.cpp"))]
+if platform.machine() in ("x86_64", "AMD64"):  # those of products once more, AMX by tiles.h
+    PROGRAMS += ["tiles_test_matmul", "tiles_test_linear_numerators"]
 
 pytestmark = pytest.mark.slow
 
