@@ -114,6 +114,7 @@ def multiply_by(monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
     """Have fp32 products be ours or torch's, whatever this CPU would have, and small ones too."""
     matmul = sys.modules["fdpg_fast.ops.matmul"]
     monkeypatch.setattr(matmul, "library", lambda: (whose == "ours", "the test says so"))
+    monkeypatch.setattr(matmul, "fuses", lambda: whose == "ours")
     monkeypatch.setattr(matmul, "_LEAST", 0)
     monkeypatch.setattr(matmul, "_LEAST_ROWS", 0)
     monkeypatch.setattr(matmul, "_LEAST_FACTOR", 0)
@@ -169,7 +170,7 @@ def keep_bf16(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
 
     split_vocabulary(monkeypatch, 16)
     for module in (head, matmul):
-        monkeypatch.setattr(module, "is_ours", lambda a, b: False)
+        monkeypatch.setattr(module, "is_ours", lambda *_, **__: False)
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
 
@@ -181,4 +182,5 @@ def split_vocabulary(monkeypatch: pytest.MonkeyPatch, granule: int) -> None:
 
 def widen_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take the path of a CPU that has no instructions for bf16."""
-    monkeypatch.setattr(sys.modules["fdpg_fast.ops.linear_head"], "has_wide_products", lambda _: False)
+    head = sys.modules["fdpg_fast.ops.linear_head"]
+    monkeypatch.setattr(head, "has_wide_products", lambda _: False)

@@ -218,10 +218,7 @@ class LinearHead:
         return found
 
     def _is_fused(self, rows: slice) -> bool:
-        if self.hidden.device.type != "cpu":
-            return False
-        hidden = self.hidden[rows]
-        return is_ours(hidden, self.weight.t())
+        return self.hidden.is_cpu and is_ours(self.hidden[rows], self.weight.t(), fused=True)
 
     def _fused(
         self,
