@@ -9,10 +9,12 @@
 #include "fdpg/cpu.h"
 #include "kernels.h"
 
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 namespace fdpg::cpu {
@@ -25,6 +27,12 @@ struct Isa {
 };
 
 #if defined(__x86_64__)
+bool has_avx2() {
+  unsigned a, b, c, d;  // clang 14 has no name for F16C
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -53,12 +61,7 @@ constexpr Isa kIsas[] = {
     {"amx", has_amx, amx_kernels},
     {"avx512bf16", has_avx512bf16, avx512bf16_kernels},
     {"avx512", has_avx512, avx512_kernels},
-    {"avx2",
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-              __builtin_cpu_supports("f16c");
-     },
-     avx2_kernels},
+    {"avx2", has_avx2, avx2_kernels},
 #endif
     {"portable", [] { return true; }, portable_kernels},
 };
