@@ -294,9 +294,9 @@ class LinearHead:
                 grad_bias.add_(numerators.sum(0, dtype=self.dtype), alpha=scale)
             else:
                 # In fp32, which all of them at once would be as large as the logits in.
-                for first in range(0, grad_bias.shape[0], _TILE):
-                    columns = numerators[:, first : first + _TILE].t().to(self.dtype)
-                    grad_bias[first : first + _TILE].addmv_(columns, row_scale, alpha=scale)
+                for at in range(0, grad_bias.shape[0], _TILE):
+                    columns = numerators[:, at : at + _TILE].t().to(self.dtype)
+                    grad_bias[at : at + _TILE].addmv_(columns, row_scale, alpha=scale)
 
     def gradients(
         self,
