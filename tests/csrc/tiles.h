@@ -1,6 +1,6 @@
-// tiles.h: AMX on a CPU without it, and with every byte of it in sight of AddressSanitizer. Given to
-// the compiler before a source of csrc/cpu (-include), it has the words of AMX mean functions, and
-// dispatch.cpp find them there; they need AVX512_BF16, as the kernels around them do.
+// tiles.h: AMX on a CPU without it, and with every byte of it in sight of AddressSanitizer. Given
+// to the compiler before a source of csrc/cpu (-include), it has the words of AMX mean functions,
+// and dispatch.cpp find them there; they need AVX512_BF16, as the kernels around them do.
 //
 // What is asked of a program that uses tiles is checked: a configuration before, none after, and
 // rows and columns that it has. Sums are made as Intel's manual says, in fp32; denormal numbers are
