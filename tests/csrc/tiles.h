@@ -23,6 +23,11 @@
 #undef _tile_stored
 #undef _tile_dpbf16ps
 
+// Memory that nobody has written is NaN in every type.
+extern "C" inline __attribute__((used)) const char* __asan_default_options() {
+  return "max_malloc_fill_size=1000000000:malloc_fill_byte=255";
+}
+
 namespace tiles {
 
 struct Config {
@@ -123,6 +128,11 @@ inline int ask(unsigned* edx) {
   return 1;
 }
 
+template <class... Arguments>
+int grant(Arguments...) {  // what arch_prctl answers
+  return 0;
+}
+
 }  // namespace tiles
 
 #define _tile_loadconfig(from) tiles::load_config(from)
@@ -133,4 +143,4 @@ inline int ask(unsigned* edx) {
 #define _tile_dpbf16ps(to, a, b) tiles::multiply_add(to, a, b)
 #define __get_cpuid_count(leaf, subleaf, a, b, c, d) \
   ((void)(a), (void)(b), (void)(c), tiles::ask(d))
-#define syscall(...) 0
+#define syscall(...) tiles::grant(__VA_ARGS__)
