@@ -196,19 +196,23 @@ struct Strip {
 // How many rows a strip has, how rows are packed for it, and how it is multiplied: by vectors here,
 // one row of a against kVectors vectors of b. There is another in simd_amx-inl.h.
 template <class M, class Sink>
-struct Strips {
+class Strips {
   using S = typename M::Simd;
   using T = typename M::Stored;
   using Vec = typename S::Vec;
   using Unit = typename M::Unit;
   static constexpr int64_t kPanel = kVectors<S> * S::kLanes;
-  static constexpr int64_t kSide = kPanel;  // columns of a panel that are packed side by side
-  static constexpr int64_t kRows = 6;  // 6 x 4 sums, 4 vectors of b and one of a fit 32 registers
-  static constexpr int64_t kPackedRows = kMatmulTileRows;
-  static constexpr int64_t kLines = 1;  // asked for per unit
-  static constexpr int64_t kPassUnits = int64_t{1}
-                                        << 40;  // that a strip goes over before the next panel
-  static constexpr int64_t kSums = 0;           // kept of a panel from pass to pass
+
+ public:
+  // Rows of a strip: 6 x 4 sums, 4 vectors of b and one of a fit 32 registers. Rows of a that are
+  // packed at a time. Columns of a panel that are packed side by side.
+  static constexpr int64_t kRows = 6, kPackedRows = kMatmulTileRows, kSide = kPanel;
+  // Cache lines of the next block of b that are asked for per unit.
+  static constexpr int64_t kLines = 1;
+  // How far along the depth a strip goes before it turns to the next panel, and the sums of a panel
+  // that wait meanwhile: to the end, and none.
+  static constexpr int64_t kPassUnits = int64_t{1} << 40, kSums = 0;
+  // Of panels at a time, where rows of a are packed and where they are read as they are.
   static constexpr int64_t kPanelBytes = kMatmulPanelBytes, kFewPanelBytes = kMatmulFewPanelBytes;
 
   // Whether rows that are contiguous along the depth need not be packed.

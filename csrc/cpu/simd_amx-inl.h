@@ -36,16 +36,14 @@ class Strips<InTiles<T>, Sink> {
   static constexpr int64_t kLine = 64;  // bytes of a row of a tile, of a, b or sums
 
  public:
-  static constexpr int64_t kSide = kTile;
-  static constexpr int64_t kRows = 2 * kHigh;
-  static constexpr int64_t kPackedRows = kRows;
+  static constexpr int64_t kRows = 2 * kHigh, kPackedRows = kRows, kSide = kTile;
   static constexpr int64_t kLines = 0;  // what a core fetches ahead by itself is more
-  // Of a second-level cache of 2 MB, which all CPUs with AMX have.
-  static constexpr int64_t kPanelBytes = 1 << 20, kFewPanelBytes = 512 << 10;
   // 32 KB of a strip: the first level keeps much of it, and columns of b from one half of the strip
   // to the other. 1024 x 768 by 768 x 50257: 43 ms, and 53 in one pass.
   static constexpr int64_t kPassUnits = 8 * kTile;
   static constexpr int64_t kSums = kRows * kPanel;
+  // Of a second-level cache of 2 MB, which all CPUs with AMX have.
+  static constexpr int64_t kPanelBytes = 1 << 20, kFewPanelBytes = 512 << 10;
 
   Strips() {
     // As LDTILECFG reads it (Intel's Software Developer's Manual, volume 1, XTILECFG).
