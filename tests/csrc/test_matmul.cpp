@@ -95,10 +95,11 @@ struct Problem {
   std::normal_distribution<double> normal{0, 1};
 };
 
-// Sizes around 6 rows of a strip, 48 x 64 of a tile, 1024 steps of the depth (512 in fp64); 32 rows
-// of a strip of AMX, half of one, and 32 steps.
-const std::vector<Shape> kShapes = {{1, 1, 1},      {6, 2, 64},   {7, 16, 17},   {49, 33, 65},
-                                    {5, 1025, 130}, {100, 64, 3}, {2, 2101, 20}, {112, 96, 70}};
+// Sizes around 6 rows of a strip, 48 x 64 of a tile, 1024 steps of the depth (512 in fp64); of AMX
+// 16 and 64 rows, 32 steps, and more rows than a strip by more steps than a pass, of two panels.
+const std::vector<Shape> kShapes = {{1, 1, 1},      {6, 2, 64},    {7, 16, 17},
+                                    {49, 33, 65},   {100, 64, 3},  {112, 96, 70},
+                                    {5, 1025, 130}, {70, 600, 70}, {2, 2101, 20}};
 
 template <class T>
 double tolerance() {
