@@ -49,4 +49,6 @@ def programs() -> Path:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_program(program: str, programs: Path) -> None:
-    run(programs / program)
+    said = run(programs / program)
+    if program.startswith("tiles_") and "skipped amx" in said:
+        pytest.skip("this CPU has no avx512_bf16, around which AMX is emulated")
