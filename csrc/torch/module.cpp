@@ -93,6 +93,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_isa", &fdpg::cpu::isa,
         "The instruction set in use: amx, avx512bf16, avx512, avx2 or portable.");
   m.def("cpu_vendor", &fdpg::cpu::vendor, "Who made the CPU: amd, intel or other.");
+  m.def("has_packed_products", &fdpg::cpu::has_packed_products,
+        "Whether that has instructions for products of bf16.");
   m.def("set_cpu_isa", &fdpg::cpu::set_isa, py::arg("name"),
         "Chooses an instruction set; False if this CPU lacks it or the name is unknown.");
 }

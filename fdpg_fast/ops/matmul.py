@@ -70,7 +70,7 @@ _LEAST_ROWS = 4
 #   128 x 512: 0.98, 0.80     256 x 768: 1.23, 1.26     768 x 3072: 1.56, 1.33
 _LEAST_FACTOR = 1 << 17 if load().cpu_isa() == "avx2" else 0
 # Whether there is a CPU with instructions for products of bf16.
-_OURS_ROUNDS = load().cpu_isa() in ("avx512bf16", "amx")
+_OURS_ROUNDS: bool = load().has_packed_products()
 _may_round = False  # inside rounded_products, on a CPU where ours rounds
 _packed: dict[int, tuple[Tensor, Tensor]] | None = None  # inside rounding_once, as is
 _memory: dict[int, Tensor] = {}
