@@ -12,7 +12,7 @@ import torch
 from fdpg_fast._build import load
 from fdpg_fast._version import __version__
 from fdpg_fast.attention import attention_report
-from fdpg_fast.ops.matmul import has_16_bit_products, library
+from fdpg_fast.ops.matmul import fuses, has_16_bit_products, library
 
 __all__ = ["describe", "device_name", "versions"]
 
@@ -51,7 +51,9 @@ def describe() -> Iterator[tuple[str, str]]:
     lowered = os.environ.get("FDPG_CPU_ISA")
     why = f"by FDPG_CPU_ISA={lowered}" if lowered else "chosen at run time"
     yield "CPU instructions", f"{compiled.cpu_isa()}, {why}"
-    yield "fp32 products", library()[1]
+    ours, reason = library()
+    head = "" if ours or not fuses() else "; a head's logits with their log-probs: ours"
+    yield "fp32 products", reason + head
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):

@@ -55,7 +55,8 @@ bool has_amx() {
 #endif
 
 // THE list, best first. The conditions name what the target pragma of simd_<isa>-inl.h names; each
-// also implies, in __builtin_cpu_supports, that the operating system saves the registers.
+// also implies that the operating system saves the registers: __builtin_cpu_supports asks, and
+// Linux for tiles.
 constexpr Isa kIsas[] = {
 #if defined(__x86_64__)
     {"amx", has_amx, amx_kernels},

@@ -23,7 +23,7 @@ struct InPairs {
   using Vec = __m512;
   using Unit = uint32_t;  // the earlier number of a pair in the low half
   static constexpr int64_t kSteps = 2;
-  static constexpr int64_t kGrain = 16;  // for those who multiply so many at a time
+  static constexpr int64_t kGrain = 16;  // a tile of AMX, for what is packed to look alike
   static constexpr bool kAsStored = sizeof(T) == sizeof(BFloat16);
 
   static FDPG_ALWAYS_INLINE Vec multiply_add(Vec a, Vec b, Vec sum) {
