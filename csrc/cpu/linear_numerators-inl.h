@@ -134,7 +134,7 @@ struct LinearNumerators {
     const Real* const coefficient = static_cast<const Real*>(p.coefficient);
     const L logits(p);
     for (int64_t i = begin; i < end; ++i) {
-      SoftmaxRow<Real> row = {static_cast<const Real*>(p.offset)[i], {}};
+      SoftmaxRow<Real> row = {static_cast<const Real*>(p.offset)[i], 1, {}};  // of z, not of u
       for (int64_t t = 0; t < parts; ++t) row.sums.sum += p.parts[i * parts + t];
       if (!(row.sums.sum >= kLeastSum && row.sums.sum <= kMostSum)) {
         by_way_of_logits(p, i);

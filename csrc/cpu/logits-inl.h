@@ -89,7 +89,11 @@ struct Logits {
     S::store(lanes, capped(S::broadcast(x)));
     return lanes[0];
   }
-  // z of one logit, as fma sees it.
+  // u and z of one logit, the latter as fma sees it.
+  template <class T>
+  FDPG_ALWAYS_INLINE double u(T x) const {
+    return capped_one(fdpg::load(x));
+  }
   template <class T>
   FDPG_ALWAYS_INLINE double z(T x) const {
     return S::product(capped_one(fdpg::load(x)), scale);
@@ -107,6 +111,20 @@ struct Logits {
     const double u = capped_one(fdpg::load(x));
     return gradient * (1 - u * u);
   }
+};
+
+// scale (u - anchor), how far z lies from an anchor's.
+template <class L>
+struct Distance {
+  using S = typename L::S;
+  using Vec = typename S::Vec;
+
+  Vec minus_anchor, scale;
+
+  FDPG_ALWAYS_INLINE Distance(const L& logits, typename L::Real anchor)
+      : minus_anchor(S::broadcast(-anchor)), scale(S::broadcast(logits.scale)) {}
+
+  FDPG_ALWAYS_INLINE Vec operator()(Vec u) const { return S::mul(S::add(u, minus_anchor), scale); }
 };
 
 }  // namespace

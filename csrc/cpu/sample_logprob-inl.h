@@ -52,23 +52,23 @@ int64_t choose(const double* parts, int64_t n, double* uniform) {
   return chosen;
 }
 
-// exp(z - offset) of x[0..n), n <= kLeaf, as doubles.
+// exp d of x[0..n), n <= kLeaf, as doubles; d: Distance from the anchor.
 template <class L, class T>
-void exp_leaf(const T* x, int64_t n, const L& logits, typename L::Real offset, double* out) {
+void exp_leaf(const T* x, int64_t n, const L& logits, typename L::Real anchor, double* out) {
   using S = typename L::S;
   using Vec = typename S::Vec;
-  const Vec scale = S::broadcast(logits.scale), minus_offset = S::broadcast(-offset);
+  const Distance<L> distance(logits, anchor);
   typename S::Real e[kLeaf];
   for (int64_t j = 0; j < n; j += S::kLanes) {
     const Vec u = n - j < S::kLanes ? logits.load_first(x + j, n - j) : logits.load(x + j);
-    S::store(e + j, S::exp(S::fma(u, scale, minus_offset)));
+    S::store(e + j, S::exp(distance(u)));
   }
   for (int64_t j = 0; j < n; ++j) out[j] = e[j];
 }
 
 // One of x[0..n) with probability proportional to exp z; some of them is positive.
 template <class L, class T>
-int64_t descend(const T* x, int64_t n, const L& logits, typename L::Real offset, double uniform) {
+int64_t descend(const T* x, int64_t n, const L& logits, typename L::Real anchor, double uniform) {
   int64_t first = 0;
   while (n > kLeaf) {
     const int64_t part = (n + kMaxParts * kLeaf - 1) / (kMaxParts * kLeaf) * kLeaf;
@@ -76,14 +76,14 @@ int64_t descend(const T* x, int64_t n, const L& logits, typename L::Real offset,
     double sums[kMaxParts] = {};
     for (int64_t k = 0; k < parts; ++k) {
       const int64_t size = k + 1 < parts ? part : n - k * part;
-      sums[k] = sum_block<false>(x + first + k * part, size, logits, offset).sum;
+      sums[k] = sum_block<false>(x + first + k * part, size, logits, anchor).sum;
     }
     const int64_t chosen = choose(sums, parts, &uniform);
     first += chosen * part;
     n = chosen + 1 < parts ? part : n - chosen * part;
   }
   double e[kLeaf];
-  exp_leaf(x + first, n, logits, offset, e);
+  exp_leaf(x + first, n, logits, anchor, e);
   return first + choose(e, n, &uniform);
 }
 
@@ -106,9 +106,9 @@ int64_t sample_logprob_of(const SampleLogprobParams& p, int64_t begin, int64_t e
     double uniform = random_uniform(p.seed[0], p.sample_id[i], p.position[i]);
     const int64_t first = choose(block_sums, (p.vocab + block - 1) / block, &uniform) * block;
     const int64_t n = p.vocab - first < block ? p.vocab - first : block;
-    const int64_t token = first + descend(x + first, n, logits, row.offset, uniform);
+    const int64_t token = first + descend(x + first, n, logits, row.anchor, uniform);
     p.token[i] = token;
-    logp[i] = static_cast<Real>(row.logp(logits.z(x[token])));
+    logp[i] = static_cast<Real>(row.logp(logits.u(x[token])));
     lse[i] = static_cast<Real>(row.lse());
   }
   return kOk;

@@ -95,8 +95,7 @@ struct Avx2 {
     x = _mm256_min_ps(broadcast(kExpHigh), x);
     const Vec shifted = fma(x, broadcast(kLog2E), broadcast(kShifter));
     const Vec n = _mm256_sub_ps(shifted, broadcast(kShifter));
-    Vec r = _mm256_fnmadd_ps(n, broadcast(kLn2High), x);
-    r = _mm256_fnmadd_ps(n, broadcast(kLn2Low), r);
+    const Vec r = _mm256_fnmadd_ps(n, broadcast(kLn2), x);
     Vec y = fma(broadcast(kExp6), r, broadcast(kExp5));
     y = fma(y, r, broadcast(kExp4));
     y = fma(y, r, broadcast(kExp3));

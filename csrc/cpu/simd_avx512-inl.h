@@ -94,8 +94,7 @@ struct Avx512 {
   static FDPG_ALWAYS_INLINE Vec exp(Vec x) {
     const Vec shifter = broadcast(kShifter);
     const Vec n = _mm512_sub_ps(fma(x, broadcast(kLog2E), shifter), shifter);
-    Vec r = _mm512_fnmadd_ps(n, broadcast(kLn2High), x);
-    r = _mm512_fnmadd_ps(n, broadcast(kLn2Low), r);
+    const Vec r = _mm512_fnmadd_ps(n, broadcast(kLn2), x);
     Vec y = fma(broadcast(kExp6), r, broadcast(kExp5));
     y = fma(y, r, broadcast(kExp4));
     y = fma(y, r, broadcast(kExp3));

@@ -7,7 +7,8 @@
 // a block is looked for only when its sum is suspicious, and the block summed again only when it
 // did break the rule (about once per row of 50257). Where no token stands out, every block is
 // suspicious: a tenth more time. The result is exact whatever the anchor; it keeps exponentials in
-// range.
+// range. The distance from it is taken before the temperature, where it is exact near the anchor:
+// so neither large logits nor a temperature near 0 cost anything.
 //
 // A block is summed in fp32, in 4 * kLanes partial sums of at most a few dozen terms, then in
 // double; the blocks of a row are added in double. So the sum is good to about 1e-7 relative
@@ -35,12 +36,12 @@ inline int64_t block_size(int64_t vocab) {
   return (vocab + kMaxBlocks * kBlock - 1) / (kMaxBlocks * kBlock) * kBlock;
 }
 
-// How far z may rise above the anchor. Small, because z - anchor is rounded to fp32 and its error
-// is an error of the exponential; the tokens that matter lie near the maximum.
+// How far z may rise above the anchor's. Small, because the distance is rounded to fp32 and its
+// error is an error of the exponential; the tokens that matter lie near the maximum.
 constexpr double kHeadroom = 3;
 constexpr double kExpHeadroom = 20.0;  // below exp(3)
 
-// What logits come to relative to an offset h, with d = z - h (z and u: logits-inl.h):
+// What logits come to relative to an anchor, with d = scale (u - anchor) (u: logits-inl.h):
 // sum exp d,  sum d exp d.
 struct Sums {
   double sum = 0;
@@ -49,14 +50,15 @@ struct Sums {
 
 template <class Real>
 struct SoftmaxRow {
-  Real offset;  // the anchor's z, rounded; -inf: every logit is, and none is capped
+  Real anchor;  // a u; -inf: every logit is, and none is capped
+  Real scale;
   Sums sums;
 
-  double lse() const { return offset + __builtin_log(sums.sum); }
-  // log p of a token: from the offset, since at large |z| z - lse would cancel. Not above 0, though
+  double lse() const { return static_cast<double>(anchor) * scale + __builtin_log(sums.sum); }
+  // log p of a token: from the anchor, since at large |z| z - lse would cancel. Not above 0, though
   // the sum is rounded.
-  double logp(double z) const {
-    const double value = (z - offset) - __builtin_log(sums.sum);
+  double logp(double u) const {
+    const double value = (u - anchor) * scale - __builtin_log(sums.sum);
     return value > 0 ? 0 : value;
   }
   // H = lse - sum p z = log sum exp d - sum p d, which does not cancel either.
@@ -104,20 +106,19 @@ struct BlockAccumulator {
   // Written out: g++ compiles an implicit constructor for the CPU outside the pragma.
   FDPG_ALWAYS_INLINE BlockAccumulator() : sum(S::broadcast(0)), weighted(S::broadcast(0)) {}
 
-  FDPG_ALWAYS_INLINE void push(Vec u, Vec scale, Vec minus_offset) {
-    const Vec d = S::fma(u, scale, minus_offset);
+  FDPG_ALWAYS_INLINE void push(Vec d) {
     const Vec e = S::exp(d);
     sum = S::add(sum, e);
     if constexpr (kEntropy) weighted = S::fma(e, S::clamp_low(d), weighted);
   }
 };
 
-// Sums over x[0..n) relative to `offset`.
+// Sums over x[0..n) relative to `anchor`.
 template <bool kEntropy, class L, class T>
-Sums sum_block(const T* x, int64_t n, const L& logits, typename L::Real offset) {
+Sums sum_block(const T* x, int64_t n, const L& logits, typename L::Real anchor) {
   using S = typename L::S;
   using Vec = typename S::Vec;
-  const Vec scale = S::broadcast(logits.scale), minus_offset = S::broadcast(-offset);
+  const Distance<L> distance(logits, anchor);
   BlockAccumulator<S, kEntropy> part[kUnroll];
   int64_t i = 0;
   for (; i + kUnroll * S::kLanes <= n; i += kUnroll * S::kLanes) {
@@ -126,12 +127,12 @@ Sums sum_block(const T* x, int64_t n, const L& logits, typename L::Real offset) 
       prefetch<S>(x + i, k + 1);
       Vec even, odd;
       logits.load_pair(x + i + k * S::kLanes, &even, &odd);
-      part[k].push(even, scale, minus_offset);
-      part[k + 1].push(odd, scale, minus_offset);
+      part[k].push(distance(even));
+      part[k + 1].push(distance(odd));
     }
   }
-  for (; i + S::kLanes <= n; i += S::kLanes) part[0].push(logits.load(x + i), scale, minus_offset);
-  if (i < n) part[1].push(logits.load_first(x + i, n - i), scale, minus_offset);
+  for (; i + S::kLanes <= n; i += S::kLanes) part[0].push(distance(logits.load(x + i)));
+  if (i < n) part[1].push(distance(logits.load_first(x + i, n - i)));
   Sums sums;
   sums.sum = S::sum(S::add(S::add(part[0].sum, part[1].sum), S::add(part[2].sum, part[3].sum)));
   if constexpr (kEntropy) {
@@ -142,38 +143,34 @@ Sums sum_block(const T* x, int64_t n, const L& logits, typename L::Real offset) 
 }
 
 // Walks a row x[0..vocab) in blocks. If `block_sums` is not null, it receives the sum of every
-// block, relative to the row's final offset.
+// block, relative to the row's final anchor.
 template <bool kEntropy, class L, class T>
 SoftmaxRow<typename L::Real> softmax_row(const T* x, int64_t vocab, const L& logits,
                                          double* block_sums = nullptr) {
   using S = typename L::S;
   using Real = typename S::Real;
-  const Real scale = logits.scale;
   constexpr Real kMinusInf = -static_cast<Real>(__builtin_inff());
   const int64_t block = block_size(vocab);
-  SoftmaxRow<Real> row = {kMinusInf, {}};
+  SoftmaxRow<Real> row = {kMinusInf, logits.scale, {}};
   Sums& total = row.sums;
-  Real anchor = kMinusInf;  // its u
+  Real& anchor = row.anchor;
   for (int64_t begin = 0; begin < vocab; begin += block) {
     const int64_t n = vocab - begin < block ? vocab - begin : block;
     Sums sums;
-    if (anchor == kMinusInf) {
-      anchor = logits.capped_one(largest<S>(x + begin, n));
-      row.offset = anchor * scale;
-    }
+    if (anchor == kMinusInf) anchor = logits.capped_one(largest<S>(x + begin, n));
     if (anchor == kMinusInf) {  // nothing but -inf so far, or NaN, which is nobody's largest
       if (any_nan(x + begin, n)) sums.sum = __builtin_nan("");
     } else {
-      sums = sum_block<kEntropy>(x + begin, n, logits, row.offset);
+      sums = sum_block<kEntropy>(x + begin, n, logits, anchor);
       if (!(sums.sum <= kExpHeadroom)) {  // NaN is suspicious too, and stays
         const Real most = logits.capped_one(largest<S>(x + begin, n));
-        if ((static_cast<double>(most) - anchor) * scale > kHeadroom) {
-          const double lower = row.offset;
+        const double rise = (static_cast<double>(most) - anchor) * row.scale;
+        if (rise > kHeadroom) {
           anchor = most;
-          row.offset = anchor * scale;
-          sums = sum_block<kEntropy>(x + begin, n, logits, row.offset);
-          const double shift = lower - row.offset, factor = __builtin_exp(shift);
-          total.weighted = (total.weighted + total.sum * shift) * factor;
+          sums = sum_block<kEntropy>(x + begin, n, logits, anchor);
+          const double factor = __builtin_exp(-rise);
+          if (factor > 0) total.weighted = (total.weighted - total.sum * rise) * factor;
+          if (factor == 0) total.weighted = total.sum * factor;  // not 0 times infinity; NaN stays
           total.sum *= factor;
           if (block_sums) {
             for (int64_t b = 0; b < begin / block; ++b) block_sums[b] *= factor;
@@ -185,10 +182,6 @@ SoftmaxRow<typename L::Real> softmax_row(const T* x, int64_t vocab, const L& log
     total.weighted += sums.weighted;
     if (block_sums) block_sums[begin / block] = sums.sum;
   }
-  // A z beyond 2^25 that is not exact (scale is not 1) may be off by more than the headroom: there
-  // fp32 cannot tell tokens apart, and the sums mean nothing.
-  const double error = S::product(anchor, scale) - row.offset;
-  if (error > kHeadroom || error < -kHeadroom) total.sum = __builtin_nan("");
   return row;
 }
 

@@ -40,7 +40,7 @@ int64_t token_logprob_of(const TokenLogprobParams& p, int64_t begin, int64_t end
       const SoftmaxRow<Real> row =
           entropy ? softmax_row<true>(x, p.vocab, logits) : softmax_row<false>(x, p.vocab, logits);
       row_lse = row.lse();
-      row_logp = row.logp(logits.z(x[target]));
+      row_logp = row.logp(logits.u(x[target]));
       row_entropy = row.entropy();
     }
     logp[i] = static_cast<Real>(row_logp);
@@ -56,25 +56,25 @@ int64_t token_logprob(const TokenLogprobParams& p, int64_t begin, int64_t end) {
                        : token_logprob_of<Logits<S, false>, T>(p, begin, end);
 }
 
-// The softmax part of a row's gradient:  out_j = exp(d_j) (constant + slope d_j),  d = z - offset,
-// times 1 - u^2 with a softcap.
+// The softmax part of a row's gradient:  out_j = exp(d_j) (constant + slope d_j), times 1 - u^2
+// with a softcap;  d: Distance from the anchor.
 template <class L, bool kEntropy>
 struct SoftmaxGradient {
   using S = typename L::S;
   using Real = typename S::Real;
   using Vec = typename S::Vec;
   L logits;
-  Vec scale, minus_offset, constant, slope;
+  Distance<L> distance;
+  Vec constant, slope;
 
-  SoftmaxGradient(const L& logits, Real offset, Real constant, Real slope)
+  SoftmaxGradient(const L& logits, Real anchor, Real constant, Real slope)
       : logits(logits),
-        scale(S::broadcast(logits.scale)),
-        minus_offset(S::broadcast(-offset)),
+        distance(logits, anchor),
         constant(S::broadcast(constant)),
         slope(S::broadcast(slope)) {}
 
   FDPG_ALWAYS_INLINE Vec of(Vec u) const {
-    const Vec d = S::fma(u, scale, minus_offset);
+    const Vec d = distance(u);
     const Vec factor = kEntropy ? S::fma(S::clamp_low(d), slope, constant) : constant;
     return logits.back(S::mul(S::exp(d), factor), u);
   }
@@ -135,11 +135,11 @@ int64_t token_logprob_backward_of(const TokenLogprobBackwardParams& p, int64_t b
       continue;
     }
     // softmax_j = exp(d_j + log_weight)
-    Real offset = all_lse[i];
-    double log_weight = 0;
+    Real anchor = all_lse[i] / logits.scale;
+    double log_weight = static_cast<double>(anchor) * logits.scale - all_lse[i];
     if constexpr (kSumAgain<T>) {
       const SoftmaxRow<Real> row = softmax_row<false>(x, p.vocab, logits);
-      offset = row.offset;
+      anchor = row.anchor;
       log_weight = -__builtin_log(row.sums.sum);
     }
     const double weight = __builtin_exp(log_weight) * inv_temperature;
@@ -147,11 +147,11 @@ int64_t token_logprob_backward_of(const TokenLogprobBackwardParams& p, int64_t b
     const double constant = weight * (g_lse - g_logp - g_entropy * shift);
     const double slope = -weight * g_entropy;
     const T logit = x[target];  // before it is overwritten
-    const double d = logits.z(logit) - offset;
+    const double d = (logits.u(logit) - anchor) * logits.scale;
     if (g_entropy != 0) {
-      SoftmaxGradient<L, true>(logits, offset, constant, slope).row(x, out, p.vocab);
+      SoftmaxGradient<L, true>(logits, anchor, constant, slope).row(x, out, p.vocab);
     } else {
-      SoftmaxGradient<L, false>(logits, offset, constant, slope).row(x, out, p.vocab);
+      SoftmaxGradient<L, false>(logits, anchor, constant, slope).row(x, out, p.vocab);
     }
     const double p_target = __builtin_exp(d + log_weight);
     // 1 - p by expm1: a target that is all but certain has a gradient that is all but zero.
@@ -198,13 +198,13 @@ int64_t token_logprob_numerators_of(const TokenLogprobNumeratorsParams& p, int64
       const SoftmaxRow<Real> row = softmax_row<false>(x, p.vocab, logits);
       const T logit = x[target];  // before it is overwritten
       row_lse = row.lse();
-      row_logp = row.logp(logits.z(logit));
+      row_logp = row.logp(logits.u(logit));
       if (coefficient[i] == 0) {
         fill_row(out, p.vocab, 0);
       } else {
         row_scale[i] = -coefficient[i] * inv_temperature;
         const Real weight = static_cast<Real>(1 / row.sums.sum);
-        SoftmaxGradient<L, false>(logits, row.offset, weight, 0).row(x, out, p.vocab);
+        SoftmaxGradient<L, false>(logits, row.anchor, weight, 0).row(x, out, p.vocab);
         // 1 - p by expm1: a target that is all but certain has a gradient that is all but zero.
         const double at_target = logits.back_one(__builtin_expm1(row_logp), logit);
         out[target] = store<U>(static_cast<Real>(at_target));

@@ -154,17 +154,41 @@ void nothing_but_nan(Dtype dtype) {
   CHECK(std::isfinite(got.lse[3]));
 }
 
-// A logit so large that a temperature rounds it by more than an exponential can hold is told by
-// NaN; without a temperature it is exact, and the token certain.
-void enormous_logits() {
-  Rows<float> x(2, 2000, 1);
-  x.set(0, 1500, 1e30);
-  x.set(1, 3, -1e30);
-  const Forward<float> exact(x, Dtype::kFloat32, {1500, 7});
-  CHECK(exact.logp[0] == 0 && exact.lse[0] == 1e30f);
-  const Forward<float> tempered(x, Dtype::kFloat32, {1500, 7}, 0.7);
-  CHECK(std::isnan(tempered.logp[0]) || tempered.logp[0] == 0);
-  CHECK_NEAR(tempered.logp[1], x.logp(1, 7, 0.7f), 2e-6);
+// Logits so large that a temperature rounds them by more than an exponential can hold, or takes
+// them beyond the largest number: alone, and as the mask of the first blocks that some use in place
+// of -inf.
+template <class T>
+void enormous_logits(Dtype dtype) {
+  for (double scale : {1.0, 0.7, 1.3, 1.25}) {
+    for (double mask : {-1e10, -1e30, -3e38}) {
+      const double s = static_cast<float>(scale);
+      Rows<T> x(2, 3000, 1);
+      x.set(0, 1500, 1e30);
+      for (int64_t j = 0; j < 1100; ++j) x.set(1, j, mask);
+      const Forward<T> got(x, dtype, {1500, 2000}, s);
+      CHECK(got.logp[0] == 0 && got.entropy[0] == 0);
+      CHECK_NEAR(got.lse[0], s * x.at(0, 1500), 1e23);
+      const long double logp = x.logp(1, 2000, s), lse = s * x.largest(1) + x.log_sum(1, s);
+      CHECK_NEAR(got.logp[1], logp, tolerance<T>(logp) + tolerance<T>(s * x.largest(1)));
+      CHECK_NEAR(got.lse[1], lse, tolerance<T>(lse));
+      CHECK(std::isfinite(got.entropy[1]));
+    }
+  }
+}
+
+// Temperature near 0: the largest logit has all, though z be beyond the largest number; two of them
+// share.
+template <class T>
+void no_temperature(Dtype dtype) {
+  for (double scale : {3e7, 1e10, 1e30, 3e38}) {
+    Rows<T> x(2, 3000, 1);
+    for (int64_t i : {0, 1}) x.set(i, 2000, 50);
+    x.set(1, 7, 50);
+    const Forward<T> got(x, dtype, {2000, 2000}, scale);
+    CHECK(got.logp[0] == 0 && got.entropy[0] == 0);
+    CHECK_NEAR(got.logp[1], -std::log(2.0), 1e-7);
+    CHECK_NEAR(got.entropy[1], std::log(2.0), 1e-7);
+  }
 }
 
 // A row of one logit and a softcap of 1 has lse = tanh x: every 1009th float, and the ends.
@@ -362,7 +386,6 @@ int main() {
   for_each_isa([](const std::string& isa) {
     std::printf("%s\n", isa.c_str());
     a_low_first_block();
-    enormous_logits();
     tanh_is_accurate(isa);
     for_each_dtype([](Dtype dtype, auto tag) {
       using T = decltype(tag);
@@ -370,7 +393,11 @@ int main() {
       rising_rows<T>(dtype);
       nothing_but_nan<T>(dtype);
       a_softcap_bounds_infinity<T>(dtype);
-      if (dtype != Dtype::kFloat16) unusual_values<T>(dtype);
+      if (dtype != Dtype::kFloat16) {
+        unusual_values<T>(dtype);
+        enormous_logits<T>(dtype);
+      }
+      no_temperature<T>(dtype);
       masks_and_bad_targets<T>(dtype);
       any_split_gives_the_same<T>(dtype);
       for (double softcap : {0.0, 3.0}) gradients<T>(dtype, softcap);
