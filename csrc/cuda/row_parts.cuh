@@ -1,5 +1,5 @@
 // row_parts.cuh: the walk that the ops on rows of logits share. A row is cut into parts of at most
-// 32 KiB, a block stages one part in shared memory and folds it into (max, sum) or (max, sum,
+// 32 KiB, a block stages one part in shared memory and folds it into (top, sum) or (top, sum,
 // weighted sum). (sample_logprob.cuh takes from it how a warp folds, and cuts its rows finer.)
 //
 // How a row is cut and which thread adds which elements is a function of V alone: not of N, nor of
@@ -10,7 +10,6 @@
 
 #include "device.cuh"
 //
-#include "fdpg/online_logsumexp.h"
 #include "fdpg/types.h"
 #include "instructions.cuh"
 #include "logits.cuh"
@@ -65,17 +64,6 @@ __device__ __forceinline__ bool masked(const Params& p, int64_t row) {
   return p.mask != nullptr && !p.mask[row];
 }
 
-template <class A, bool kEntropy>
-struct StateOf {
-  using type = OnlineLogSumExp<A>;
-};
-template <class A>
-struct StateOf<A, true> {
-  using type = OnlineEntropy<A>;
-};
-template <class A, bool kEntropy>
-using state_t = typename StateOf<A, kEntropy>::type;
-
 // Where part `index` of a row of `vocab` elements lies.
 struct PartOfRow {
   int64_t begin;
@@ -91,15 +79,22 @@ struct PartOfRow {
 inline constexpr int kGroup = 16;
 inline constexpr int kWarpGroup = kWarp * kGroup;  // side by side in the row
 
-// Some logits, seen relative to the largest. In u, not in z (logits.cuh): the maximum is exact, and
-// so all but is the distance from it.
 template <class A, bool kEntropy>
-struct Seen {
+struct SeenWeighted {};
+template <class A>
+struct SeenWeighted<A, true> {
+  A weighted = 0;  // of (u - top) e^(scale (u - top))
+};
+
+// Some logits, seen relative to the largest. In u, not in z (logits.cuh): the maximum is exact, and
+// so all but is the distance from it. `sum` is NaN if one is NaN or +inf. The one-pass pair of
+// Milakov and Gimelshein, "Online normalizer calculation for softmax" (arXiv 1805.02867).
+template <class A, bool kEntropy>
+struct Seen : SeenWeighted<A, kEntropy> {
   static constexpr A kNothing = -static_cast<A>(INFINITY);
 
   A top = kNothing;
-  A sum = 0;       // of e^(scale (u - top))
-  A weighted = 0;  // of (u - top) e^(scale (u - top)); 0 without entropy
+  A sum = 0;  // of e^(scale (u - top))
 
   // u - top; where there is nothing but -inf, each of them is -inf from here too, not NaN.
   struct Distance {
@@ -113,7 +108,9 @@ struct Seen {
   // `rate`: Logits::rate. `to` is no smaller than `top`.
   __device__ void move(A to, A rate) {
     const A distance = Distance(to)(top), factor = power(distance * rate);
-    if constexpr (kEntropy) weighted = std::fma(sum, finite(distance), weighted) * factor;
+    if constexpr (kEntropy) {
+      this->weighted = std::fma(sum, finite(distance), this->weighted) * factor;
+    }
     sum *= factor;
     top = to;
   }
@@ -131,7 +128,7 @@ struct Seen {
       if constexpr (kEntropy) products[k] = weights[k] * finite(d);
     }
     const auto plus = [](A a, A b) { return a + b; };
-    if constexpr (kEntropy) weighted += tree(products, plus);
+    if constexpr (kEntropy) this->weighted += tree(products, plus);
     sum += tree(weights, plus);
   }
 
@@ -139,21 +136,21 @@ struct Seen {
   __device__ void meet(A rate) {
     move(warp_max(top), rate);
     sum = warp_sum(sum);
-    if constexpr (kEntropy) weighted = warp_sum(weighted);
+    if constexpr (kEntropy) this->weighted = warp_sum(this->weighted);
   }
 
-  // The same in z. The rounding of the maximum goes into the sums.
-  template <class L>
-  __device__ state_t<A, kEntropy> state(const L& logits) const {
-    if (sum != sum) return {sum, sum};
-    const A max = top * logits.scale;
-    if (max == kNothing) return {};
-    const A rest = logits.relative(top, max), factor = exponential(rest);
-    if constexpr (kEntropy) {
-      return {max, sum * factor, std::fma(logits.scale, weighted, sum * rest) * factor};
-    } else {
-      return {max, sum * factor};
-    }
+  __device__ void merge(Seen later, A rate) {
+    const A higher = larger_number(top, later.top);
+    move(higher, rate);
+    later.move(higher, rate);
+    sum += later.sum;
+    if constexpr (kEntropy) this->weighted += later.weighted;
+  }
+
+  // log sum e^z, and -sum p log p, of what has been seen; `scale`: Logits::scale.
+  __device__ A lse(A scale) const { return std::fma(top, scale, std::log(sum)); }
+  __device__ A entropy(A scale) const {
+    return std::log(sum) - scale * this->weighted / sum;  // lse - sum p z would cancel
   }
 
  private:
@@ -240,8 +237,8 @@ __device__ Seen<A, kEntropy> fold(const T* elements, int n, int begin, int step,
 // What the block makes of part `index` of a row; thread 0 gets it. `stage`: Cut::stage_bytes. Ends
 // with a barrier.
 template <bool kEntropy, class T, class L, class A = accumulate_t<T>>
-__device__ state_t<A, kEntropy> fold_part(const T* row, int64_t vocab, int64_t index, int part,
-                                          const L& logits, T* stage) {
+__device__ Seen<A, kEntropy> fold_part(const T* row, int64_t vocab, int64_t index, int part,
+                                       const L& logits, T* stage) {
   using S = Seen<A, kEntropy>;
   alignas(16) __shared__ unsigned char storage[kWarp * sizeof(S)];  // bytes: S has a constructor
   S* all = reinterpret_cast<S*>(storage);
@@ -256,15 +253,15 @@ __device__ state_t<A, kEntropy> fold_part(const T* row, int64_t vocab, int64_t i
     seen.meet(logits.rate());
   }
   __syncthreads();  // `storage` and `stage` may be written again
-  return seen.state(logits);
+  return seen;
 }
 
 // The whole row from its parts, in order.
-template <class State>
-__device__ State merge_parts(const State* partial, int parts) {
-  State state = partial[0];
-  for (int k = 1; k < parts; ++k) state.merge(partial[k]);
-  return state;
+template <class S, class L>
+__device__ S merge_parts(const S* partial, int parts, const L& logits) {
+  S seen = partial[0];
+  for (int k = 1; k < parts; ++k) seen.merge(partial[k], logits.rate());
+  return seen;
 }
 
 }  // namespace

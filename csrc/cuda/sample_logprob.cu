@@ -7,8 +7,7 @@ namespace fdpg::cuda {
 std::size_t sample_logprob_workspace(const SampleLogprobParams& p) {
   std::size_t bytes = 0;
   visit_dtype(p.dtype, [&](auto tag) {
-    bytes =
-        p.rows * divide_up(p.vocab, kSpan) * sizeof(OnlineLogSumExp<accumulate_t<decltype(tag)>>);
+    bytes = p.rows * divide_up(p.vocab, kSpan) * sizeof(Seen<accumulate_t<decltype(tag)>, false>);
   });
   return bytes;
 }
@@ -19,7 +18,7 @@ Status sample_logprob(const SampleLogprobParams& p, void* workspace, Stream stre
   visit_dtype(p.dtype, [&](auto tag) {
     using T = decltype(tag);
     constexpr int kWarps = kSpanThreads / kWarp;
-    auto* partial = static_cast<OnlineLogSumExp<accumulate_t<T>>*>(workspace);
+    auto* partial = static_cast<Seen<accumulate_t<T>, false>*>(workspace);
     const int64_t runs = divide_up(p.vocab, kRun<T>), spans = divide_up(p.vocab, kSpan);
     status = with_softcap(p.softcap, [&](auto capped) {
       constexpr bool kCapped = decltype(capped)::value;

@@ -116,7 +116,7 @@ __device__ __forceinline__ const T* begin_run(T* stage, const T* from, int n) {
 template <class T, bool kCapped>
 __global__ void __launch_bounds__(kSpanThreads)
     sample_logprob_spans(SampleLogprobParams p, int runs, int spans,
-                         OnlineLogSumExp<accumulate_t<T>>* partial) {
+                         Seen<accumulate_t<T>, false>* partial) {
   using A = accumulate_t<T>;
   constexpr int kSpans = kRunSpans<T>;
   FDPG_DYNAMIC_SHARED(T, stage);
@@ -155,7 +155,7 @@ __global__ void __launch_bounds__(kSpanThreads)
   }
   mine.top = top;
   if (lane < kSpans && lane * kSpan < size) {
-    partial[row * spans + begin / kSpan + lane] = mine.state(logits);
+    partial[row * spans + begin / kSpan + lane] = mine;
   }
 }
 
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kSpanThreads)
 template <class T, bool kCapped>
 __global__ void __launch_bounds__(kWarp)
     sample_logprob_rows(SampleLogprobParams p, int spans,
-                        const OnlineLogSumExp<accumulate_t<T>>* partial) {
+                        const Seen<accumulate_t<T>, false>* partial) {
   using A = accumulate_t<T>;
   const int64_t row = blockIdx.x;
   const int lane = threadIdx.x;
@@ -179,16 +179,16 @@ __global__ void __launch_bounds__(kWarp)
   constexpr int kAtOnce = 8;
   const int each = (spans + kWarp - 1) / kWarp, begin = min(spans, lane * each);
   const int end = min(spans, begin + each);
-  A max = -static_cast<A>(INFINITY);
+  A top = -static_cast<A>(INFINITY);
   for (int k = begin; k < end; k += kAtOnce) {
 #pragma unroll
     for (int j = 0; j < kAtOnce; ++j) {
-      if (k + j < end) max = larger_number(max, partial[k + j].max);
+      if (k + j < end) top = larger_number(top, partial[k + j].top);
     }
   }
-  max = warp_max(max);
+  top = warp_max(top);
   auto weight_of_span = [&](int k) -> double {
-    return partial[k].sum * exponential(partial[k].max - max);
+    return partial[k].sum * logits.power_from(partial[k].top, top);
   };
   double mine = 0;
   for (int k = begin; k < end; k += kAtOnce) {
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(kWarp)
   // What is left of the uniform, again one in [0, 1).
   uniform = fmin(fmax((run.goal - span.before) / span.weight, 0.0), 1.0);
   uniform = __shfl_sync(0xffffffffu, uniform, run.lane);
-  const A offset = partial[chosen].max, log_sum = std::log(static_cast<A>(run.total));
+  const A anchor = partial[chosen].top, log_sum = std::log(static_cast<A>(run.total));
 
   constexpr int kEach = kSpan / kWarp;
   const int64_t first = static_cast<int64_t>(chosen) * kSpan + lane * kEach;
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kWarp)
   mine = 0;
 #pragma unroll
   for (int k = 0; k < kEach; ++k) {
-    weights[k] = first + k < p.vocab ? exponential(logits.relative(u[k], offset)) : A{0};
+    weights[k] = first + k < p.vocab ? logits.power_from(u[k], anchor) : A{0};
     mine += weights[k];
   }
   const Chosen neighbours = warp_choose(mine, uniform);
@@ -239,8 +239,8 @@ __global__ void __launch_bounds__(kWarp)
     if (token.item == k) drawn = u[k];
   }
   p.token[row] = first + token.item;
-  *logp = logits.relative(drawn, max) - log_sum;
-  *lse = max + log_sum;
+  *logp = logits.distance(drawn, top) - log_sum;
+  *lse = std::fma(top, logits.scale, log_sum);
 }
 
 }  // namespace

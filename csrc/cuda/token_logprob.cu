@@ -9,15 +9,14 @@ namespace {
 template <class T, bool kEntropy, bool kCapped>
 cudaError_t run_forward(const TokenLogprobParams& p, const Cut& cut, void* workspace,
                         cudaStream_t stream) {
-  using State = state_t<accumulate_t<T>, kEntropy>;
   constexpr int kRowThreads = 128;
-  State* partial = static_cast<State*>(workspace);
+  auto* partial = static_cast<Seen<accumulate_t<T>, kEntropy>*>(workspace);
   const cudaError_t status =
       launch(token_logprob_parts<T, kEntropy, kCapped>, p.rows * cut.parts, cut.threads,
              cut.stage_bytes<T>(cut.part), stream, p, cut.part, cut.parts, partial);
   if (status != cudaSuccess || cut.parts == 1) return status;
-  return launch(token_logprob_rows<T, kCapped, State>, divide_up(p.rows, kRowThreads), kRowThreads,
-                0, stream, p, cut.parts, partial);
+  return launch(token_logprob_rows<T, kEntropy, kCapped>, divide_up(p.rows, kRowThreads),
+                kRowThreads, 0, stream, p, cut.parts, partial);
 }
 
 }  // namespace
@@ -26,8 +25,8 @@ std::size_t token_logprob_workspace(const TokenLogprobParams& p) {
   std::size_t bytes = 0;
   with_cut(p.dtype, p.vocab, [&](const Cut& cut, auto tag) {
     using A = accumulate_t<decltype(tag)>;
-    const std::size_t state = p.entropy ? sizeof(OnlineEntropy<A>) : sizeof(OnlineLogSumExp<A>);
-    if (cut.parts > 1) bytes = p.rows * cut.parts * state;
+    const std::size_t seen = p.entropy ? sizeof(Seen<A, true>) : sizeof(Seen<A, false>);
+    if (cut.parts > 1) bytes = p.rows * cut.parts * seen;
     return cudaSuccess;
   });
   return bytes;

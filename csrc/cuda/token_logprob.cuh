@@ -13,8 +13,7 @@
 //   bytes per row:  2 V sizeof(T); V sizeof(T) for a row without gradient, which is not read
 //   floor:          [8192, 128256] in bf16: 4.20 GB, 1.40 ms at 3 TB/s
 //
-// Staging a whole row on chip is how quack's cross entropy reaches the memory's speed; the one-pass
-// (max, sum) is Milakov and Gimelshein's (online_logsumexp.h).
+// Staging a whole row on chip is how quack's cross entropy reaches the memory's speed.
 #pragma once
 
 #include "device.cuh"
@@ -25,18 +24,18 @@
 namespace fdpg::cuda {
 namespace {
 
-// Row results from the state of the whole row.
-template <class T, class State, class L, class A = accumulate_t<T>>
-__device__ void finish_row(const TokenLogprobParams& p, int64_t row, const State& state,
+// Row results from what the whole row comes to.
+template <class T, bool kEntropy, class L, class A = accumulate_t<T>>
+__device__ void finish_row(const TokenLogprobParams& p, int64_t row, const Seen<A, kEntropy>& seen,
                            const L& logits) {
   const int64_t target = p.target[row];
   A logp = static_cast<A>(NAN), lse = logp, entropy = logp;
   if (target >= 0 && target < p.vocab) {
     const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
     // Relative to the maximum: two large numbers would cancel in z - lse.
-    logp = logits.relative(logits.u(x[target]), state.max) - std::log(state.sum);
-    lse = state.value();
-    if constexpr (std::is_same_v<State, OnlineEntropy<A>>) entropy = state.entropy();
+    logp = logits.distance(logits.u(x[target]), seen.top) - std::log(seen.sum);
+    lse = seen.lse(logits.scale);
+    if constexpr (kEntropy) entropy = seen.entropy(logits.scale);
   }
   static_cast<A*>(p.logp)[row] = logp;
   static_cast<A*>(p.lse)[row] = lse;
@@ -55,7 +54,7 @@ __device__ void zero_row(const TokenLogprobParams& p, int64_t row) {
 template <class T, bool kEntropy, bool kCapped>
 __global__ void __launch_bounds__(kFoldThreads)
     token_logprob_parts(TokenLogprobParams p, int part, int parts,
-                        state_t<accumulate_t<T>, kEntropy>* partial) {
+                        Seen<accumulate_t<T>, kEntropy>* partial) {
   FDPG_DYNAMIC_SHARED(T, stage);
   const int64_t row = blockIdx.x / parts;
   if (masked(p, row)) {  // not read
@@ -64,23 +63,24 @@ __global__ void __launch_bounds__(kFoldThreads)
   }
   const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
   const Logits<accumulate_t<T>, kCapped> logits(p);
-  const auto state = fold_part<kEntropy>(x, p.vocab, blockIdx.x % parts, part, logits, stage);
+  const auto seen = fold_part<kEntropy>(x, p.vocab, blockIdx.x % parts, part, logits, stage);
   if (threadIdx.x != 0) return;
   if (parts == 1) {
-    finish_row<T>(p, row, state, logits);
+    finish_row<T>(p, row, seen, logits);
   } else {
-    partial[blockIdx.x] = state;
+    partial[blockIdx.x] = seen;
   }
 }
 
 // One thread per row, the row's parts in order.
-template <class T, bool kCapped, class State>
-__global__ void token_logprob_rows(TokenLogprobParams p, int parts, const State* partial) {
+template <class T, bool kEntropy, bool kCapped>
+__global__ void token_logprob_rows(TokenLogprobParams p, int parts,
+                                   const Seen<accumulate_t<T>, kEntropy>* partial) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= p.rows) return;
   if (masked(p, row)) return zero_row<accumulate_t<T>>(p, row);
-  finish_row<T>(p, row, merge_parts(partial + row * parts, parts),
-                Logits<accumulate_t<T>, kCapped>(p));
+  const Logits<accumulate_t<T>, kCapped> logits(p);
+  finish_row<T>(p, row, merge_parts(partial + row * parts, parts, logits), logits);
 }
 
 // -------------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ template <class T, class U, bool kCapped>
 cudaError_t run_without_hint(const TokenLogprobNumeratorsParams& p, const Cut& cut, void* workspace,
                              cudaStream_t stream, bool row_by_row) {
   const std::size_t shared = cut.stage_bytes<T>(cut.part) + cut.stage_bytes<U>(cut.part);
-  auto* partial = static_cast<OnlineLogSumExp<T>*>(workspace);
+  auto* partial = static_cast<Seen<T, false>*>(workspace);
   cudaError_t status;
   if (row_by_row) {
     unsigned* arrived = reinterpret_cast<unsigned*>(partial + p.rows * cut.parts);
@@ -91,7 +91,7 @@ std::size_t token_logprob_numerators_workspace(const TokenLogprobNumeratorsParam
   std::size_t bytes = 0;
   with_types(p, [&](const Cut& cut, auto logit, auto) {
     using T = decltype(logit);
-    const std::size_t per_part = uses_hint(p) ? sizeof(T) : sizeof(OnlineLogSumExp<T>);
+    const std::size_t per_part = uses_hint(p) ? sizeof(T) : sizeof(Seen<T, false>);
     bytes = p.rows * (cut.parts * per_part + (uses_hint(p) ? 0 : sizeof(unsigned)));
     return cudaSuccess;
   });

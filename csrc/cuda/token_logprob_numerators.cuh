@@ -15,7 +15,7 @@
 //   floor:          [8192, 128256] from fp32 to bf16: 6.30 GB, 2.10 ms at 3 TB/s
 //
 // Without a hint, or in place, where the logits could not be read again, the parts of the row are
-// folded to (max, sum), merged by one thread per row, and read again for p = exp(z - max) / sum:
+// folded to (top, sum), merged by one thread per row, and read again for p = exp(z - top) / sum:
 // relative to the maximum, since a log-sum-exp of 50 in fp32 is off by up to 2e-6, and so would
 // every p be. Logits that the L2 cache has no room for are not folded all first: the last of a
 // row's blocks to be done with its part writes the whole row, which has only just been read.
@@ -70,14 +70,14 @@ struct Part : PartOfRow {
     for (int i = threadIdx.x; i < size; i += blockDim.x) made[i] = narrow<U>(value);
   }
 
-  // Makes weight exp(z - offset) of each logit, and returns what this thread's come to, not
+  // Makes weight exp(z - the anchor's) of each logit, and returns what this thread's come to, not
   // rounded to U, nor with the slope of a softcap. The logits may be overwritten after this.
   template <class L>
-  __device__ T make_exponentials(const L& logits, T offset, T weight) const {
+  __device__ T make_exponentials(const L& logits, T anchor, T weight) const {
     const T* elements = stage_in_shared(stage, from, size);
     T sum = 0;
     for (int i = threadIdx.x; i < size; i += blockDim.x) {
-      const T u = logits.u(elements[i]), e = weight * exponential(logits.relative(u, offset));
+      const T u = logits.u(elements[i]), e = weight * logits.power_from(u, anchor);
       made[i] = narrow<U>(logits.back(e, u));
       sum += e;
     }
@@ -111,18 +111,18 @@ __device__ void set_results(const TokenLogprobNumeratorsParams& p, int64_t row, 
   static_cast<T*>(p.row_scale)[row] = value;
 }
 
-// Row results from sum = sum exp(z - offset). `total` is what the row's numerators add up to before
-// it is taken from the target's.
+// Row results from sum = sum exp(z - the anchor's). `total` is what the row's numerators add up to
+// before it is taken from the target's.
 template <class T, class L>
 __device__ void finish_row(const TokenLogprobNumeratorsParams& p, int64_t row, const L& logits,
-                           T offset, T sum, T total) {
+                           T anchor, T sum, T total) {
   const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
   const T inv_temperature = static_cast<T>(p.inv_temperature);
   const T coefficient = coefficient_of<T>(p, row), log_sum = std::log(sum);
-  // Relative to the offset: two large numbers would cancel in z - lse.
-  const T logp = logits.relative(logits.u(x[p.target[row]]), offset) - log_sum;
+  // Relative to the anchor: two large numbers would cancel in z - lse.
+  const T logp = logits.distance(logits.u(x[p.target[row]]), anchor) - log_sum;
   static_cast<T*>(p.logp)[row] = logp > 0 ? T{0} : logp;  // the sum is rounded
-  static_cast<T*>(p.lse)[row] = offset + log_sum;
+  static_cast<T*>(p.lse)[row] = std::fma(anchor, logits.scale, log_sum);
   static_cast<T*>(p.row_scale)[row] =
       coefficient == 0 ? T{0} : -coefficient * inv_temperature / total;
 }
@@ -143,43 +143,42 @@ __device__ __forceinline__ U at_target(const TokenLogprobNumeratorsParams& p, in
 template <class T, bool kCapped>
 __global__ void __launch_bounds__(Cut::kMaxThreads)
     numerators_fold_parts(TokenLogprobNumeratorsParams p, int part, int parts,
-                          OnlineLogSumExp<T>* partial) {
+                          Seen<T, false>* partial) {
   FDPG_DYNAMIC_SHARED(T, shared);
   const int64_t row = blockIdx.x / parts;
   if (masked(p, row)) return;  // not read
   const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
-  const auto state =
+  const auto seen =
       fold_part<false>(x, p.vocab, blockIdx.x % parts, part, Logits<T, kCapped>(p), shared);
-  if (threadIdx.x == 0) partial[blockIdx.x] = state;
+  if (threadIdx.x == 0) partial[blockIdx.x] = seen;
 }
 
 // By one thread: a row's results from its parts, in order; their whole takes the place of the
 // first. The target's logit is read here, before it may be overwritten.
 template <class T, class L>
 __device__ void finish_folded(const TokenLogprobNumeratorsParams& p, int64_t row, const L& logits,
-                              int parts, OnlineLogSumExp<T>* partial) {
+                              int parts, Seen<T, false>* partial) {
   if (masked(p, row)) return set_results(p, row, T{0});
   if (!has_target(p, row)) return set_results(p, row, static_cast<T>(NAN));
-  const OnlineLogSumExp<T> state = merge_parts(partial, parts);
-  finish_row(p, row, logits, state.max, state.sum, T{1});
-  *partial = state;
+  const Seen<T, false> seen = merge_parts(partial, parts, logits);
+  finish_row(p, row, logits, seen.top, seen.sum, T{1});
+  *partial = seen;
 }
 
 // One thread per row.
 template <class T, bool kCapped>
 __global__ void numerators_fold_rows(TokenLogprobNumeratorsParams p, int parts,
-                                     OnlineLogSumExp<T>* partial) {
+                                     Seen<T, false>* partial) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   if (row >= p.rows) return;
   finish_folded(p, row, Logits<T, kCapped>(p), parts, partial + row * parts);
 }
 
-// Writes softmax - [target] of one part of a row that has its results. `state`: (max, sum) of the
-// row; looked at only where it was made.
+// Writes softmax - [target] of one part of a row that has its results. `seen`: of the row; looked
+// at only where it was made.
 template <class T, class U, class L>
 __device__ void write_softmax(const TokenLogprobNumeratorsParams& p, int64_t row,
-                              const Part<T, U>& here, const L& logits,
-                              const OnlineLogSumExp<T>& state) {
+                              const Part<T, U>& here, const L& logits, const Seen<T, false>& seen) {
   if (masked(p, row)) {
     here.make_all(0);
   } else if (!has_target(p, row)) {
@@ -187,7 +186,7 @@ __device__ void write_softmax(const TokenLogprobNumeratorsParams& p, int64_t row
   } else if (coefficient_of<T>(p, row) == 0) {
     here.make_all(0);
   } else {
-    here.make_exponentials(logits, state.max, 1 / state.sum);
+    here.make_exponentials(logits, seen.top, 1 / seen.sum);
     const int64_t target = p.target[row] - here.begin;
     // By the thread that made the exponential which this replaces: no barrier in between.
     if (target >= 0 && target < here.size && target % blockDim.x == threadIdx.x) {
@@ -201,7 +200,7 @@ __device__ void write_softmax(const TokenLogprobNumeratorsParams& p, int64_t row
 template <class T, class U, bool kCapped>
 __global__ void __launch_bounds__(Cut::kMaxThreads)
     numerators_write_parts(TokenLogprobNumeratorsParams p, int part, int parts,
-                           const OnlineLogSumExp<T>* partial) {
+                           const Seen<T, false>* partial) {
   FDPG_DYNAMIC_SHARED(T, shared);
   const int64_t row = blockIdx.x / parts;
   const Part<T, U> here(p, row, blockIdx.x % parts, part, shared);
@@ -225,31 +224,38 @@ constexpr int kRoom = sizeof(T) == 4 ? 6 : 2;
 template <class T, class U, bool kCapped>
 __global__ void __launch_bounds__(Cut::kMaxThreads, kRoom<T>)
     numerators_fold_and_write(TokenLogprobNumeratorsParams p, int part, int parts,
-                              OnlineLogSumExp<T>* partial, unsigned* arrived) {
+                              Seen<T, false>* partial, unsigned* arrived) {
   FDPG_DYNAMIC_SHARED(T, shared);
   const int64_t row = blockIdx.x / parts;
   const Logits<T, kCapped> logits(p);
   partial += row * parts;
   after_previous();
   const int index = static_cast<int>(blockIdx.x % parts);
-  OnlineLogSumExp<T> state;
+  Seen<T, false> seen;
   if (!masked(p, row)) {
     const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
-    state = fold_part<false>(x, p.vocab, index, part, logits, shared);
+    seen = fold_part<false>(x, p.vocab, index, part, logits, shared);
   }
-  if (threadIdx.x == 0) partial[index] = state;
+  if (threadIdx.x == 0) partial[index] = seen;
   if (!last_to_arrive(arrived + row, parts)) return;
   if (threadIdx.x == 0) finish_folded(p, row, logits, parts, partial);
   __syncthreads();  // all may read what the row has come to
-  state = *partial;
+  seen = *partial;
   for (int k = 0; k < parts; ++k) {
-    write_softmax(p, row, Part<T, U>(p, row, k, part, shared), logits, state);
+    write_softmax(p, row, Part<T, U>(p, row, k, part, shared), logits, seen);
     __syncthreads();  // shared memory may be written again
   }
 }
 
 // -------------------------------------------------------------------------------------------------
 // With a hint
+
+// The hint as an anchor, in u.
+template <class L, class T = decltype(L::scale)>
+__device__ __forceinline__ T hint_of(const TokenLogprobNumeratorsParams& p, int64_t row,
+                                     const L& logits) {
+  return static_cast<const T*>(p.lse_hint)[row] / logits.scale;
+}
 
 // Block b writes part b % parts of row b / parts, all but the target's numerator.
 template <class T, class U, bool kCapped>
@@ -261,8 +267,8 @@ __global__ void __launch_bounds__(Cut::kMaxThreads)
   if (masked(p, row)) {  // not read
     here.make_all(0);
   } else {
-    const T hint = static_cast<const T*>(p.lse_hint)[row];
-    const T mine = here.make_exponentials(Logits<T, kCapped>(p), hint, 1);
+    const Logits<T, kCapped> logits(p);
+    const T mine = here.make_exponentials(logits, hint_of(p, row, logits), 1);
     const Sum<T> sum = block_merge(Sum<T>{mine});
     if (threadIdx.x == 0) partial[blockIdx.x] = sum.value;
     if (coefficient_of<T>(p, row) == 0) here.make_all(0);
@@ -283,7 +289,7 @@ __global__ void numerators_hint_rows(TokenLogprobNumeratorsParams p, int parts, 
   const bool within_reach = sum >= kLeast && sum <= kMost;  // not if NaN
   if (!within_reach || !has_target(p, row)) return set_results(p, row, static_cast<T>(NAN));
   const Logits<T, kCapped> logits(p);
-  finish_row(p, row, logits, static_cast<const T*>(p.lse_hint)[row], sum, sum);
+  finish_row(p, row, logits, hint_of(p, row, logits), sum, sum);
   if (coefficient_of<T>(p, row) == 0) return;
   U* numerators = static_cast<U*>(p.numerators) + row * p.numerator_row_stride;
   const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
@@ -296,26 +302,27 @@ template <class T, class U, bool kCapped>
 __global__ void __launch_bounds__(Cut::kMaxThreads)
     numerators_again(TokenLogprobNumeratorsParams p, int part, int parts) {
   FDPG_DYNAMIC_SHARED(T, shared);
-  __shared__ T row_max, row_sum;
+  __shared__ T row_top, row_sum;
   const int64_t row = blockIdx.x;
   if (!std::isnan(static_cast<const T*>(p.lse)[row])) return;
-  OnlineLogSumExp<T> state;
+  Seen<T, false> seen;
   const Logits<T, kCapped> logits(p);
   if (has_target(p, row)) {
     const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
-    for (int k = 0; k < parts; ++k) {  // into thread 0's state; the others' mean nothing
-      state.merge(fold_part<false>(x, p.vocab, k, part, logits, shared));
+    for (int k = 0; k < parts; ++k) {  // into thread 0's; the others' mean nothing
+      seen.merge(fold_part<false>(x, p.vocab, k, part, logits, shared), logits.rate());
     }
     if (threadIdx.x == 0) {
-      finish_row(p, row, logits, state.max, state.sum, T{1});
-      row_max = state.max;
-      row_sum = state.sum;
+      finish_row(p, row, logits, seen.top, seen.sum, T{1});
+      row_top = seen.top;
+      row_sum = seen.sum;
     }
     __syncthreads();  // all may read these, and the row's results
-    state = {row_max, row_sum};
+    seen.top = row_top;
+    seen.sum = row_sum;
   }
   for (int k = 0; k < parts; ++k) {
-    write_softmax(p, row, Part<T, U>(p, row, k, part, shared), logits, state);
+    write_softmax(p, row, Part<T, U>(p, row, k, part, shared), logits, seen);
     __syncthreads();  // shared memory may be written again
   }
 }

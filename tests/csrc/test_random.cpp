@@ -4,7 +4,6 @@
 #include <initializer_list>
 
 #include "check.h"
-#include "fdpg/online_logsumexp.h"
 #include "fdpg/random.h"
 
 namespace {
@@ -74,44 +73,11 @@ void uniform_law() {
   CHECK(chi_squared > 20 && chi_squared < 130);
 }
 
-template <class T>
-void online_logsumexp(double tolerance) {
-  const T inf = static_cast<T>(INFINITY);
-  const T x[] = {-inf, 1, -3, 700, -inf, 699, 650};  // exp(700) overflows fp32
-  const double lse = 700 + std::log1p(std::exp(-1.) + std::exp(-50.));
-  fdpg::OnlineLogSumExp<T> all, left, right;
-  fdpg::OnlineEntropy<T> entropy, entropy_left, entropy_right;
-  CHECK(all.value() == -inf);
-  for (int i = 0; i < 7; ++i) {
-    all.push(x[i]);
-    entropy.push(x[i]);
-    (i < 3 ? left : right).push(x[i]);
-    (i < 3 ? entropy_left : entropy_right).push(x[i]);
-  }
-  left.merge(right);
-  entropy_left.merge(entropy_right);
-  for (T got : {all.value(), left.value(), entropy.value(), entropy_left.value()}) {
-    CHECK_NEAR(got, lse, tolerance * 700);
-  }
-  const double p = 1 / (1 + std::exp(1.));  // of 699; 700 has the rest
-  const double expected = -p * std::log(p) - (1 - p) * std::log1p(-p);
-  CHECK_NEAR(entropy.entropy(), expected, tolerance * 4);
-  CHECK_NEAR(entropy_left.entropy(), expected, tolerance * 4);
-  for (T bad : {inf, static_cast<T>(NAN)}) {
-    fdpg::OnlineLogSumExp<T> broken = all;
-    broken.push(bad);
-    broken.push(1);
-    CHECK(std::isnan(broken.value()));
-  }
-}
-
 }  // namespace
 
 int main() {
   known_answers();
   uniform_is_keyed_by_all_three();
   uniform_law();
-  online_logsumexp<float>(2e-7);
-  online_logsumexp<double>(1e-15);
   return test_result();
 }

@@ -170,6 +170,42 @@ void every_token(int64_t vocab) {
   for (int64_t row = 0; row < kRows; ++row) CHECK(c.logp[row] == 0 && c.lse[row] == 60);
 }
 
+// Whole runs of a number that stands for -inf, which a temperature rounds by more than an
+// exponential can hold, or takes beyond the largest number.
+template <class T>
+void masked_by_a_number(double mask) {
+  Case<T> c(6, 20000, 0, 0, 1.3);
+  for (int64_t row = 0; row < c.rows; ++row) {
+    const int64_t begin = row % 2 * 8000;
+    for (int64_t j = begin; j < begin + 12000; ++j) {
+      c.logits[row * c.stride + j] = store<T>(static_cast<accumulate_t<T>>(mask));
+    }
+  }
+  c.run();
+  c.check();
+  const std::vector<int64_t> tokens(c.token.data(), c.token.data() + c.rows);
+  CHECK(cpu::sample_logprob(c.params(), 0, c.rows) == kOk);
+  CHECK(same_bits(c.token, tokens));
+}
+
+// Temperature near 0: the largest logit is drawn, for certain.
+void no_temperature() {
+  for (const double inv_temperature : {1e9, 1e20, 1e37}) {
+    Case<float> c(6, 20000, 0, 0, inv_temperature);
+    for (int64_t row = 0; row < c.rows; ++row) c.logits[row * c.stride + 9000 + row] = 50;
+    for (const bool on_cpu : {false, true}) {
+      if (on_cpu) {
+        CHECK(cpu::sample_logprob(c.params(), 0, c.rows) == kOk);
+      } else {
+        c.run();
+      }
+      for (int64_t row = 0; row < c.rows; ++row) {
+        CHECK(c.token[row] == 9000 + row && c.logp[row] == 0);
+      }
+    }
+  }
+}
+
 // 2000 draws of one distribution: chi-squared, and a token without probability is never drawn.
 void law() {
   constexpr int64_t kDraws = 2000, kVocab = 40;
@@ -226,6 +262,11 @@ int main() {
     rows_of_several_runs<BFloat16>(140000);  // more spans than a lane looks at at once
     every_token<float>(2100);
     every_token<BFloat16>(16600);
+    for (const double mask : {-1e10, -3e38}) {
+      masked_by_a_number<float>(mask);
+      masked_by_a_number<BFloat16>(mask);
+    }
+    no_temperature();
     law();
     rows_without_an_answer();
   });

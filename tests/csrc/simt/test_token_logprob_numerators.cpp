@@ -299,6 +299,23 @@ void values(const Shape& shape, const Hint& hint) {
   });
 }
 
+// Whole parts of a number that stands for -inf, which a temperature rounds by more than an
+// exponential can hold, or takes beyond the largest number.
+template <class T, class U>
+void masked_by_a_number(double mask, const Hint& hint) {
+  constexpr int64_t kVocab = 12000, kMasked = 7000;
+  Shape shape{Case<T, U>::kKinds, kVocab};
+  shape.inv_temperature = 1.3;
+  Case<T, U> c(shape);
+  for (int64_t row = 0; row < shape.rows; ++row) {
+    for (int64_t j = 0; j < kMasked; ++j) c.logits[row * kVocab + j] = static_cast<T>(mask);
+    if (c.mask[row]) c.target[row] = kMasked + 3 * row;
+  }
+  c.state_truth();
+  const auto out = c.run(hint);
+  for (int64_t row = 0; row < shape.rows; ++row) check_row(c, out, hint, row);
+}
+
 // The bits of a row do not depend on where it lies, in either matrix, and on what lies beside it.
 template <class T, class U>
 void same_in_any_batch(int64_t vocab, const Hint& hint) {
@@ -444,6 +461,11 @@ int main() {
       values<float, BFloat16>({2, 50257, 0, 0, 1, 1, 1, 30}, hint);
     }
     values<float, float>({2, 50257}, {Hint::kInPlace});
+    for (const double mask : {-1e10, -3e38}) {
+      masked_by_a_number<float, float>(mask, {Hint::kInPlace});
+      masked_by_a_number<float, BFloat16>(mask, {Hint::kNone});
+      masked_by_a_number<float, Float16>(mask, {Hint::kOffBy, 0});
+    }
     for (const bool with_hint : {false, true}) far_apart(with_hint);
   });
 }
