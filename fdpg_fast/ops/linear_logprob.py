@@ -25,7 +25,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fdpg_fast.ops.linear_head import (
     LinearHead,
@@ -328,6 +327,16 @@ def _backward(ctx: Any, *grads: Tensor | None, op: Any = _BACKWARD_OP) -> tuple[
 _OP.register_autograd(_backward, setup_context=_setup_context)
 
 
+def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
+    raise NotImplementedError(
+        "linear_logprob: second derivatives are not implemented. "
+        "Use log_softmax and gather of hidden @ weight.t() where you need them"
+    )
+
+
+_BACKWARD_OP.register_autograd(_no_second_derivative)
+
+
 class _LinearLogprob(torch.autograd.Function):
     """The same without torch.library."""
 
@@ -338,6 +347,7 @@ class _LinearLogprob(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return _backward(ctx, *grads, op=_linear_logprob_backward)
+        # With create_graph by the op, which refuses the next derivative.
+        op = _BACKWARD_OP if torch.is_grad_enabled() else _linear_logprob_backward
+        return _backward(ctx, *grads, op=op)

@@ -38,7 +38,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fdpg_fast._build import load
 from fdpg_fast.ops.token_logprob import require_one_device, result_dtype
@@ -161,7 +160,7 @@ def add_product_(to: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    """``x W^T + bias``, ``[..., m]``, of ``x`` ``[..., k]`` and ``W`` ``[m, k]``; once
+    """``x W^T + bias``, ``[..., m]``, of ``x`` ``[..., k]`` and ``W`` ``[m, k]``,
     differentiable. None where it is no faster by ours, or may not be ours."""
     # In small models a layer takes as long as what is asked here: no question twice, and a tensor's
     # len() is a function of Python.
@@ -297,12 +296,12 @@ class _Linear(torch.autograd.Function):
         return product(x, weight.t(), bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
+        multiply = torch.mm if torch.is_grad_enabled() else product  # with create_graph by torch's
         return (
-            product(grad, weight) if of_x else None,
-            product(grad.t(), x) if of_weight else None,
+            multiply(grad, weight) if of_x else None,
+            multiply(grad.t(), x) if of_weight else None,
             grad.sum(0) if of_bias else None,
         )

@@ -127,6 +127,21 @@ def test_linear_and_its_gradient(k: int, m: int, frozen: str) -> None:
 
 
 @pytest.mark.usefixtures("_ours")
+def test_second_derivative_of_linear() -> None:
+    """A penalty on a gradient is what it is with torch's."""
+    torch.manual_seed(0)
+    leaves = [torch.randn(6, 8), torch.randn(5, 8), torch.randn(5)]
+    found = []
+    for function in (nn.functional.linear, matmul.linear):
+        x, weight, bias = (leaf.clone().requires_grad_() for leaf in leaves)
+        y = function(x, weight, bias).tanh().sum()
+        penalty = sum(g.square().sum() for g in torch.autograd.grad(y, x, create_graph=True))
+        found.append(torch.autograd.grad(penalty, (x, weight, bias)))
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_ours")
 def test_linear_without_gradients_or_bias() -> None:
     x, weight = torch.randn(2, 3, 8), torch.randn(5, 8, requires_grad=True)
     with torch.no_grad(), calls_of_ours() as calls:

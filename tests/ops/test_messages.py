@@ -371,11 +371,15 @@ def test_the_first_of_several_bad_rows_is_named_whatever_the_threads() -> None:
             ops.token_logprob(torch.zeros(4096, 5), y)
 
 
-def test_second_derivative_is_refused() -> None:
-    z = torch.zeros(N, V, dtype=F64, requires_grad=True)
-    (grad,) = torch.autograd.grad(ops.token_logprob(z, target()).logp.sum(), z, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives"):
-        grad.sum().backward()
+@pytest.mark.parametrize("op", ["token_logprob", "linear_logprob"])
+def test_second_derivative_is_refused(op: str) -> None:
+    """And not left out of a sum, whose value would be wrong."""
+    x = torch.zeros(N, V, dtype=F64, requires_grad=True)
+    further = (torch.eye(V, dtype=F64),) if op == "linear_logprob" else ()
+    logp = getattr(ops, op)(x, *further, target()).logp.sum()
+    (grad,) = torch.autograd.grad(logp, x, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"{op}: second derivatives"):
+        (logp + grad.square().sum()).backward()
 
 
 def test_inplace_backward_twice_is_refused() -> None:
