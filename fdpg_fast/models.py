@@ -742,6 +742,7 @@ class LanguageModel:
             return logp.detach()
         # The coefficients are known, so the head's gradient is ready when its logits are.
         weight, bias = head.weight, head.bias
+        bias_learns = bias is not None and bias.requires_grad
         with self._head_products():
             result = ops.policy_gradient(
                 states,
@@ -752,15 +753,18 @@ class LanguageModel:
                 scale=head.scale,
                 softcap=head.softcap,
                 lse_hint=lse_hint,
+                need_hidden=states.requires_grad,
                 need_weight=weight.requires_grad,
+                need_bias=bias_learns,
                 add_to_weight=weight.grad,
                 add_to_bias=None if bias is None else bias.grad,
             )
         if weight.requires_grad:
             weight.grad = result.weight
-        if bias is not None and bias.requires_grad:
+        if bias is not None and bias_learns:
             bias.grad = result.bias
-        states.backward(result.hidden)
+        if states.requires_grad:
+            states.backward(result.hidden)
         return result.logp
 
     def _micro_batches(

@@ -420,6 +420,7 @@ def policy_gradient(
     lse_hint: Tensor | None = None,
     need_hidden: bool = True,
     need_weight: bool = True,
+    need_bias: bool = True,
     add_to_weight: Tensor | None = None,
     add_to_bias: Tensor | None = None,
     chunk: int | None = None,
@@ -449,7 +450,7 @@ def policy_gradient(
         lse.detach(),
         of_hidden if need_hidden else None,
         of_weight if need_weight else None,
-        of_bias[0] if need_weight and of_bias else None,
+        of_bias[0] if need_bias and of_bias else None,
     )
 
 

@@ -240,6 +240,27 @@ def test_the_tied_weight_gets_both_its_gradients() -> None:
     assert (own.abs().sum(1) > 0).all()
 
 
+@pytest.mark.parametrize("learns", ["lm_head.bias", "lm_head.weight", "final_layernorm.weight"])
+def test_parts_of_the_head_learn_alone(learns: str) -> None:
+    model = language_model("phi", eos_ids=EOS)
+    rollout = draw(model)
+    weights = torch.randn(len(rollout), dtype=torch.float64)
+    plain = double(model)
+    plain.zero_grad()
+    (-(weights * reference_logprob(plain, rollout).sum(1)).sum() / 7).backward()
+    for name, parameter in model.model.named_parameters():
+        parameter.requires_grad_(name.endswith(learns))
+    for calls in (1, 2):
+        model.accumulate_gradient(rollout, weights, denominator=7)
+        for (name, own), true in zip(
+            model.model.named_parameters(), plain.parameters(), strict=True
+        ):
+            assert (own.grad is not None) == name.endswith(learns), name
+            if own.grad is not None:
+                expected = (calls * true.grad).float()
+                torch.testing.assert_close(own.grad, expected, rtol=1e-4, atol=1e-5)
+
+
 def test_gradients_add_up_over_calls() -> None:
     model = language_model("llama", eos_ids=EOS)
     rollout = draw(model)

@@ -44,7 +44,7 @@ class PolicyGradient(NamedTuple):
         lse: ``[N]`` log-sum-exp of each row of (tempered) logits.
         hidden: ``[N, D]`` gradient of sum_n coefficient[n] logp[n]; None if not wanted.
         weight: ``[V, D]`` likewise.
-        bias: ``[V]`` likewise; None without a bias.
+        bias: ``[V]`` likewise; None also without a bias.
     """
 
     logp: Tensor
@@ -69,6 +69,7 @@ def policy_gradient(
     lse_hint: Tensor | None = None,
     need_hidden: bool = True,
     need_weight: bool = True,
+    need_bias: bool = True,
     add_to_weight: Tensor | None = None,
     add_to_bias: Tensor | None = None,
     chunk: int | None = None,
@@ -97,7 +98,7 @@ def policy_gradient(
         lse_hint: ``[N]`` what the log-sum-exp is expected to be, as a sampler recorded it. An
             offset of exponentials, which saves a GPU one read of the logits: the results are exact
             whatever its error.
-        need_hidden, need_weight: which gradients are wanted (``need_weight`` is the bias's too).
+        need_hidden, need_weight, need_bias: which gradients are wanted.
         add_to_weight, add_to_bias: accumulators, such as ``weight.grad``, in the dtype of the
             results: the gradients are added to them, and returned as ``weight`` and ``bias``.
         chunk: rows of logits held at a time; None: as many as suit the device.
@@ -114,7 +115,7 @@ def policy_gradient(
     grads = []  # in which the first chunk of rows writes that of the weight, if there is none yet
     for name, given, like in (
         ("add_to_weight", add_to_weight, weight if need_weight else None),
-        ("add_to_bias", add_to_bias, bias if need_weight else None),
+        ("add_to_bias", add_to_bias, bias if need_bias else None),
     ):
         if like is None or given is None:
             size = (0,) if like is None else tuple(like.shape)
@@ -150,7 +151,7 @@ def policy_gradient(
         lse,
         grad_hidden if need_hidden else None,
         grads[0] if need_weight else None,
-        grads[1] if need_weight and bias is not None else None,
+        grads[1] if need_bias and bias is not None else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -93,9 +94,9 @@ def test_value_and_gradients(
     )
 
 
-@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("needs", list(itertools.product((True, False), repeat=3)))
 @pytest.mark.parametrize("bias", [True, False])
-def test_says_what_the_definition_says(needs: tuple[bool, bool], bias: bool) -> None:
+def test_says_what_the_definition_says(needs: tuple[bool, bool, bool], bias: bool) -> None:
     case = Case(33, 16, 257, mask=True, bias=bias, scale=0.4, softcap=3.0, inv_temperature=1.3)
     x, c = make(case), torch.randn(33)
     arguments = {
@@ -103,6 +104,7 @@ def test_says_what_the_definition_says(needs: tuple[bool, bool], bias: bool) -> 
         "mask": x.mask,
         "need_hidden": needs[0],
         "need_weight": needs[1],
+        "need_bias": needs[2],
         "add_to_weight": torch.randn(257, 16),
         "add_to_bias": torch.randn(257),
         **options(case),
@@ -186,8 +188,7 @@ def test_only_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "addmm_", refuse)
     frozen = policy_gradient(case, x, c, need_weight=False)
     assert frozen.weight is None
-    assert frozen.bias is None
-    torch.testing.assert_close(frozen.hidden, every.hidden)
+    torch.testing.assert_close([frozen.hidden, frozen.bias], [every.hidden, every.bias])
 
 
 def test_coefficient_zero_gives_values_and_no_gradient() -> None:
