@@ -169,10 +169,19 @@ def keep_bf16(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
         return out.add_(mm(a, b, out_dtype=out_dtype), alpha=alpha)
 
     split_vocabulary(monkeypatch, 16)
+    keep_masked_rows(monkeypatch)
     for module in (head, matmul):
         monkeypatch.setattr(module, "is_ours", lambda *_, **__: False)
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
+
+
+def keep_masked_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the path of a GPU, on which masked rows go through the kernels; of those that take a
+    mask, so products must be torch's."""
+    for op in ("linear_logprob", "policy_gradient"):
+        module = sys.modules[f"fdpg_fast.ops.{op}"]
+        monkeypatch.setattr(module, "kept_rows", lambda mask: (None, mask))
 
 
 def split_vocabulary(monkeypatch: pytest.MonkeyPatch, granule: int) -> None:

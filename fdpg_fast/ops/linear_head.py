@@ -42,6 +42,7 @@ __all__ = [
     "project",
     "require_in_range",
     "spread",
+    "without_masked",
 ]
 
 # How many bytes of logits a chunk may hold, and how few rows it must not have: the weight is read,
@@ -389,14 +390,18 @@ def joined(chunks: Sequence[Sequence[Tensor]], like: Tensor, results: int) -> li
     return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*chunks, strict=True)]
 
 
-def kept_rows(mask: Tensor | None) -> Tensor | None:
-    """[n] rows that a mask keeps, on the CPU; None: all rows go through, masked in the kernel.
+def kept_rows(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """On the CPU [n] rows that a mask keeps, None if that is all, and no mask any more; on a GPU,
+    which would have to wait for the count, and whose shapes are static, None and the mask."""
+    if mask is None or mask.device.type != "cpu":
+        return None, mask
+    return (None if bool(mask.all()) else mask.nonzero().squeeze(1)), None
 
-    A GPU would have to wait for the count, and its shapes would no longer be static.
-    """
-    if mask is None or mask.device.type != "cpu" or bool(mask.all()):
-        return None
-    return mask.nonzero().squeeze(1)
+
+def without_masked(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Hidden states with zeros where the mask is False: the product that is the gradient of the
+    weight adds a masked row times 0, which is NaN if the row is, or infinite."""
+    return hidden if mask is None else hidden.masked_fill(~mask[:, None], 0.0)
 
 
 def require_in_range(op: str, target: Tensor, mask: Tensor | None, vocab: int) -> None:

@@ -37,6 +37,7 @@ from fdpg_fast.ops.linear_head import (
     pick,
     require_in_range,
     spread,
+    without_masked,
 )
 from fdpg_fast.ops.token_logprob import TokenLogprob, result_dtype
 
@@ -158,9 +159,9 @@ def _linear_logprob(
     require_in_range("linear_logprob", target, mask, weight.shape[0])
     n = hidden.shape[0]
     kept, row_scale = _new_kept(hidden, weight, keep, entropy)
-    rows = kept_rows(mask)  # the first so many rows of what is kept
+    rows, mask = kept_rows(mask)  # the first so many rows of what is kept
     if rows is not None:
-        hidden, target, mask = hidden[rows], target[rows], None
+        hidden, target = hidden[rows], target[rows]
         kept[hidden.shape[0] :] = 0
         row_scale[hidden.shape[0] :] = 0
     head = LinearHead(hidden, weight, bias, scale, chunk)
@@ -231,18 +232,15 @@ def _linear_logprob_backward(
     of_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, hidden_dtype = hidden.shape[0], hidden.dtype
-    rows = kept_rows(mask)
-    if rows is not None:
-        mask = None
-    hidden, *per_row = pick(
-        rows, hidden, target, lse, entropy, grad_logp, grad_lse, grad_entropy, mask
+    rows, mask = kept_rows(mask)
+    hidden, grad_logp, *per_row = pick(
+        rows, hidden, grad_logp, target, lse, entropy, grad_lse, grad_entropy
     )
-    grad_logp = per_row[3]
     # The gradient of a log-sum-exp needs p at the target, which numerators have rounded away.
     from_numerators = row_scale.shape[0] > 0 and grad_lse is None and grad_logp is not None
     if from_numerators:
         chunk = max(1, hidden.shape[0])  # all that a chunk would hold is there
-    head = LinearHead(hidden, weight, bias, scale, chunk)
+    head = LinearHead(without_masked(hidden, mask), weight, bias, scale, chunk)
     cap = softcap or 0.0
     at_once = from_numerators and head.low_precision
     grads = head.gradients(of_hidden, of_weight, of_bias, weight.dtype if at_once else None)
@@ -251,7 +249,7 @@ def _linear_logprob_backward(
         if from_numerators:
             head.backward(c, kept[c], row_scale[c] * grad_logp, *grads, new=True)
             continue
-        y, s, h, g0, g1, g2, m = (None if t is None else t[c] for t in per_row)
+        g0, y, s, h, g1, g2, m = (None if t is None else t[c] for t in (grad_logp, *per_row, mask))
         z = head.recall(kept[c]) if has_logits else head.logits(c)
         torch.ops.fdpg.token_logprob_backward_(z, y, s, h, g0, g1, g2, inv_temperature, m, cap)
         head.backward(c, z, None, *grads, new=c.start == 0)

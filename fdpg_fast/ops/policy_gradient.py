@@ -29,6 +29,7 @@ from fdpg_fast.ops.linear_head import (
     pick,
     require_in_range,
     spread,
+    without_masked,
 )
 from fdpg_fast.ops.memory import lasting_empty
 from fdpg_fast.ops.token_logprob import result_dtype
@@ -175,13 +176,9 @@ def _policy_gradient(
     """logp, lse, and the gradient of hidden; adds to the others, of size 0 where not wanted, or
     writes that of the weight."""
     n = hidden.shape[0]
-    rows = kept_rows(mask)
-    if rows is not None:
-        mask = None
-    hidden, target, coefficient, mask, lse_hint = pick(
-        rows, hidden, target, coefficient, mask, lse_hint
-    )
-    head = LinearHead(hidden, weight, bias, scale, chunk)
+    rows, mask = kept_rows(mask)
+    hidden, target, coefficient, lse_hint = pick(rows, hidden, target, coefficient, lse_hint)
+    head = LinearHead(without_masked(hidden, mask), weight, bias, scale, chunk)
     cap = softcap or 0.0
     grads = [head.gradients(need_hidden, False, False)[0], grad_weight, grad_bias]
     if not adds_to_weight and hidden.shape[0] == 0:

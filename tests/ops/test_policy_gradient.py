@@ -14,6 +14,7 @@ from head_cases import (
     Case,
     Inputs,
     keep_bf16,
+    keep_masked_rows,
     make,
     multiply_by,
     options,
@@ -202,6 +203,36 @@ def test_coefficient_zero_gives_values_and_no_gradient() -> None:
     assert result.logp[7] < 0
     assert not result.hidden[[3, 7]].any()
     assert all(t.isfinite().all() for t in gradients(result))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", ["cpu", "gpu"])
+def test_what_masked_hidden_states_hold_is_nowhere(
+    where: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of padding, that is: NaN and infinity too."""
+    case = Case(33, 16, 257, mask=True, bias=True, chunk=8)
+    x, c = make(case, dtype), torch.randn(33)
+    if dtype == torch.bfloat16:
+        keep_bf16(monkeypatch, where)
+    elif where == "gpu":
+        multiply_by(monkeypatch, "torch")
+        keep_masked_rows(monkeypatch)
+
+    def every() -> list[Tensor]:
+        found = [*policy_gradient(case, x, c)]
+        for keep_bytes in (None, 0):
+            logp, lse, _ = linear_logprob(case, x, keep_bytes=keep_bytes)
+            for loss in ((c * logp).sum(), (c * logp).sum() + lse.sum()):
+                found += torch.autograd.grad(loss, x.leaves(), retain_graph=True)
+        return found
+
+    expected = every()
+    bad = (~x.mask).nonzero()[:, 0]
+    with torch.no_grad():
+        x.hidden[bad[::2]], x.hidden[bad[1::2]] = torch.nan, torch.inf
+    for got, clean in zip(every(), expected, strict=True):
+        assert torch.equal(got, clean)
 
 
 def test_never_more_than_a_chunk_of_logits() -> None:
