@@ -31,10 +31,9 @@ _spare: dict[int, _Block] = {}  # by address, the oldest first
 def lasting_empty(like: Tensor, size: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """``like.new_empty(size, dtype=dtype)``; on the CPU in memory that outlives the tensor, if it
     is large. numpy asks for huge pages where the system has them."""
-    if not like.is_cpu or type(like) not in (Tensor, torch.nn.Parameter):
-        return like.new_empty(size, dtype=dtype)
     needed = math.prod(size) * dtype.itemsize
-    if needed < LEAST_BYTES:
+    plain = like.is_cpu and type(like) in (Tensor, torch.nn.Parameter)
+    if needed < LEAST_BYTES or not plain or torch.compiler.is_compiling():
         return like.new_empty(size, dtype=dtype)
     block = _take(needed + _ALIGNMENT)
     start = -block.ctypes.data % _ALIGNMENT

@@ -111,7 +111,6 @@ def policy_gradient(
     op = "policy_gradient"
     per_row = {"coefficient": coefficient, "lse_hint": lse_hint}
     chunk = check_head(op, hidden, weight, target, bias, softcap, mask, chunk, **per_row)
-    require_in_range(op, target, mask, weight.shape[0])
     dtype = result_dtype(hidden.dtype, weight.dtype)
     grads = []  # in which the first chunk of rows writes that of the weight, if there is none yet
     for name, given, like in (
@@ -175,6 +174,7 @@ def _policy_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logp, lse, and the gradient of hidden; adds to the others, of size 0 where not wanted, or
     writes that of the weight."""
+    require_in_range("policy_gradient", target, mask, weight.shape[0])
     n = hidden.shape[0]
     rows, mask = kept_rows(mask)
     hidden, target, coefficient, lse_hint = pick(rows, hidden, target, coefficient, lse_hint)

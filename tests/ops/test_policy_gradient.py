@@ -26,6 +26,7 @@ from head_cases import (
 from torch import Tensor
 
 from fdpg_fast import ops, reference
+from fdpg_fast.ops.memory import LEAST_BYTES
 
 
 def policy_gradient(
@@ -233,6 +234,26 @@ def test_what_masked_hidden_states_hold_is_nowhere(
         x.hidden[bad[::2]], x.hidden[bad[1::2]] = torch.nan, torch.inf
     for got, clean in zip(every(), expected, strict=True):
         assert torch.equal(got, clean)
+
+
+@pytest.mark.parametrize("v", [31, LEAST_BYTES // 24 + 1])
+def test_compiles_to_one_node(v: int) -> None:
+    """torch.compile sees one op for value and gradients, be they small or large."""
+    case = Case(10, 6, v, bias=True, mask=True, chunk=4)
+    x, c = make(case), torch.randn(10)
+    seen: list[str] = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        seen.extend(str(n.target) for n in graph.graph.nodes if n.op == "call_function")
+        return graph
+
+    def run(hidden: Tensor, weight: Tensor, bias: Tensor) -> list[Tensor]:
+        return [*policy_gradient(case, x._replace(hidden=hidden, weight=weight, bias=bias), c)]
+
+    compiled = torch.compile(run, fullgraph=True, backend=backend)
+    for got, expected in zip(compiled(*x.leaves()), run(*x.leaves()), strict=True):
+        assert torch.equal(got, expected)
+    assert [name for name in seen if name.startswith("fdpg")] == ["fdpg.policy_gradient.default"]
 
 
 def test_never_more_than_a_chunk_of_logits() -> None:
