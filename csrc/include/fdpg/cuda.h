@@ -1,7 +1,8 @@
 // cuda.h: the CUDA entry points, one per op. Each enqueues its kernels on `stream` and returns;
-// none synchronises, allocates or asks the device a question, so all of them can be captured in a
-// graph. Results are deterministic: fixed reduction order, no floating-point atomics, and a row's
-// result does not depend on the rows around it or on how it is aligned.
+// none synchronises, allocates or waits for an answer of the device (what it is, the driver knows),
+// so all of them can be captured in a graph. Results are deterministic: fixed reduction order, no
+// floating-point atomics, and a row's result does not depend on the rows around it or on how it is
+// aligned.
 //
 // Nothing on the device can raise. What the CPU reports as a bad row (cpu.h) is NaN in the outputs
 // here: the caller looks at the outputs.
