@@ -83,7 +83,7 @@ struct TokenLogprobBackward {
     params.entropy =
         grad_entropy ? args.optional_vector("entropy", entropy, z.rows, type) : nullptr;
     if (grad_entropy && !entropy) {
-      fail("token_logprob_backward: `entropy` must be given with `grad_entropy`, got None");
+      fail(args.op(), ": `entropy` must be given with `grad_entropy`, got None");
     }
   }
 };

@@ -89,12 +89,15 @@ struct Matrix {
   int64_t row_stride;
 };
 
-// The arguments of one call of one op. Small vectors that are not contiguous are copied, and the
-// copies live as long as this object, so keep it until the kernel has run (or was enqueued).
+// The arguments of one call of one op. Vectors, and factors of products, are copied where they lie
+// otherwise than a kernel takes them, and the copies live as long as this object, so keep it until
+// the kernel has run (or was enqueued).
 class Arguments {
  public:
   Arguments(const char* op, const char* lead_name, const Tensor& lead)
       : op_(op), lead_name_(lead_name), lead_(lead) {}
+
+  const char* op() const { return op_; }
 
   // (N, V) floating point.
   Matrix logits(const char* name, const Tensor& t) const {
@@ -157,19 +160,19 @@ class Arguments {
     return t.data_ptr();
   }
 
-  // A matrix of this type, contiguous along one of its dimensions or the other; its strides.
-  const void* factor(const char* name, const Tensor& t, ScalarType type,
-                     int64_t (&strides)[2]) const {
+  // A matrix of this type, and its strides: contiguous along one of its dimensions or the other,
+  // or copied.
+  const void* factor(const char* name, const Tensor& t, ScalarType type, int64_t (&strides)[2]) {
     same_device(name, t);
     one_of(name, t.scalar_type(), {type});
     // A dimension of one element has any stride: that of a contiguous one, if that helps.
     strides[0] = t.size(0) > 1 ? t.stride(0) : 1;
     strides[1] = t.size(1) > 1 ? t.stride(1) : 1;
-    if (strides[0] != 1 && strides[1] != 1) {
-      fail(op_, ": `", name, "` must be contiguous along one of its dimensions, got strides ",
-           list_of(t.strides()), ". Call .contiguous() on it");
-    }
-    return t.data_ptr();
+    if (strides[0] == 1 || strides[1] == 1) return t.data_ptr();
+    strides[0] = t.size(1);
+    strides[1] = 1;
+    kept_.push_back(torch::stable::contiguous(t));
+    return kept_.back().data_ptr();
   }
 
   // A factor (depth, columns) as matmul_pack_ writes it: see MatmulPackParams.

@@ -68,7 +68,7 @@ void run(const TokenLogprobBackward& call) {
   const int64_t bad = over_rows(p.rows, p.vocab, [&](int64_t begin, int64_t end) {
     return cpu::token_logprob_backward(p, begin, end);
   });
-  if (bad != kOk) bad_target("token_logprob_backward", p.target[bad], p.vocab, bad);
+  if (bad != kOk) bad_target(call.args.op(), p.target[bad], p.vocab, bad);
 }
 
 Tensor token_logprob_backward(const Tensor& logits, const Tensor& target, const Tensor& lse,

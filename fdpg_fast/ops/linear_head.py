@@ -13,6 +13,7 @@ Shape legend: N rows (tokens), n rows of a chunk, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -72,7 +73,9 @@ def check_head(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
+    scale: float,
     softcap: float | None,
+    inv_temperature: float,
     mask: Tensor | None,
     chunk: int | None,
     **per_row: Tensor | None,
@@ -101,8 +104,16 @@ def check_head(
     for name, vector in vectors.items():
         if vector is not None and vector.shape != (rows,):
             refuse(name, f"have shape [{rows}]", list(vector.shape))
-    if softcap is not None and not softcap > 0:
-        refuse("softcap", "be positive", softcap)
+    if target.dtype != torch.int64:
+        refuse("target", "be torch.int64", target.dtype)
+    if mask is not None and mask.dtype != torch.bool:
+        refuse("mask", "be torch.bool", mask.dtype)
+    if not -math.inf < scale < math.inf:
+        refuse("scale", "be finite", scale)
+    if softcap is not None and not 0 < softcap < math.inf:
+        refuse("softcap", "be positive and finite, or None for no bound", softcap)
+    if not 0 < inv_temperature < math.inf:
+        refuse("inv_temperature", "be positive and finite", inv_temperature)
     if chunk is not None and chunk < 1:
         refuse("chunk", "be at least 1", chunk)
     device = hidden.device

@@ -92,7 +92,10 @@ def linear_logprob(
         ValueError: a shape, dtype, device or number that does not fit, or a target out of range
             (on a GPU, which cannot raise, that row's results are NaN).
     """
-    chunk = check_head("linear_logprob", hidden, weight, target, bias, softcap, mask, chunk)
+    chunk = check_head(
+        *("linear_logprob", hidden, weight, target, bias),
+        *(scale, softcap, inv_temperature, mask, chunk),
+    )
     learns = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )

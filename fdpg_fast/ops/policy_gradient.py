@@ -109,8 +109,11 @@ def policy_gradient(
             (on a GPU, which cannot raise, that row's results are NaN).
     """
     op = "policy_gradient"
-    per_row = {"coefficient": coefficient, "lse_hint": lse_hint}
-    chunk = check_head(op, hidden, weight, target, bias, softcap, mask, chunk, **per_row)
+    chunk = check_head(
+        *(op, hidden, weight, target, bias, scale, softcap, inv_temperature, mask, chunk),
+        coefficient=coefficient,
+        lse_hint=lse_hint,
+    )
     dtype = result_dtype(hidden.dtype, weight.dtype)
     grads = []  # in which the first chunk of rows writes that of the weight, if there is none yet
     for name, given, like in (

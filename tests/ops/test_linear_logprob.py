@@ -180,6 +180,21 @@ def test_strided_hidden() -> None:
         torch.testing.assert_close(a, b, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("which", ["hidden", "weight"])
+def test_inputs_that_are_contiguous_nowhere(which: str, dtype: torch.dtype) -> None:
+    """Every second column of something: the same numbers, whatever they are multiplied by."""
+    case = Case(12, 6, 31, chunk=5)
+    x = make(case, dtype)
+    twice = getattr(x, which).detach().repeat_interleave(2, 1)
+    found = []
+    for inputs in (x, x._replace(**{which: twice[:, ::2].requires_grad_()})):
+        logp, lse, _ = fused(case, inputs)
+        found.append([logp, *torch.autograd.grad(logp.sum() + lse.sum(), inputs.leaves())])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
 def test_compiles_to_one_node() -> None:
     """torch.compile sees one op for the whole head, and the same values."""
     case = Case(10, 6, 31, bias=True, chunk=4)

@@ -176,6 +176,13 @@ MESSAGES: list[tuple[Call, str]] = [
     ),
     # sample_logprob
     (
+        lambda: torch.ops.fdpg.token_logprob_backward_(
+            *(logits(), ids(0, 1, 5), torch.zeros(N), None, torch.ones(N)),
+            *(None, None, 1.0, None),
+        ),
+        "token_logprob_backward_: `target` must be in [0, 5), got 5 at row 2",
+    ),
+    (
         lambda: sample(sample_id=ids(0, 1)),
         "sample_logprob: `sample_id` must have shape [3], got [2]",
     ),
@@ -301,7 +308,24 @@ MESSAGES: list[tuple[Call, str]] = [
         lambda: head(bias=torch.zeros(D)),
         "linear_logprob: `bias` must have shape [5], got [4]",
     ),
-    (lambda: head(softcap=0.0), "linear_logprob: `softcap` must be positive, got 0.0"),
+    (
+        lambda: head(softcap=0.0),
+        "linear_logprob: `softcap` must be positive and finite, or None for no bound, got 0.0",
+    ),
+    (lambda: head(softcap=math.inf), "linear_logprob: `softcap` must be positive and finite"),
+    (lambda: head(scale=math.nan), "linear_logprob: `scale` must be finite, got nan"),
+    (
+        lambda: head(inv_temperature=0.0),
+        "linear_logprob: `inv_temperature` must be positive and finite, got 0.0",
+    ),
+    (
+        lambda: head(target=target().int()),
+        "linear_logprob: `target` must be torch.int64, got torch.int32",
+    ),
+    (
+        lambda: head(mask=torch.ones(N)),
+        "linear_logprob: `mask` must be torch.bool, got torch.float32",
+    ),
     (lambda: head(chunk=0), "linear_logprob: `chunk` must be at least 1, got 0"),
     (
         lambda: head(weight=torch.zeros(V, D, device="meta")),

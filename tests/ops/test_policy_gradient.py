@@ -311,6 +311,26 @@ REFUSED: list[tuple[Callable[[], object], str]] = [
         ),
         "policy_gradient: `target` must be in [0, 5), got 5 at row 1",
     ),
+    (
+        lambda: ops.policy_gradient(
+            torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3).int(), torch.zeros(3)
+        ),
+        "policy_gradient: `target` must be torch.int64, got torch.int32",
+    ),
+    (
+        lambda: ops.policy_gradient(
+            *(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3).long(), torch.zeros(3)),
+            mask=torch.ones(3).int(),
+        ),
+        "policy_gradient: `mask` must be torch.bool, got torch.int32",
+    ),
+    (
+        lambda: ops.policy_gradient(
+            *(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3).long(), torch.zeros(3)),
+            inv_temperature=-1.0,
+        ),
+        "policy_gradient: `inv_temperature` must be positive and finite, got -1.0",
+    ),
 ]
 
 
