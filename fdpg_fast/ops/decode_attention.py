@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fdpg_fast import _build
+from fdpg_fast.ops.gradient import refuse_gradient
 
 __all__ = ["cache_append_", "decode_attention"]
 
@@ -26,13 +27,17 @@ def cache_append_(
     Args:
         keys, values: ``[B, Hk, T, D]`` and ``[B, Hk, T, E]``, any dtype, written in place.
         new_keys, new_values: ``[B, Hk, Q, D]`` and ``[B, Hk, Q, E]``, of the same dtypes. All four
-            contiguous along the last dimension.
+            contiguous along the last dimension. Not differentiable.
         position: ``[B]`` int64 in [0, T - Q]. Outside of it, a CUDA device leaves the sequence as
             it is.
 
     Raises:
-        RuntimeError: a shape, dtype, device, stride or position that does not fit.
+        RuntimeError: a shape, dtype, device, stride or position that does not fit, or a gradient
+            is asked for.
     """
+    if torch.is_grad_enabled():
+        states = {"keys": keys, "values": values, "new_keys": new_keys, "new_values": new_values}
+        refuse_gradient("cache_append_", "Use torch.cat, or torch.no_grad()", **states)
     torch.ops.fdpg.cache_append_(keys, values, new_keys, new_values, position)
 
 
@@ -70,8 +75,13 @@ def decode_attention(
         ``[B, H, E]``.
 
     Raises:
-        RuntimeError: a shape, dtype, device, stride or span that does not fit.
+        RuntimeError: a shape, dtype, device, stride or span that does not fit, or a gradient is
+            asked for.
     """
+    if torch.is_grad_enabled():
+        instead = "Use torch's scaled_dot_product_attention, or torch.no_grad()"
+        states = {"query": query, "keys": keys, "values": values, "sinks": sinks}
+        refuse_gradient("decode_attention", instead, **states)
     if sinks is not None:
         sinks = sinks.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
     scale = query.shape[-1] ** -0.5 if scale is None else scale

@@ -10,6 +10,7 @@ from torch import Tensor
 from fdpg_fast import _build
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.ops import custom_divergence
+from fdpg_fast.ops.gradient import refuse_gradient
 from fdpg_fast.ops.token_logprob import require_one_device
 
 __all__ = ["fdiv_terms"]
@@ -30,7 +31,8 @@ def fdiv_terms(
 
         (p/q) f~(t) on the support, (pi/q) f~'(inf) off it,   f~(t) = f(t) - f'(1) (t - 1)
 
-    f~ has the same divergence as f; its terms are never negative and vary less.
+    f~ has the same divergence as f; its terms are never negative and vary less. Not differentiable:
+    the gradient of the divergence is what :func:`fdiv_weights` is for.
 
     Args:
         log_pi, log_q, log_score: ``[B]`` fp64, as for :func:`fdiv_weights`.
@@ -43,8 +45,12 @@ def fdiv_terms(
         ``[B]`` fp64, nats for the KL family; NaN for a prompt with log Z = -inf.
 
     Raises:
-        RuntimeError: a shape, dtype, device, prompt or parameter that the op cannot take.
+        RuntimeError: a shape, dtype, device, prompt or parameter that the op cannot take, or a
+            gradient is asked for.
     """
+    if torch.is_grad_enabled():
+        logs = {"log_pi": log_pi, "log_q": log_q, "log_score": log_score, "log_z": log_z}
+        refuse_gradient("fdiv_terms", "Weigh log-probs by fdiv_weights, or .detach() it", **logs)
     if divergence.is_custom:
         return custom_divergence.terms(log_pi, log_q, log_score, log_z, prompt, divergence)
     result: Tensor = torch.ops.fdpg.fdiv_terms(

@@ -51,8 +51,8 @@ def fdiv_weights(
         weight_i = ratio_i (r_i - b_i),   r = -f'(t),   t = pi / p,   p = P / Z,   ratio = pi / q
 
     f-DPG, arXiv 2302.08215, Theorem 1 (the pseudo-reward r) and Fact 1 (the baseline b). Nothing is
-    differentiated here: the weights multiply a gradient. Samples of a prompt with log Z = -inf get
-    weight 0 and are counted. One call, nothing read back to the host.
+    differentiated here: the weights multiply a gradient, and are detached. Samples of a prompt with
+    log Z = -inf get weight 0 and are counted. One call, nothing read back to the host.
 
     Args:
         log_pi: ``[B]`` fp64, log-probability of the sample under the policy.
@@ -72,6 +72,7 @@ def fdiv_weights(
     Raises:
         RuntimeError: a shape, dtype, device, prompt, parameter or pairing that cannot be taken.
     """
+    log_pi, log_q, log_score, log_z = (t.detach() for t in (log_pi, log_q, log_score, log_z))
     if divergence.is_custom:
         baseline.require_valid_for(divergence)
         values = custom_divergence.weights_and_statistics(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fdpg_fast import _build
+from fdpg_fast.ops.gradient import refuse_gradient
 
 __all__ = ["gelu_tanh"]
 
@@ -26,8 +27,10 @@ def gelu_tanh(x: Tensor) -> Tensor:
         A contiguous tensor like ``x``: of minus infinity 0, where torch's has NaN.
 
     Raises:
-        RuntimeError: a dtype that does not fit.
+        RuntimeError: a dtype that does not fit, or a gradient is asked for.
     """
+    if torch.is_grad_enabled():
+        refuse_gradient("gelu_tanh", "Use torch.nn.functional.gelu, or torch.no_grad()", x=x)
     result: Tensor = torch.ops.fdpg.gelu_tanh(x)
     return result
 

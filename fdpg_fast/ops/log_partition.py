@@ -21,6 +21,7 @@ def new_log_partition(prompts: int, device: torch.device | str = "cpu") -> Tenso
     return empty.repeat(prompts, 1)
 
 
+@torch.no_grad()
 def log_partition_(state: Tensor, log_weight: Tensor, prompt: Tensor) -> None:
     """Adds samples x_i ~ q to the importance-sampling estimates of Z, in place and in log space.
 
@@ -28,7 +29,8 @@ def log_partition_(state: Tensor, log_weight: Tensor, prompt: Tensor) -> None:
         state[g] = (log sum w, log sum w^2, number of samples)
 
     From which log Z = state[:, 0] - log n, the effective sample size is
-    exp(2 state[:, 0] - state[:, 1]), and the standard error of log Z follows.
+    exp(2 state[:, 0] - state[:, 1]), and the standard error of log Z follows. A statistic: nothing
+    is differentiated.
 
     Args:
         state: ``[G, 3]`` fp64, updated.

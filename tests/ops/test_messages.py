@@ -18,6 +18,7 @@ N, V, D, B, T, G = 3, 5, 4, 4, 6, 2
 
 F64 = torch.float64
 Call = Callable[[], Any]
+CUSTOM = Divergence.custom(torch.tanh, name="tanh", f_prime_inf=1.0)
 
 
 def logits(*shape: int) -> Tensor:
@@ -174,7 +175,6 @@ MESSAGES: list[tuple[Call, str]] = [
         ),
         "token_logprob_backward: `lse` must be float32, got float64",
     ),
-    # sample_logprob
     (
         lambda: torch.ops.fdpg.token_logprob_backward_(
             *(logits(), ids(0, 1, 5), torch.zeros(N), None, torch.ones(N)),
@@ -182,6 +182,7 @@ MESSAGES: list[tuple[Call, str]] = [
         ),
         "token_logprob_backward_: `target` must be in [0, 5), got 5 at row 2",
     ),
+    # sample_logprob
     (
         lambda: sample(sample_id=ids(0, 1)),
         "sample_logprob: `sample_id` must have shape [3], got [2]",
@@ -393,6 +394,59 @@ def test_the_first_of_several_bad_rows_is_named_whatever_the_threads() -> None:
     for _ in range(5):
         with pytest.raises(RuntimeError, match=r"got 7 at row 100$"):
             ops.token_logprob(torch.zeros(4096, 5), y)
+
+
+def learnt(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(*shape, dtype=dtype, requires_grad=True)
+
+
+NO_GRADIENT: list[tuple[Call, str]] = [
+    (
+        lambda: ops.gelu_tanh(learnt(3)),
+        "gelu_tanh: `x` must not require a gradient, of which gelu_tanh has none, got "
+        "requires_grad=True. Use torch.nn.functional.gelu, or torch.no_grad()",
+    ),
+    (
+        lambda: ops.decode_attention(
+            torch.zeros(1, 2, 4), torch.zeros(1, 2, 3, 4), learnt(1, 2, 3, 4), ids(3)
+        ),
+        "decode_attention: `values` must not require a gradient",
+    ),
+    (
+        lambda: ops.cache_append_(
+            *torch.zeros(2, 1, 2, 3, 4), learnt(1, 2, 1, 4), torch.zeros(1, 2, 1, 4), ids(0)
+        ),
+        "cache_append_: `new_keys` must not require a gradient",
+    ),
+    (
+        lambda: terms(log_pi=learnt(B, dtype=F64)),
+        "fdiv_terms: `log_pi` must not require a gradient",
+    ),
+    (
+        lambda: terms(log_z=learnt(G, dtype=F64), divergence=CUSTOM),
+        "fdiv_terms: `log_z` must not require a gradient",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), NO_GRADIENT, ids=[m for _, m in NO_GRADIENT])
+@pytest.mark.filterwarnings("ignore:.*is your own")
+def test_a_gradient_that_there_is_not_is_refused(call: Call, message: str) -> None:
+    with pytest.raises(NotImplementedError) as caught:
+        call()
+    assert message in str(caught.value)
+    with torch.no_grad():
+        call()
+
+
+@pytest.mark.parametrize("divergence", [Divergence.parse("js"), CUSTOM])
+@pytest.mark.filterwarnings("ignore:.*is your own")
+def test_weights_and_statistics_are_detached(divergence: Divergence) -> None:
+    found = fdiv(log_pi=learnt(B, dtype=F64), log_z=learnt(G, dtype=F64), divergence=divergence)
+    assert not any(t.requires_grad for t in found)
+    state = ops.new_log_partition(G)
+    partition(state=state, log_weight=learnt(B, dtype=F64))
+    assert not state.requires_grad
 
 
 @pytest.mark.parametrize("op", ["token_logprob", "linear_logprob"])
