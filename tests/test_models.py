@@ -140,11 +140,11 @@ def test_only_the_head_of_bf16_compute_rounds_its_products(
     models = [language_model("llama", eos_ids=EOS, compute=name) for name in ("fp32", "bf16")]
     monkeypatch.setattr(matmul, "_OURS_ROUNDS", True)
     seen: list[bool] = []
-    monkeypatch.setattr(Head, "logits", lambda *_, **__: seen.append(matmul._may_round))
+    monkeypatch.setattr(Head, "logits", lambda *_, **__: seen.append(matmul.may_round()))
     for model in models:
         model.logits(torch.zeros(3, model.head.weight.shape[1]))
     assert seen == [False, True]
-    assert not matmul._may_round
+    assert not matmul.may_round()
 
 
 def test_auto_compute_is_fp32_on_the_cpu() -> None:

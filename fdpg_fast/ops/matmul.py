@@ -34,7 +34,8 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -59,6 +60,8 @@ __all__ = [
     "rounding_once",
 ]
 
+_Packed: TypeAlias = tuple[dict[int, tuple[Tensor, Tensor]], dict[int, Tensor]]
+
 # Below so many multiply-adds the way to ours costs as much as it saves (us, torch's and ours):
 #   16 x 64 x 64: 3.9, 3.2     64 x 64 x 64: 5.7, 4.9     32 x 64 x 172: 7.6, 7.2
 _LEAST = 1 << 16
@@ -70,9 +73,10 @@ _LEAST_ROWS = 4
 _LEAST_FACTOR = 1 << 17 if load().cpu_isa() == "avx2" else 0
 # Whether there is a CPU with instructions for products of bf16.
 _OURS_ROUNDS: bool = load().has_packed_products()
-_may_round = False  # inside rounded_products, on a CPU where ours rounds
-_packed: dict[int, tuple[Tensor, Tensor]] | None = None  # inside rounding_once, as is
-_memory: dict[int, Tensor] = {}
+# Of a thread, for another may be about something else: inside rounded_products, on a CPU where ours
+# rounds; and inside rounding_once, also there, what has been packed and the memory for it.
+_may_round: ContextVar[bool] = ContextVar("may_round", default=False)
+_packed: ContextVar[_Packed | None] = ContextVar("packed", default=None)
 _PANEL = 64  # kVocabularyTile
 
 
@@ -135,7 +139,7 @@ def product(
     if out is None:
         out = a.new_empty(a.shape[0], b.shape[1], dtype=result_dtype(a.dtype, b.dtype))
     if is_ours(a, b):
-        torch.ops.fdpg.matmul_(out, a, b, bias, scale, False, _may_round)
+        torch.ops.fdpg.matmul_(out, a, b, bias, scale, False, may_round())
     elif a.dtype != out.dtype:
         torch.mm(a, b, out_dtype=out.dtype, out=out)
         if bias is not None:
@@ -152,7 +156,7 @@ def product(
 def add_product_(to: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
     """Adds ``scale a b`` to ``to``, which is as a result of :func:`product`."""
     if is_ours(a, b):
-        torch.ops.fdpg.matmul_(to, a, b, None, scale, True, _may_round)
+        torch.ops.fdpg.matmul_(to, a, b, None, scale, True, may_round())
     elif a.dtype != to.dtype:
         torch.addmm(to, a, b, out_dtype=to.dtype, alpha=scale, out=to)
     else:
@@ -178,7 +182,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | No
         learnt: Tensor = apply(rows, weight, bias)
         return learnt.view(*outer, m)
     y = rows.new_empty(rows.shape[0], m)
-    torch.ops.fdpg.matmul_(y, rows, columns, bias, 1.0, False, _may_round)
+    torch.ops.fdpg.matmul_(y, rows, columns, bias, 1.0, False, may_round())
     return y.view(*outer, m)
 
 
@@ -188,9 +192,9 @@ def rounded_products(device: torch.device) -> Iterator[None]:
     with instructions for it and to TF32 on a GPU; sums and results are fp32, so logits keep their
     last bits. A CPU without gains nothing by it, and does not round.
 
-    No 16-bit copies of the weight are made, which would have to be renewed at every step.
+    No 16-bit copies of the weight are made, which would have to be renewed at every step. On a CPU
+    of this thread alone; what torch rounds on a GPU, all threads share.
     """
-    global _may_round
     if device.type == "cuda":
         backend: Any = torch.backends.cuda.matmul
         before, backend.fp32_precision = backend.fp32_precision, "tf32"
@@ -199,16 +203,16 @@ def rounded_products(device: torch.device) -> Iterator[None]:
         finally:
             backend.fp32_precision = before
         return
-    outside, _may_round = _may_round, _OURS_ROUNDS
+    outside = _may_round.set(_OURS_ROUNDS)
     try:
         yield
     finally:
-        _may_round = outside
+        _may_round.reset(outside)
 
 
 def may_round() -> bool:
     """Whether ours round fp32 factors, here and now."""
-    return _may_round
+    return _may_round.get()
 
 
 @torch.library.register_fake("fdpg::matmul_")
@@ -237,39 +241,37 @@ def packed_like(b: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def rounding_once(device: torch.device, memory: dict[int, Tensor]) -> Iterator[None]:
-    """While in here weights do not change: :func:`packed_once` keeps what it has rounded. On a CPU
-    whose bf16 products are ours.
+    """While this thread is in here weights do not change: :func:`packed_once` keeps what it has
+    rounded. On a CPU whose bf16 products are ours.
 
     ``memory``, empty at first, lends the results of one time to the next: to get it from the system
     takes longer than to fill it.
     """
-    global _packed, _memory
-    outside = _packed, _memory
-    _packed = {} if device.type == "cpu" and _OURS_ROUNDS else None
-    _memory = memory
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+    outside = _packed.set((found, memory) if device.type == "cpu" and _OURS_ROUNDS else None)
     try:
         yield
         memory.clear()
-        if _packed is not None:
-            memory.update((key, packed) for key, (_, packed) in _packed.items())
+        memory.update((key, packed) for key, (_, packed) in found.items())
     finally:
-        _packed, _memory = outside
+        _packed.reset(outside)
 
 
 def packed_once(weight: Tensor) -> Tensor | None:
     """``weight^T``, of a weight ``[m, k]``, in bf16 and packed, which ``matmul_`` takes for its
     factor ``b``: the same tensor every time, inside :func:`rounding_once`; None outside."""
-    if _packed is None or weight.dtype != torch.float32:
+    known = _packed.get()
+    if known is None or weight.dtype != torch.float32:
         return None
     key = weight.data_ptr()  # of the parameter, whatever view of all of it this is
-    found = _packed.get(key)
+    found = known[0].get(key)
     if found is None or found[0].shape != weight.shape:
         columns = weight.detach().t()
-        packed, kept = packed_like(columns), _memory.get(key)
+        packed, kept = packed_like(columns), known[1].get(key)
         if kept is not None and kept.shape == packed.shape:
             packed = kept
         torch.ops.fdpg.matmul_pack_(packed, columns)
-        found = _packed[key] = weight, packed
+        found = known[0][key] = weight, packed
     return found[1]
 
 
@@ -286,7 +288,7 @@ def is_ours(a: Tensor, b: Tensor, *, fused: bool = False) -> bool:
     rows = a.shape[0]
     size = b.numel()
     large = rows * size >= _LEAST and rows >= _LEAST_ROWS and size >= _LEAST_FACTOR
-    return _may_round or (large and (library()[0] or (fused and fuses())))
+    return may_round() or (large and (library()[0] or (fused and fuses())))
 
 
 class _Linear(torch.autograd.Function):

@@ -4,6 +4,7 @@ are in tests/csrc/test_matmul.cpp."""
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -185,6 +186,22 @@ def test_products_may_be_rounded_where_that_is_said(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(got.double(), expected, rtol=0, atol=2e-5)
     torch.testing.assert_close(total.double(), 1 - expected, rtol=0, atol=2e-5)
     assert len(calls) == 2 * rounds
+
+
+@pytest.mark.skipif(not matmul.has_rounded_products(), reason="bf16 products are not ours here")
+def test_only_the_thread_that_says_so_rounds() -> None:
+    weight, cpu = torch.randn(5, 6), torch.device("cpu")
+
+    def state() -> tuple[bool, Tensor | None]:
+        return matmul.may_round(), matmul.packed_once(weight)
+
+    with ThreadPoolExecutor(1) as other:
+        with matmul.rounded_products(cpu), matmul.rounding_once(cpu, {}):
+            rounds, packed = state()
+            assert rounds
+            assert packed is not None
+            assert other.submit(state).result() == (False, None)
+        assert state() == (False, None)
 
 
 def test_whose_products_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
