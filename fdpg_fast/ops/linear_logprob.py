@@ -68,6 +68,11 @@ def linear_logprob(
     of bf16 (on CUDA fp16 too) take their inputs as they are and accumulate in fp32, where the
     hardware can. Log-probs are as exact then; gradients are of softmax numerators in 16 bits.
 
+    Without ``entropy`` a row's log-prob has the same bits, whatever other rows, chunks and threads
+    there are, on a CPU that makes it in one with its product: all with AVX-512, AMD's with AVX2 for
+    a head that leaves the caches, those with instructions for bf16 in bf16. Elsewhere, and for
+    gradients, that holds to the rounding of a matrix product, as it does for torch's.
+
     Args:
         hidden: ``[N, D]`` floating point.
         weight: ``[V, D]``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -129,6 +130,32 @@ def test_the_gradient_of_linear_logprob(case: Case) -> None:
     expected = torch.autograd.grad((c * logp).sum(), x.leaves())
     for a, b in zip(gradients(result), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("cpu_isa")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_others(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor on chunks and threads, where products are ours: the same bits."""
+    matmul = sys.modules["fdpg_fast.ops.matmul"]
+    monkeypatch.setattr(matmul, "library", lambda: (True, "the test says so"))
+    monkeypatch.setattr(matmul, "_LEAST_FACTOR", 0)
+    case = Case(37, 70, 1003, bias=True, softcap=3.0)  # many rows more than _LEAST
+    x, c = make(case, dtype), torch.randn(37)
+    whole = policy_gradient(case, x, c)
+    threads = torch.get_num_threads()
+    for n, chunk in ((1, 1), (2, None), (3, 2), (4, 4), (9, None), (37, 5)):
+        part = Inputs(x.hidden[:n], x.weight, x.target[:n], x.bias, None)
+        torch.set_num_threads(1 if n == 9 else threads)
+        found = policy_gradient(case._replace(chunk=chunk), part, c[:n])
+        alone = linear_logprob(case._replace(chunk=chunk), part)
+        torch.set_num_threads(threads)
+        for logp, lse in (found[:2], alone[:2]):
+            assert torch.equal(logp, whole.logp[:n])
+            assert torch.equal(lse, whole.lse[:n])
+        if n >= 4 and chunk != 5:  # the last chunk of 5 has 2
+            assert torch.equal(found.hidden, whole.hidden[:n])
 
 
 @pytest.mark.parametrize("error", [0.0, 0.05, -5.0, 300.0, -torch.inf, torch.nan])
