@@ -145,11 +145,6 @@ def keep_bf16(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     if where != "gpu":
         return
 
-    def mm(a: Tensor, b: Tensor, *, out_dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        assert a.dtype == b.dtype == torch.bfloat16
-        product = a.to(out_dtype) @ b.to(out_dtype)
-        return product if out is None else out.copy_(product)
-
     narrow = torch.addmm
 
     def addmm(
@@ -158,21 +153,22 @@ def keep_bf16(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
         b: Tensor,
         *,
         out_dtype: torch.dtype | None = None,
+        beta: float = 1.0,
         alpha: float,
         out: Tensor,
         **options: Any,
     ) -> Tensor:
         assert sum_ is out
         if out_dtype is None:  # as on a CPU
-            return narrow(sum_, a, b, alpha=alpha, out=out, **options)
+            return narrow(sum_, a, b, beta=beta, alpha=alpha, out=out, **options)
         assert not options
-        return out.add_(mm(a, b, out_dtype=out_dtype), alpha=alpha)
+        assert a.dtype == b.dtype == torch.bfloat16
+        return narrow(sum_, a.to(out_dtype), b.to(out_dtype), beta=beta, alpha=alpha, out=out)
 
     split_vocabulary(monkeypatch, 16)
     keep_masked_rows(monkeypatch)
     for module in (head, matmul):
         monkeypatch.setattr(module, "is_ours", lambda *_, **__: False)
-    monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "addmm", addmm)
 
 

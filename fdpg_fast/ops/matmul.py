@@ -146,11 +146,10 @@ def product(
     if is_ours(a, b):
         torch.ops.fdpg.matmul_(out, a, b, bias, scale, False, may_round())
     elif a.dtype != out.dtype:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
         if bias is not None:
-            out += bias
-        if scale != 1.0:
-            out *= scale
+            out.copy_(bias)
+        kept = 0.0 if bias is None else scale
+        torch.addmm(out, a, b, out_dtype=out.dtype, beta=kept, alpha=scale, out=out)
     elif bias is None:
         torch.addmm(out, a, b, beta=0.0, alpha=scale, out=out)
     else:

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import pytest
 import torch
-from head_cases import calls_of_ours, multiply_by
+from head_cases import calls_of_ours, keep_bf16, multiply_by
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdpg_fast import _build
 from fdpg_fast.ops import matmul
@@ -69,6 +71,32 @@ def test_16_bits_have_wide_products(dtype: torch.dtype, layout: str) -> None:
     rounded = torch.empty(7, 65, dtype=dtype)
     torch.ops.fdpg.matmul_(rounded, a, b)
     assert torch.equal(rounded, got.to(dtype))
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_scale_is_no_pass_over_the_logits_of_a_gpu(
+    biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A bias is one, which writes it where the product is added to it."""
+    keep_bf16(monkeypatch, "gpu")
+    a, b = torch.randn(9, 33).bfloat16(), torch.randn(33, 70).bfloat16()
+    bias = torch.randn(70) if biased else None
+    out, passes = torch.full((9, 75), torch.nan)[:, :70], []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> object:
+            kwargs = kwargs or {}
+            if any(x is out for x in (*args, *kwargs.values())):
+                passes.append(str(func))
+            return func(*args, **kwargs)
+
+    with Watch():
+        matmul.product(a, b, bias, scale=-0.3, out=out)
+    assert passes == [*["aten.copy_.default"] * biased, "aten.addmm.out"]
+    truth = -0.3 * (a.double() @ b.double() + (0 if bias is None else bias.double()))
+    torch.testing.assert_close(out.double(), truth, rtol=0, atol=4e-5)
 
 
 @pytest.mark.skipif(not matmul.has_rounded_products(), reason="bf16 products are not ours here")
