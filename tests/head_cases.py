@@ -137,6 +137,25 @@ def calls_of_ours() -> Iterator[list[tuple[int, ...]]]:
         yield found
 
 
+def results_of_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """The shape of what each product of a head is written or added to; not of one in one with its
+    log-probs."""
+    head, found = sys.modules["fdpg_fast.ops.linear_head"], []
+    product, add_product_ = head.product, head.add_product_
+
+    def watched(*factors: Tensor, out: Tensor, **options: Any) -> Tensor:
+        found.append(tuple(out.shape))
+        return product(*factors, out=out, **options)
+
+    def watched_add_(to: Tensor, *rest: Any) -> None:
+        found.append(tuple(to.shape))
+        add_product_(to, *rest)
+
+    monkeypatch.setattr(head, "product", watched)
+    monkeypatch.setattr(head, "add_product_", watched_add_)
+    return found
+
+
 def keep_bf16(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """Take the path that multiplies bf16 inputs as they are: of a CPU, whatever this one has, or of
     a GPU, with torch's GPU-only product imitated."""

@@ -20,6 +20,7 @@ from head_cases import (
     multiply_by,
     options,
     plain,
+    results_of_products,
     split_vocabulary,
     widen_bf16,
     worst,
@@ -27,6 +28,7 @@ from head_cases import (
 from torch import Tensor
 
 from fdpg_fast import ops, reference
+from fdpg_fast.ops.linear_head import LinearHead, multiplies_as_they_are
 from fdpg_fast.ops.memory import LEAST_BYTES
 
 
@@ -158,14 +160,32 @@ def test_a_row_does_not_depend_on_others(
             assert torch.equal(found.hidden, whole.hidden[:n])
 
 
+@pytest.mark.usefixtures("cpu_isa")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("error", [0.0, 0.05, -5.0, 300.0, -torch.inf, torch.nan])
-def test_exact_whatever_the_hint(error: float) -> None:
+def test_exact_whatever_the_hint(
+    error: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the kernel that makes use of it: log-probs in one with their product."""
+    multiply_by(monkeypatch, "ours")
+    fused, hints = LinearHead._fused, []
+
+    def watched(self: LinearHead, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        hints.append(arguments[4])
+        return fused(self, *arguments)
+
+    monkeypatch.setattr(LinearHead, "_fused", watched)
     case = Case(33, 16, 257, mask=True, bias=True, chunk=8)
-    x, c = make(case), torch.randn(33)
-    plainly = policy_gradient(case, x, c)
-    hinted = policy_gradient(case, x, c, lse_hint=plainly.lse + error)
-    for a, b in zip(hinted, plainly, strict=True):
-        torch.testing.assert_close(a, b)
+    x, c = make(case, dtype), torch.randn(33)
+    logp, lse, *truth = by_autograd(case, x.to(torch.float64), c)
+    found = policy_gradient(case, x, c, lse_hint=lse.float() + error)
+    assert len(hints) == 3  # chunks of the rows that are not masked
+    assert all(hint is not None for hint in hints)
+    values = [found.logp.double(), found.lse.double()]
+    torch.testing.assert_close(values, [logp, lse], rtol=1e-6, atol=1e-6)
+    tolerance = 2e-2 if dtype == torch.bfloat16 and multiplies_as_they_are(*x[:2]) else 1e-5
+    for got, expected in zip(gradients(found), truth, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 def test_adds_to_what_is_there() -> None:
@@ -210,14 +230,13 @@ def test_only_what_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     without_hidden = policy_gradient(case, x, c, need_hidden=False)
     assert without_hidden.hidden is None
     torch.testing.assert_close(gradients(without_hidden), gradients(every)[1:])
-
-    def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("the gradient of a frozen weight")
-
-    monkeypatch.setattr(Tensor, "addmm_", refuse)
+    results = results_of_products(monkeypatch)
     frozen = policy_gradient(case, x, c, need_weight=False)
     assert frozen.weight is None
     torch.testing.assert_close([frozen.hidden, frozen.bias], [every.hidden, every.bias])
+    assert (17, 4) not in results
+    policy_gradient(case, x, c)
+    assert (17, 4) in results
 
 
 def test_coefficient_zero_gives_values_and_no_gradient() -> None:
