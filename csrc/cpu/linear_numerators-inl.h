@@ -173,6 +173,8 @@ struct LinearNumerators {
       q.softcap = p.softcap;
       q.logp = static_cast<Real*>(p.logp) + i;
       q.lse = static_cast<Real*>(p.lse) + i;
+      double unused;
+      q.lse_exact = &unused;
       token_logprob_of<L, Real>(q, 0, 1);
       return;
     }

@@ -4,9 +4,9 @@
 // Forward, per row: V logits are read once, and 20 bytes of target and results; 14 vector
 // instructions per kLanes logits (a sixteenth more in bf16), 2 more for the entropy. On AVX-512
 // that is 0.13 ns per logit and core, about what reading an fp32 logit from memory takes. Backward,
-// per row: V logits read, V written (in place, a cache line is written where it was read), and in
-// fp32 one exponential more per logit, see kSumAgain. Masked rows, and rows without a gradient, are
-// written as zeros and not read. Results are computed in double and rounded once.
+// per row: V logits read, V written (in place, a cache line is written where it was read). Masked
+// rows, and rows without a gradient, are written as zeros and not read. Results are computed in
+// double and rounded once.
 #pragma once
 
 #include <cstdint>
@@ -45,6 +45,7 @@ int64_t token_logprob_of(const TokenLogprobParams& p, int64_t begin, int64_t end
     }
     logp[i] = static_cast<Real>(row_logp);
     lse[i] = static_cast<Real>(row_lse);
+    p.lse_exact[i] = row_lse;
     if (entropy) entropy[i] = static_cast<Real>(row_entropy);
   }
   return bad_row;
@@ -100,17 +101,9 @@ void fill_row(T* out, int64_t vocab, accumulate_t<T> value) {
   for (int64_t j = 0; j < vocab; ++j) out[j] = stored;
 }
 
-// A log-sum-exp of 50, rounded to fp32, is off by up to 2e-6, and so is every probability, in the
-// same direction. Where the gradient is kept in fp32 that would be most of its error, so the row is
-// summed again: twice the arithmetic, on a row that then waits in the L2 cache. bf16 and fp16 round
-// a hundred times more coarsely; a log-sum-exp in double is exact enough.
-template <class T>
-constexpr bool kSumAgain = sizeof(T) == sizeof(float);
-
 template <class L, class T>
 int64_t token_logprob_backward_of(const TokenLogprobBackwardParams& p, int64_t begin, int64_t end) {
   using Real = typename L::Real;
-  const Real* const all_lse = static_cast<const Real*>(p.lse);
   const Real* const all_entropy = static_cast<const Real*>(p.entropy);
   const Real* const grad_logp = static_cast<const Real*>(p.grad_logp);
   const Real* const grad_lse = static_cast<const Real*>(p.grad_lse);
@@ -134,14 +127,10 @@ int64_t token_logprob_backward_of(const TokenLogprobBackwardParams& p, int64_t b
       if (bad_row == kOk) bad_row = i;
       continue;
     }
-    // softmax_j = exp(d_j + log_weight)
-    Real anchor = all_lse[i] / logits.scale;
-    double log_weight = static_cast<double>(anchor) * logits.scale - all_lse[i];
-    if constexpr (kSumAgain<T>) {
-      const SoftmaxRow<Real> row = softmax_row<false>(x, p.vocab, logits);
-      anchor = row.anchor;
-      log_weight = -__builtin_log(row.sums.sum);
-    }
+    // softmax_j = exp(d_j + log_weight). Rounded to fp32 alone a log-sum-exp of 50 would make every
+    // probability wrong by up to 2e-6, in the same direction.
+    const Real anchor = static_cast<Real>(p.lse_exact[i] / logits.scale);
+    const double log_weight = static_cast<double>(anchor) * logits.scale - p.lse_exact[i];
     const double weight = __builtin_exp(log_weight) * inv_temperature;
     const double shift = log_weight + (grad_entropy ? all_entropy[i] : 0);
     const double constant = weight * (g_lse - g_logp - g_entropy * shift);

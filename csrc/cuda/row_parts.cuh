@@ -148,7 +148,10 @@ struct Seen : SeenWeighted<A, kEntropy> {
   }
 
   // log sum e^z, and -sum p log p, of what has been seen; `scale`: Logits::scale.
-  __device__ A lse(A scale) const { return std::fma(top, scale, std::log(sum)); }
+  __device__ double lse(A scale) const {
+    return std::fma(static_cast<double>(top), static_cast<double>(scale),
+                    std::log(static_cast<double>(sum)));
+  }
   __device__ A entropy(A scale) const {
     return std::log(sum) - scale * this->weighted / sum;  // lse - sum p z would cancel
   }

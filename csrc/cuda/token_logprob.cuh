@@ -4,7 +4,7 @@
 // Forward. Fused: softcap, temperature, max, sum of exponentials, entropy, gather. Never written:
 // anything of size V. A block folds one part of a row (row_parts.cuh), all its 16-byte copies in
 // flight at once; where a row has several parts they meet in a second kernel of one thread per row.
-//   bytes per row:  V * sizeof(T) read, 8 + 4 for the target and its logit, 8 (12) written;
+//   bytes per row:  V * sizeof(T) read, 8 + 4 for the target and its logit, 16 (20) written;
 //                   per part 8 (12) written and read again: 0.1 % at 32 KiB
 //   floor:          N V sizeof(T) / bandwidth: [8192, 128256] in bf16 is 2.10 GB, 0.70 ms at 3 TB/s
 //
@@ -29,7 +29,8 @@ template <class T, bool kEntropy, class L, class A = accumulate_t<T>>
 __device__ void finish_row(const TokenLogprobParams& p, int64_t row, const Seen<A, kEntropy>& seen,
                            const L& logits) {
   const int64_t target = p.target[row];
-  A logp = static_cast<A>(NAN), lse = logp, entropy = logp;
+  A logp = static_cast<A>(NAN), entropy = logp;
+  double lse = logp;
   if (target >= 0 && target < p.vocab) {
     const T* x = static_cast<const T*>(p.logits) + row * p.row_stride;
     // Relative to the maximum: two large numbers would cancel in z - lse.
@@ -38,7 +39,8 @@ __device__ void finish_row(const TokenLogprobParams& p, int64_t row, const Seen<
     if constexpr (kEntropy) entropy = seen.entropy(logits.scale);
   }
   static_cast<A*>(p.logp)[row] = logp;
-  static_cast<A*>(p.lse)[row] = lse;
+  static_cast<A*>(p.lse)[row] = static_cast<A>(lse);
+  p.lse_exact[row] = lse;
   if (p.entropy != nullptr) static_cast<A*>(p.entropy)[row] = entropy;
 }
 
@@ -46,6 +48,7 @@ template <class A>
 __device__ void zero_row(const TokenLogprobParams& p, int64_t row) {
   static_cast<A*>(p.logp)[row] = 0;
   static_cast<A*>(p.lse)[row] = 0;
+  p.lse_exact[row] = 0;
   if (p.entropy != nullptr) static_cast<A*>(p.entropy)[row] = 0;
 }
 
@@ -91,16 +94,15 @@ __global__ void token_logprob_rows(TokenLogprobParams p, int parts,
 template <class L, class A>
 struct RowGradient {
   L logits;
-  A lse, all, entropy_slope, entropy, at_target;
+  A lse, all, entropy_slope, entropy, at_target;  // with what `lse` was rounded by
 
   // `extra`: `at_target` there, else 0.
   __device__ __forceinline__ A operator()(A u, A extra) const {
-    const A log_p = logits.relative(u, lse);
-    const A p = exponential(log_p);
+    const A near_log_p = logits.relative(u, lse), near_p = exponential(near_log_p);
     A slope = all;
-    if (entropy_slope != 0) slope -= entropy_slope * (log_p + entropy);
+    if (entropy_slope != 0) slope -= entropy_slope * (near_log_p + entropy);
     // 0 * inf where a logit is -inf; NaN stays NaN
-    return logits.back((p == 0 ? A{0} : p * slope) + extra, u);
+    return logits.back((near_p == 0 ? A{0} : near_p * slope) + extra, u);
   }
 };
 
@@ -141,10 +143,14 @@ __global__ void __launch_bounds__(kBackwardThreads)
   int target = -1;  // its place in this part, or anything outside [0, n)
   if (!zero) {
     const A c = static_cast<A>(p.inv_temperature);
-    gradient.lse = static_cast<const A*>(p.lse)[row];
-    gradient.all = c * (g_lse - g_logp);
-    gradient.entropy_slope = c * g_entropy;
-    gradient.entropy = or_zero<A>(p.entropy, row);
+    // p = e^(z - lse) e^rest: the rounding of a log-sum-exp of 50 to fp32 alone would make every
+    // probability wrong by up to 2e-6, in the same direction.
+    const double lse = p.lse_exact[row];
+    gradient.lse = static_cast<A>(lse);
+    const A rest = static_cast<A>(gradient.lse - lse), weight = c * std::exp(rest);
+    gradient.all = weight * (g_lse - g_logp);
+    gradient.entropy_slope = weight * g_entropy;
+    gradient.entropy = or_zero<A>(p.entropy, row) + rest;
     gradient.at_target = c * g_logp;
     const int64_t offset = p.target[row] - begin;
     if (offset >= 0 && offset < n) target = static_cast<int>(offset);

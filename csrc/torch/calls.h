@@ -24,7 +24,7 @@ inline void check_at_least(const char* op, const char* name, double value, doubl
 struct TokenLogprob {
   Arguments args;
   TokenLogprobParams params{};
-  Tensor logp, lse, entropy;
+  Tensor logp, lse, entropy, lse_exact;
 
   TokenLogprob(const Tensor& logits, const Tensor& target, double inv_temperature,
                const OptionalTensor& mask, bool want_entropy, double softcap)
@@ -34,6 +34,7 @@ struct TokenLogprob {
     logp = torch::stable::new_empty(logits, {z.rows}, type);
     lse = torch::stable::new_empty(logits, {z.rows}, type);
     entropy = torch::stable::new_empty(logits, {want_entropy ? z.rows : 0}, type);
+    lse_exact = torch::stable::new_empty(logits, {z.rows}, ScalarType::Double);
 
     params.logits = z.data;
     params.dtype = dtype_of(z.type);
@@ -47,6 +48,7 @@ struct TokenLogprob {
     params.logp = logp.data_ptr();
     params.lse = lse.data_ptr();
     params.entropy = want_entropy ? entropy.data_ptr() : nullptr;
+    params.lse_exact = static_cast<double*>(lse_exact.data_ptr());
   }
 };
 
@@ -56,10 +58,11 @@ struct TokenLogprobBackward {
   Tensor grad_logits;
 
   // `in_place`: the gradient overwrites the logits; else it gets a tensor of its own.
-  TokenLogprobBackward(bool in_place, const Tensor& logits, const Tensor& target, const Tensor& lse,
-                       const OptionalTensor& entropy, const OptionalTensor& grad_logp,
-                       const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
-                       double inv_temperature, const OptionalTensor& mask, double softcap)
+  TokenLogprobBackward(bool in_place, const Tensor& logits, const Tensor& target,
+                       const Tensor& lse_exact, const OptionalTensor& entropy,
+                       const OptionalTensor& grad_logp, const OptionalTensor& grad_lse,
+                       const OptionalTensor& grad_entropy, double inv_temperature,
+                       const OptionalTensor& mask, double softcap)
       : args(in_place ? "token_logprob_backward_" : "token_logprob_backward", "logits", logits) {
     const Matrix z = args.logits("logits", logits);
     const ScalarType type = result_type(z.type);
@@ -76,7 +79,7 @@ struct TokenLogprobBackward {
     params.mask = args.optional_vector<bool>("mask", mask, z.rows);
     params.inv_temperature = args.positive("inv_temperature", inv_temperature);
     params.softcap = args.softcap(softcap);
-    params.lse = args.vector("lse", lse, z.rows, type);
+    params.lse_exact = args.vector<double>("lse_exact", lse_exact, z.rows);
     params.grad_logp = args.optional_vector("grad_logp", grad_logp, z.rows, type);
     params.grad_lse = args.optional_vector("grad_lse", grad_lse, z.rows, type);
     params.grad_entropy = args.optional_vector("grad_entropy", grad_entropy, z.rows, type);

@@ -51,16 +51,17 @@ int64_t over_rows(int64_t rows, int64_t elements_per_row, const Kernel& kernel) 
        " at sample ", row, " after ", row > 0 ? prompt[row - 1] : 0);
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_logprob(const Tensor& logits, const Tensor& target,
-                                                 double inv_temperature, const OptionalTensor& mask,
-                                                 bool entropy, double softcap) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprob(const Tensor& logits, const Tensor& target,
+                                                         double inv_temperature,
+                                                         const OptionalTensor& mask, bool entropy,
+                                                         double softcap) {
   const TokenLogprob call(logits, target, inv_temperature, mask, entropy, softcap);
   const TokenLogprobParams& p = call.params;
   const int64_t bad = over_rows(p.rows, p.vocab, [&](int64_t begin, int64_t end) {
     return cpu::token_logprob(p, begin, end);
   });
   if (bad != kOk) bad_target("token_logprob", p.target[bad], p.vocab, bad);
-  return {call.logp, call.lse, call.entropy};
+  return {call.logp, call.lse, call.entropy, call.lse_exact};
 }
 
 void run(const TokenLogprobBackward& call) {
@@ -71,22 +72,22 @@ void run(const TokenLogprobBackward& call) {
   if (bad != kOk) bad_target(call.args.op(), p.target[bad], p.vocab, bad);
 }
 
-Tensor token_logprob_backward(const Tensor& logits, const Tensor& target, const Tensor& lse,
+Tensor token_logprob_backward(const Tensor& logits, const Tensor& target, const Tensor& lse_exact,
                               const OptionalTensor& entropy, const OptionalTensor& grad_logp,
                               const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
                               double inv_temperature, const OptionalTensor& mask, double softcap) {
-  const TokenLogprobBackward call(/*in_place=*/false, logits, target, lse, entropy, grad_logp,
+  const TokenLogprobBackward call(/*in_place=*/false, logits, target, lse_exact, entropy, grad_logp,
                                   grad_lse, grad_entropy, inv_temperature, mask, softcap);
   run(call);
   return call.grad_logits;
 }
 
-void token_logprob_backward_(const Tensor& logits, const Tensor& target, const Tensor& lse,
+void token_logprob_backward_(const Tensor& logits, const Tensor& target, const Tensor& lse_exact,
                              const OptionalTensor& entropy, const OptionalTensor& grad_logp,
                              const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
                              double inv_temperature, const OptionalTensor& mask, double softcap) {
-  run(TokenLogprobBackward(/*in_place=*/true, logits, target, lse, entropy, grad_logp, grad_lse,
-                           grad_entropy, inv_temperature, mask, softcap));
+  run(TokenLogprobBackward(/*in_place=*/true, logits, target, lse_exact, entropy, grad_logp,
+                           grad_lse, grad_entropy, inv_temperature, mask, softcap));
 }
 
 std::tuple<Tensor, Tensor, Tensor> token_logprob_numerators_(

@@ -53,32 +53,33 @@ void check(const char* op, cuda::Status status) {
        cudaGetErrorString(static_cast<cudaError_t>(status)));
 }
 
-std::tuple<Tensor, Tensor, Tensor> token_logprob(const Tensor& logits, const Tensor& target,
-                                                 double inv_temperature, const OptionalTensor& mask,
-                                                 bool entropy, double softcap) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> token_logprob(const Tensor& logits, const Tensor& target,
+                                                         double inv_temperature,
+                                                         const OptionalTensor& mask, bool entropy,
+                                                         double softcap) {
   const TokenLogprob call(logits, target, inv_temperature, mask, entropy, softcap);
   const Place place(logits);
   const Workspace workspace(logits, cuda::token_logprob_workspace(call.params));
   check("token_logprob", cuda::token_logprob(call.params, workspace.data(), place.stream()));
-  return {call.logp, call.lse, call.entropy};
+  return {call.logp, call.lse, call.entropy, call.lse_exact};
 }
 
-Tensor token_logprob_backward(const Tensor& logits, const Tensor& target, const Tensor& lse,
+Tensor token_logprob_backward(const Tensor& logits, const Tensor& target, const Tensor& lse_exact,
                               const OptionalTensor& entropy, const OptionalTensor& grad_logp,
                               const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
                               double inv_temperature, const OptionalTensor& mask, double softcap) {
-  const TokenLogprobBackward call(/*in_place=*/false, logits, target, lse, entropy, grad_logp,
+  const TokenLogprobBackward call(/*in_place=*/false, logits, target, lse_exact, entropy, grad_logp,
                                   grad_lse, grad_entropy, inv_temperature, mask, softcap);
   const Place place(logits);
   check("token_logprob_backward", cuda::token_logprob_backward(call.params, place.stream()));
   return call.grad_logits;
 }
 
-void token_logprob_backward_(const Tensor& logits, const Tensor& target, const Tensor& lse,
+void token_logprob_backward_(const Tensor& logits, const Tensor& target, const Tensor& lse_exact,
                              const OptionalTensor& entropy, const OptionalTensor& grad_logp,
                              const OptionalTensor& grad_lse, const OptionalTensor& grad_entropy,
                              double inv_temperature, const OptionalTensor& mask, double softcap) {
-  const TokenLogprobBackward call(/*in_place=*/true, logits, target, lse, entropy, grad_logp,
+  const TokenLogprobBackward call(/*in_place=*/true, logits, target, lse_exact, entropy, grad_logp,
                                   grad_lse, grad_entropy, inv_temperature, mask, softcap);
   const Place place(logits);
   check("token_logprob_backward_", cuda::token_logprob_backward(call.params, place.stream()));

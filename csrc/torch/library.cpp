@@ -6,15 +6,16 @@
 STABLE_TORCH_LIBRARY(fdpg, m) {
   m.def(
       "token_logprob(Tensor logits, Tensor target, float inv_temperature=1., Tensor? mask=None, "
-      "bool entropy=False, float softcap=0.) -> (Tensor logp, Tensor lse, Tensor entropy)");
+      "bool entropy=False, float softcap=0.) "
+      "-> (Tensor logp, Tensor lse, Tensor entropy, Tensor lse_exact)");
   m.def(
-      "token_logprob_backward(Tensor logits, Tensor target, Tensor lse, Tensor? entropy, "
+      "token_logprob_backward(Tensor logits, Tensor target, Tensor lse_exact, Tensor? entropy, "
       "Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, float inv_temperature, "
       "Tensor? mask, float softcap=0.) -> Tensor");
   m.def(
-      "token_logprob_backward_(Tensor(a!) logits, Tensor target, Tensor lse, Tensor? entropy, "
-      "Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, float inv_temperature, "
-      "Tensor? mask, float softcap=0.) -> ()");
+      "token_logprob_backward_(Tensor(a!) logits, Tensor target, Tensor lse_exact, "
+      "Tensor? entropy, Tensor? grad_logp, Tensor? grad_lse, Tensor? grad_entropy, "
+      "float inv_temperature, Tensor? mask, float softcap=0.) -> ()");
   m.def(
       "token_logprob_numerators_(Tensor(a!) logits, Tensor(b!)? numerators, Tensor target, "
       "Tensor coefficient, Tensor? lse_hint, float inv_temperature, Tensor? mask, "

@@ -191,7 +191,7 @@ class LinearHead:
         if self._is_fused(rows):
             return self._fused(None, rows, target, None, None, inv_temperature, softcap)[:2]
         z = self.logits(rows)
-        logp, lse, _ = torch.ops.fdpg.token_logprob(
+        logp, lse, *_ = torch.ops.fdpg.token_logprob(
             z, target, inv_temperature, mask, False, softcap
         )
         return logp, lse

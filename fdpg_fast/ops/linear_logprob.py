@@ -184,7 +184,7 @@ def _linear_logprob(
             )
         elif entropy:
             z = head.logits(c, out=kept[c] if kept.shape[0] else None)
-            values = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, True, cap)
+            values = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, True, cap)[:3]
         else:
             values = [*head.logprob(c, y, inv_temperature, m, cap)]
         results.append(values)
@@ -223,8 +223,6 @@ def _linear_logprob_backward(
     weight: Tensor,
     target: Tensor,
     bias: Tensor | None,
-    lse: Tensor,
-    entropy: Tensor | None,
     kept: Tensor,
     row_scale: Tensor,
     grad_logp: Tensor | None,
@@ -241,9 +239,7 @@ def _linear_logprob_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, hidden_dtype = hidden.shape[0], hidden.dtype
     rows, mask = kept_rows(mask)
-    hidden, grad_logp, *per_row = pick(
-        rows, hidden, grad_logp, target, lse, entropy, grad_lse, grad_entropy
-    )
+    hidden, grad_logp, *per_row = pick(rows, hidden, grad_logp, target, grad_lse, grad_entropy)
     # The gradient of a log-sum-exp needs p at the target, which numerators have rounded away.
     from_numerators = row_scale.shape[0] > 0 and grad_lse is None and grad_logp is not None
     if from_numerators:
@@ -257,8 +253,10 @@ def _linear_logprob_backward(
         if from_numerators:
             head.backward(c, kept[c], row_scale[c] * grad_logp, *grads, new=True)
             continue
-        g0, y, s, h, g1, g2, m = (None if t is None else t[c] for t in (grad_logp, *per_row, mask))
+        g0, y, g1, g2, m = (None if t is None else t[c] for t in (grad_logp, *per_row, mask))
         z = head.recall(kept[c]) if has_logits else head.logits(c)
+        # Of these logits, not of forward's, whose product may have added up in another order.
+        *_, h, s = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, g2 is not None, cap)
         torch.ops.fdpg.token_logprob_backward_(z, y, s, h, g0, g1, g2, inv_temperature, m, cap)
         head.backward(c, z, None, *grads, new=c.start == 0)
     if of_hidden:
@@ -291,16 +289,14 @@ def _fake_backward(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, target, bias, *numbers = inputs
-    ctx.scale, ctx.softcap, ctx.inv_temperature, mask, entropy, _, ctx.chunk = numbers
-    _, lse, ent, kept, row_scale = output
+    ctx.scale, ctx.softcap, ctx.inv_temperature, mask, ctx.entropy, _, ctx.chunk = numbers
+    *_, kept, row_scale = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(
-        hidden, weight, target, bias, mask, lse, ent if entropy else None, kept, row_scale
-    )
+    ctx.save_for_backward(hidden, weight, target, bias, mask, kept, row_scale)
 
 
 def _backward(ctx: Any, *grads: Tensor | None, op: Any = _BACKWARD_OP) -> tuple[Tensor | None, ...]:
-    hidden, weight, target, bias, mask, lse, entropy, kept, row_scale = ctx.saved_tensors
+    hidden, weight, target, bias, mask, kept, row_scale = ctx.saved_tensors
     grad_logp, grad_lse, grad_entropy = grads[:3]
     wanted = [bool(ctx.needs_input_grad[i]) for i in (0, 1, 3)]
     result: list[Tensor | None] = [None] * 11
@@ -311,13 +307,11 @@ def _backward(ctx: Any, *grads: Tensor | None, op: Any = _BACKWARD_OP) -> tuple[
         weight,
         target,
         bias,
-        lse,
-        entropy,
         kept,
         row_scale,
         grad_logp,
         grad_lse,
-        None if entropy is None else grad_entropy,
+        grad_entropy if ctx.entropy else None,
         ctx.scale,
         ctx.softcap,
         ctx.inv_temperature,

@@ -107,11 +107,11 @@ def token_logprob(
                 "token_logprob: `logits` must be a contiguous intermediate result for "
                 f"inplace_backward, got {what}. Leave inplace_backward off"
             )
-        logp, lse, ent = _InplaceBackward.apply(  # type: ignore[no-untyped-call]
+        logp, lse, ent, _ = _InplaceBackward.apply(  # type: ignore[no-untyped-call]
             flat, flat_target, inv_temperature, flat_mask, entropy, softcap or 0.0
         )
     else:
-        logp, lse, ent = torch.ops.fdpg.token_logprob(
+        logp, lse, ent, _ = torch.ops.fdpg.token_logprob(
             flat, flat_target, inv_temperature, flat_mask, entropy, softcap or 0.0
         )
     return TokenLogprob(
@@ -127,13 +127,14 @@ def _fake(
     mask: Tensor | None = None,
     entropy: bool = False,
     softcap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     require_one_device("token_logprob", logits=logits, target=target, mask=mask)
     rows, dtype = logits.shape[0], result_dtype(logits.dtype)
     return (
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(rows if entropy else 0, dtype=dtype),
+        logits.new_empty(rows, dtype=torch.float64),
     )
 
 
@@ -156,19 +157,19 @@ def _fake_numerators_(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Ten
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     logits, target, ctx.inv_temperature, mask, entropy, ctx.softcap = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, target, output[1], output[2] if entropy else None, mask)
+    ctx.save_for_backward(logits, target, output[3], output[2] if entropy else None, mask)
 
 
 def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_logp, grad_lse, grad_entropy = grads
+    grad_logp, grad_lse, grad_entropy, _ = grads
     if grad_logp is None and grad_lse is None and grad_entropy is None:
         return (None,) * 6
-    logits, target, lse, entropy, mask = ctx.saved_tensors
+    logits, target, lse_exact, entropy, mask = ctx.saved_tensors
     grad_entropy = None if entropy is None else grad_entropy
     grad = torch.ops.fdpg.token_logprob_backward(
         logits,
         target,
-        lse,
+        lse_exact,
         entropy,
         grad_logp,
         grad_lse,
@@ -197,23 +198,23 @@ class _InplaceBackward(torch.autograd.Function):
     """token_logprob whose gradient is written over its logits."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        output: tuple[Tensor, Tensor, Tensor] = torch.ops.fdpg.token_logprob(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
+        output: tuple[Tensor, ...] = torch.ops.fdpg.token_logprob(*inputs)
         _setup_context(ctx, inputs, output)
         return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_logp, grad_lse, grad_entropy = grads
+        grad_logp, grad_lse, grad_entropy, _ = grads
         # A second pass would find gradients where logits were: the version counter, which the
         # next line reads and increment_version moves, makes that an error.
-        logits, target, lse, entropy, mask = ctx.saved_tensors
+        logits, target, lse_exact, entropy, mask = ctx.saved_tensors
         grad_entropy = None if entropy is None else grad_entropy
         torch.ops.fdpg.token_logprob_backward_(
             logits,
             target,
-            lse,
+            lse_exact,
             entropy,
             grad_logp,
             grad_lse,

@@ -194,9 +194,10 @@ void agrees_with_token_logprob(Dtype dtype, double softcap) {
   x.softcap = softcap;
   const Draws<T> got(x, dtype, 5, x.rows, 0, 0.7);
   std::vector<accumulate_t<T>> logp(x.rows), lse(x.rows);
-  const fdpg::TokenLogprobParams p = {x.data.data(),    dtype,   x.rows, x.vocab, x.stride,
-                                      got.token.data(), nullptr, 0.7,    softcap, logp.data(),
-                                      lse.data(),       nullptr};
+  std::vector<double> lse_exact(x.rows);
+  const fdpg::TokenLogprobParams p = {
+      x.data.data(), dtype,   x.rows,      x.vocab,    x.stride, got.token.data(), nullptr,
+      0.7,           softcap, logp.data(), lse.data(), nullptr,  lse_exact.data()};
   CHECK(fdpg::cpu::token_logprob(p, 0, x.rows) == kOk);
   CHECK(logp == got.logp && lse == got.lse);
 }
@@ -214,9 +215,20 @@ void a_huge_vocabulary() {
     CHECK_NEAR(got.logp[i], x.logp(i, got.token[i], 1), 2e-6);
   }
   std::vector<float> logp(x.rows), lse(x.rows);
-  const fdpg::TokenLogprobParams p = {
-      x.data.data(), Dtype::kFloat32, x.rows, x.vocab, x.stride, got.token.data(), nullptr, 1, 0,
-      logp.data(),   lse.data(),      nullptr};
+  std::vector<double> lse_exact(x.rows);
+  const fdpg::TokenLogprobParams p = {x.data.data(),
+                                      Dtype::kFloat32,
+                                      x.rows,
+                                      x.vocab,
+                                      x.stride,
+                                      got.token.data(),
+                                      nullptr,
+                                      1,
+                                      0,
+                                      logp.data(),
+                                      lse.data(),
+                                      nullptr,
+                                      lse_exact.data()};
   CHECK(fdpg::cpu::token_logprob(p, 0, x.rows) == kOk);
   CHECK(logp == got.logp && lse == got.lse);
 }

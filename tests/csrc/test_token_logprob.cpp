@@ -19,14 +19,15 @@ struct Forward {
   using Real = accumulate_t<T>;
   std::vector<int64_t> target;
   std::vector<Real> logp, lse, entropy;
+  std::vector<double> lse_exact;
   int64_t status;
 
   Forward(const Rows<T>& x, Dtype dtype, std::vector<int64_t> targets, double scale = 1,
           const bool* mask = nullptr)
-      : target(targets), logp(x.rows, 7), lse(x.rows, 7), entropy(x.rows, 7) {
-    const fdpg::TokenLogprobParams p = {x.data.data(), dtype,         x.rows,     x.vocab,
-                                        x.stride,      target.data(), mask,       scale,
-                                        x.softcap,     logp.data(),   lse.data(), entropy.data()};
+      : target(targets), logp(x.rows, 7), lse(x.rows, 7), entropy(x.rows, 7), lse_exact(x.rows, 7) {
+    const fdpg::TokenLogprobParams p = {
+        x.data.data(), dtype,     x.rows,      x.vocab,    x.stride,       target.data(),   mask,
+        scale,         x.softcap, logp.data(), lse.data(), entropy.data(), lse_exact.data()};
     status = fdpg::cpu::token_logprob(p, 0, x.rows);
   }
 };
@@ -293,7 +294,7 @@ int64_t backward(const Rows<T>& x, Dtype dtype, const Forward<T>& forward, const
                                               mask,
                                               scale,
                                               x.softcap,
-                                              forward.lse.data(),
+                                              forward.lse_exact.data(),
                                               forward.entropy.data(),
                                               g.logp.data(),
                                               g.lse.empty() ? nullptr : g.lse.data(),

@@ -165,15 +165,16 @@ MESSAGES: list[tuple[Call, str]] = [
     ),
     (
         lambda: torch.ops.fdpg.token_logprob_backward(
-            *(logits(), target(), torch.zeros(N), None, None, None, torch.zeros(N), 1.0, None)
+            *(logits(), target(), torch.zeros(N, dtype=F64), None),
+            *(None, None, torch.zeros(N), 1.0, None),
         ),
         "token_logprob_backward: `entropy` must be given with `grad_entropy`, got None",
     ),
     (
         lambda: torch.ops.fdpg.token_logprob_backward(
-            *(logits(), target(), torch.zeros(N, dtype=F64), None, None, None, None, 1.0, None)
+            *(logits(), target(), torch.zeros(N), None, None, None, None, 1.0, None)
         ),
-        "token_logprob_backward: `lse` must be float32, got float64",
+        "token_logprob_backward: `lse_exact` must be float64, got float32",
     ),
     (
         lambda: torch.ops.fdpg.token_logprob_backward_(

@@ -59,8 +59,8 @@ def _backward_samples() -> Iterator[Sample]:
     y, mask = integers(V, N), torch.tensor([True, False, True, True, False])
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         z = normal(N, V, dtype=dtype)
-        _, lse, entropy = torch.ops.fdpg.token_logprob(z, y, 1.0, None, True)
-        g = torch.randn_like(lse)
+        *_, entropy, lse = torch.ops.fdpg.token_logprob(z, y, 1.0, None, True)
+        g = torch.randn_like(entropy)
         yield z, y, lse, None, g, None, None, 1.0, None
         yield z.clone(), y, lse, entropy, g, g, g, 1.0, mask
         yield z.clone(), y, lse, None, g, None, None, 1.3, mask, 2.0
@@ -208,14 +208,14 @@ def linear_logprob() -> Iterator[Sample]:
 def linear_logprob_backward() -> Iterator[Sample]:
     hidden, weight, target, bias = (t.detach() for t in head(torch.float32))
     for keep in (False, True):
-        logp, lse, entropy, *kept = torch.ops.fdpg.linear_logprob(
+        logp, _, _, *kept = torch.ops.fdpg.linear_logprob(
             hidden, weight, target, bias, 0.5, 3.0, 1.3, MASK, True, keep, 2
         )
         g = torch.randn_like(logp)
         common = (0.5, 3.0, 1.3, MASK, 2)
-        inputs = hidden, weight, target, bias, lse
-        yield *inputs, entropy, *kept, g, g, g, *common, True, True, True
-        yield *inputs, None, *kept, g, None, None, *common, True, False, False
+        inputs = hidden, weight, target, bias, *kept
+        yield *inputs, g, g, g, *common, True, True, True
+        yield *inputs, g, None, None, *common, True, False, False
 
 
 @samples

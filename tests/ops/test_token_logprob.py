@@ -187,6 +187,20 @@ def test_extreme_magnitudes(dtype: torch.dtype, inv_temperature: float, cpu_isa:
     torch.testing.assert_close(got.entropy.double(), exact.entropy, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("mask", [-1e10, torch.finfo(torch.float32).min])
+def test_a_number_in_place_of_minus_infinity(mask: float, dtype: torch.dtype, cpu_isa: str) -> None:
+    """A temperature rounds it by more than an exponential can hold, or overflows."""
+    logits, target = rows(4, 3000, dtype)
+    logits[:, :1500] = max(mask, torch.finfo(dtype).min)
+    target = 1500 + target // 2
+    for inv_temperature in (1.0, 0.7, 1 / 0.7):
+        got = fused(logits, target, inv_temperature=inv_temperature)
+        kept = fused(logits[:, 1500:], target - 1500, inv_temperature=inv_temperature)
+        for name in RESULTS:
+            assert error(getattr(got, name), getattr(kept, name).double()) <= 2e-6, name
+
+
 # --------------------------------------------------------------------------------------------------
 # Shapes, masks, batches
 
@@ -356,16 +370,17 @@ def test_in_place_gives_the_same_bits(
 ) -> None:
     logits, target = rows(5, vocab, dtype)
     mask = torch.tensor([True, True, False, True, True])
-    results = OP(logits, target, 0.9, mask, True, softcap)
-    g = WEIGHTS[weights].to(results[0].dtype)
+    logp, _, entropy, lse_exact = OP(logits, target, 0.9, mask, True, softcap)
+    g = WEIGHTS[weights].to(logp.dtype)
     grads = [row if row.any() else None for row in g]
-    out = BACKWARD(logits, target, *results[1:], *grads, 0.9, mask, softcap)
+    common = (target, lse_exact, entropy, *grads, 0.9, mask, softcap)
+    out = BACKWARD(logits, *common)
     buffer = torch.full((5, vocab + 9), 42.0, dtype=dtype)
     inside = buffer[:, :vocab]
     inside.copy_(logits)
-    BACKWARD_(inside, target, *results[1:], *grads, 0.9, mask, softcap)
+    BACKWARD_(inside, *common)
     assert torch.equal(inside, out)
-    assert torch.equal(out, BACKWARD(logits, target, *results[1:], *grads, 0.9, mask, softcap))
+    assert torch.equal(out, BACKWARD(logits, *common))
     assert (buffer[:, vocab:] == 42).all()
 
 
@@ -387,7 +402,7 @@ def test_inplace_backward_through_autograd() -> None:
 
 def test_rows_without_gradient_are_not_read(cpu_isa: str) -> None:
     logits, target = rows(4, 1000)
-    lse = OP(logits, target, 1.0, None, False)[1]
+    lse = OP(logits, target, 1.0, None, False)[3]
     logits[2] = math.nan
     g = torch.tensor([1.0, -1.0, 0.0, 2.0])
     out = BACKWARD(logits, target, lse, None, g, None, None, 1.0, None)
@@ -407,7 +422,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(OP, (logits.float().requires_grad_(), target))
     torch.library.opcheck(OP, (logits.requires_grad_(), target, 0.5, mask, True))
     logits.requires_grad_(False)
-    lse, entropy = OP(logits, target, 1.0, mask, True)[1:]
+    entropy, lse = OP(logits, target, 1.0, mask, True)[2:]
     g = torch.ones(4)
     for backward in (BACKWARD, BACKWARD_):
         torch.library.opcheck(backward, (logits, target, lse, entropy, g, None, g, 1.0, mask))

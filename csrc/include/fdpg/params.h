@@ -32,10 +32,11 @@ struct TokenLogprobParams {
   const int64_t* target;  // (N,)
   const bool* mask;       // (N,) or null; a row with mask false is not read and yields zeros
   double inv_temperature;
-  double softcap;  // 0: none, here as below
-  void* logp;      // (N,) fp32, or fp64 when dtype is kFloat64
-  void* lse;       // (N,) same type
-  void* entropy;   // (N,) same type, or null
+  double softcap;     // 0: none, here as below
+  void* logp;         // (N,) fp32, or fp64 when dtype is kFloat64
+  void* lse;          // (N,) same type
+  void* entropy;      // (N,) same type, or null
+  double* lse_exact;  // (N,) lse before it is rounded, for the gradient
 };
 
 // d logits, given upstream gradients of logp, lse and entropy:
@@ -55,7 +56,7 @@ struct TokenLogprobBackwardParams {
   const bool* mask;         // (N,) or null
   double inv_temperature;
   double softcap;
-  const void* lse;           // (N,) as the forward returned it
+  const double* lse_exact;   // (N,) as the forward returned it
   const void* entropy;       // (N,) or null; needed when grad_entropy is not null
   const void* grad_logp;     // (N,) or null
   const void* grad_lse;      // (N,) or null
