@@ -503,6 +503,7 @@ class Sampled(NamedTuple):
     token: Tensor
     logp: Tensor
     lse: Tensor
+    entropy: Tensor | None
 
 
 def sample_logprob(
@@ -513,6 +514,7 @@ def sample_logprob(
     *,
     inv_temperature: float = 1.0,
     softcap: float | None = None,
+    entropy: bool = False,
 ) -> Sampled:
     """``(N, V)`` -> the first token whose cumulative probability exceeds the row's uniform number.
 
@@ -526,12 +528,13 @@ def sample_logprob(
     cumulative = weight.cumsum(dim=-1)
     goal = uniform[:, None] * cumulative[:, -1:]
     token = torch.searchsorted(cumulative, goal, right=True)[:, 0]
-    logp, lse, _ = token_logprob(z, token)
+    logp, lse, h = token_logprob(z, token, entropy=entropy)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     return Sampled(
         torch.where(can_draw, token, 0),
         torch.where(can_draw, logp, math.nan).to(dtype),
         torch.where(can_draw, lse, math.nan).to(dtype),
+        None if h is None else torch.where(can_draw, h, math.nan).to(dtype),
     )
 
 

@@ -1,8 +1,8 @@
 // sample_logprob-inl.h: a token drawn from softmax(z) of each row (z: logits-inl.h), with its
 // log-prob, by inverting the cumulative distribution with one uniform.
 //
-// Fused: softmax, cumulative sum, search, gather and log: the row is read once, V logits, as in
-// token_logprob, and one block of it again.
+// Fused: softmax, cumulative sum, search, gather, log, and the entropy if asked for: the row is
+// read once, V logits, as in token_logprob, and one block of it again.
 //
 // The search descends: blocks of the row, parts of that block, tokens of that part. At each level
 // the uniform is scaled to the sum of that level's own parts, a part is chosen, and what is left of
@@ -92,15 +92,18 @@ int64_t sample_logprob_of(const SampleLogprobParams& p, int64_t begin, int64_t e
   using Real = typename L::Real;
   Real* const logp = static_cast<Real*>(p.logp);
   Real* const lse = static_cast<Real*>(p.lse);
+  Real* const entropy = static_cast<Real*>(p.entropy);
   const L logits(p);
   const int64_t block = block_size(p.vocab);
   for (int64_t i = begin; i < end; ++i) {
     const T* const x = static_cast<const T*>(p.logits) + i * p.row_stride;
     double block_sums[kMaxBlocks];  // 4 KiB
-    const SoftmaxRow<Real> row = softmax_row<false>(x, p.vocab, logits, block_sums);
+    const SoftmaxRow<Real> row = entropy ? softmax_row<true>(x, p.vocab, logits, block_sums)
+                                         : softmax_row<false>(x, p.vocab, logits, block_sums);
     if (!(row.sums.sum > 0)) {  // NaN or +inf somewhere, or -inf everywhere
       p.token[i] = 0;
       logp[i] = lse[i] = static_cast<Real>(__builtin_nan(""));
+      if (entropy) entropy[i] = lse[i];
       continue;
     }
     double uniform = random_uniform(p.seed[0], p.sample_id[i], p.position[i]);
@@ -110,6 +113,7 @@ int64_t sample_logprob_of(const SampleLogprobParams& p, int64_t begin, int64_t e
     p.token[i] = token;
     logp[i] = static_cast<Real>(row.logp(logits.u(x[token])));
     lse[i] = static_cast<Real>(row.lse());
+    if (entropy) entropy[i] = static_cast<Real>(row.entropy());
   }
   return kOk;
 }

@@ -1,9 +1,10 @@
 // sample_logprob.cuh: a token drawn from softmax(z) of each row (z: logits.cuh), with its log-prob,
 // by inverting the cumulative distribution with one uniform.
 //
-// Fused: softmax, cumulative sum, search, gather and log. The first kernel folds each row span by
-// span; the second, a warp per row, chooses a span, reads it again and descends to a token of it.
-// It is there before the first has ended, and the first before what makes the logits has.
+// Fused: softmax, cumulative sum, search, gather, log, and the entropy if asked for. The first
+// kernel folds each row span by span; the second, a warp per row, chooses a span, reads it again
+// and descends to a token of it. It is there before the first has ended, and the first before what
+// makes the logits has.
 //   bytes per row:  V * sizeof(T) read, and a span of 512 again; 3 * 8 read for the key,
 //                   8 + 4 + 4 written; per span 8 written and read again
 //   floor:          1.016 V sizeof(T) / bandwidth in bf16, [256, 50257] is 26 MB, 9 us at 3 TB/s,
@@ -113,10 +114,10 @@ __device__ __forceinline__ const T* begin_run(T* stage, const T* from, int n) {
 }
 
 // Warp w takes run w % runs of row w / runs. Each span goes to `partial` (N, spans).
-template <class T, bool kCapped>
+template <class T, bool kEntropy, bool kCapped>
 __global__ void __launch_bounds__(kSpanThreads)
     sample_logprob_spans(SampleLogprobParams p, int runs, int spans,
-                         Seen<accumulate_t<T>, false>* partial) {
+                         Seen<accumulate_t<T>, kEntropy>* partial) {
   using A = accumulate_t<T>;
   constexpr int kSpans = kRunSpans<T>;
   FDPG_DYNAMIC_SHARED(T, stage);
@@ -133,7 +134,7 @@ __global__ void __launch_bounds__(kSpanThreads)
   const Logits<A, kCapped> logits(p);
   const A rate = logits.rate();
   const bool words = on_word(elements);
-  using S = Seen<A, false>;
+  using S = Seen<A, kEntropy>;
   S seen[kSpans];
   A top = S::kNothing;
 #pragma unroll
@@ -152,6 +153,10 @@ __global__ void __launch_bounds__(kSpanThreads)
     seen[k].move(top, rate);
     const A sum = warp_sum(seen[k].sum);
     if (lane == k) mine.sum = sum;
+    if constexpr (kEntropy) {
+      const A weighted = warp_sum(seen[k].weighted);
+      if (lane == k) mine.weighted = weighted;
+    }
   }
   mine.top = top;
   if (lane < kSpans && lane * kSpan < size) {
@@ -160,10 +165,10 @@ __global__ void __launch_bounds__(kSpanThreads)
 }
 
 // Block b, one warp: row b.
-template <class T, bool kCapped>
+template <class T, bool kEntropy, bool kCapped>
 __global__ void __launch_bounds__(kWarp)
     sample_logprob_rows(SampleLogprobParams p, int spans,
-                        const Seen<accumulate_t<T>, false>* partial) {
+                        const Seen<accumulate_t<T>, kEntropy>* partial) {
   using A = accumulate_t<T>;
   const int64_t row = blockIdx.x;
   const int lane = threadIdx.x;
@@ -200,8 +205,22 @@ __global__ void __launch_bounds__(kWarp)
     if (lane == 0) {
       p.token[row] = 0;
       *logp = *lse = static_cast<A>(NAN);
+      if constexpr (kEntropy) static_cast<A*>(p.entropy)[row] = *lse;
     }
     return;
+  }
+  if constexpr (kEntropy) {
+    double weighted = 0;
+    for (int k = begin; k < end; ++k) {
+      Seen<A, true> seen = partial[k];
+      seen.move(top, logits.rate());
+      weighted += seen.weighted;
+    }
+    weighted = warp_sum(weighted);
+    if (lane == 0) {
+      const double entropy = std::log(run.total) - logits.scale * weighted / run.total;
+      static_cast<A*>(p.entropy)[row] = static_cast<A>(entropy);
+    }
   }
   Choice span;
   if (lane == run.lane) {

@@ -146,16 +146,17 @@ struct TokenLogprobNumerators {
 struct SampleLogprob {
   Arguments args;
   SampleLogprobParams params{};
-  Tensor token, logp, lse;
+  Tensor token, logp, lse, entropy;
 
   SampleLogprob(const Tensor& logits, const Tensor& seed, const Tensor& sample_id,
-                const Tensor& position, double inv_temperature, double softcap)
+                const Tensor& position, double inv_temperature, double softcap, bool want_entropy)
       : args("sample_logprob", "logits", logits) {
     const Matrix z = args.logits("logits", logits);
     const ScalarType type = result_type(z.type);
     token = torch::stable::new_empty(logits, {z.rows}, ScalarType::Long);
     logp = torch::stable::new_empty(logits, {z.rows}, type);
     lse = torch::stable::new_empty(logits, {z.rows}, type);
+    entropy = torch::stable::new_empty(logits, {want_entropy ? z.rows : 0}, type);
 
     params.logits = z.data;
     params.dtype = dtype_of(z.type);
@@ -170,6 +171,7 @@ struct SampleLogprob {
     params.token = static_cast<int64_t*>(token.data_ptr());
     params.logp = logp.data_ptr();
     params.lse = lse.data_ptr();
+    params.entropy = want_entropy ? entropy.data_ptr() : nullptr;
   }
 };
 

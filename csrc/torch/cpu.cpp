@@ -104,15 +104,17 @@ std::tuple<Tensor, Tensor, Tensor> token_logprob_numerators_(
   return {call.logp, call.lse, call.row_scale};
 }
 
-std::tuple<Tensor, Tensor, Tensor> sample_logprob(const Tensor& logits, const Tensor& seed,
-                                                  const Tensor& sample_id, const Tensor& position,
-                                                  double inv_temperature, double softcap) {
-  const SampleLogprob call(logits, seed, sample_id, position, inv_temperature, softcap);
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample_logprob(const Tensor& logits, const Tensor& seed,
+                                                          const Tensor& sample_id,
+                                                          const Tensor& position,
+                                                          double inv_temperature, double softcap,
+                                                          bool entropy) {
+  const SampleLogprob call(logits, seed, sample_id, position, inv_temperature, softcap, entropy);
   const SampleLogprobParams& p = call.params;
   over_rows(p.rows, p.vocab, [&](int64_t begin, int64_t end) {
     return cpu::sample_logprob(p, begin, end);  // of a row that nothing can be drawn from, NaN
   });
-  return {call.token, call.logp, call.lse};
+  return {call.token, call.logp, call.lse, call.entropy};
 }
 
 void cache_append_(const Tensor& keys, const Tensor& values, const Tensor& new_keys,

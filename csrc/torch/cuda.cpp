@@ -98,14 +98,16 @@ std::tuple<Tensor, Tensor, Tensor> token_logprob_numerators_(
   return {call.logp, call.lse, call.row_scale};
 }
 
-std::tuple<Tensor, Tensor, Tensor> sample_logprob(const Tensor& logits, const Tensor& seed,
-                                                  const Tensor& sample_id, const Tensor& position,
-                                                  double inv_temperature, double softcap) {
-  const SampleLogprob call(logits, seed, sample_id, position, inv_temperature, softcap);
+std::tuple<Tensor, Tensor, Tensor, Tensor> sample_logprob(const Tensor& logits, const Tensor& seed,
+                                                          const Tensor& sample_id,
+                                                          const Tensor& position,
+                                                          double inv_temperature, double softcap,
+                                                          bool entropy) {
+  const SampleLogprob call(logits, seed, sample_id, position, inv_temperature, softcap, entropy);
   const Place place(logits);
   const Workspace workspace(logits, cuda::sample_logprob_workspace(call.params));
   check("sample_logprob", cuda::sample_logprob(call.params, workspace.data(), place.stream()));
-  return {call.token, call.logp, call.lse};
+  return {call.token, call.logp, call.lse, call.entropy};
 }
 
 void cache_append_(const Tensor& keys, const Tensor& values, const Tensor& new_keys,

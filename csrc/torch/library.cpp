@@ -23,7 +23,8 @@ STABLE_TORCH_LIBRARY(fdpg, m) {
       "-> (Tensor logp, Tensor lse, Tensor row_scale)");
   m.def(
       "sample_logprob(Tensor logits, Tensor seed, Tensor sample_id, Tensor position, "
-      "float inv_temperature=1., float softcap=0.) -> (Tensor token, Tensor logp, Tensor lse)");
+      "float inv_temperature=1., float softcap=0., bool entropy=False) "
+      "-> (Tensor token, Tensor logp, Tensor lse, Tensor entropy)");
   m.def(
       "cache_append_(Tensor(a!) keys, Tensor(b!) values, Tensor new_keys, Tensor new_values, "
       "Tensor position) -> ()");

@@ -22,11 +22,13 @@ class Sampled(NamedTuple):
         token: ``[N]`` int64.
         logp: ``[N]`` its log-probability, nats.
         lse: ``[N]`` log-sum-exp of the (tempered) logits; NaN where no token could be drawn.
+        entropy: ``[N]`` of the distribution, nats; None if it was not asked for.
     """
 
     token: Tensor
     logp: Tensor
     lse: Tensor
+    entropy: Tensor | None
 
 
 def sample_logprob(
@@ -37,6 +39,7 @@ def sample_logprob(
     *,
     inv_temperature: float = 1.0,
     softcap: float | None = None,
+    entropy: bool = False,
 ) -> Sampled:
     """Draws from softmax(logits * inv_temperature), row by row.
 
@@ -51,22 +54,22 @@ def sample_logprob(
         inv_temperature: 1 / temperature.
         softcap: softcap tanh(logits / softcap) takes the place of the logits, as for
             :func:`token_logprob`. None or 0 for no bound.
+        entropy: whether to return the entropy too.
 
     Returns:
-        token, logp and lse. A row that holds NaN or +inf, or is -inf throughout, gives token 0 and
-        logp = lse = NaN: nothing on a device can raise, so look at ``lse``. (With a softcap
-        infinity is a bounded logit like others.)
+        token, logp, lse and entropy. A row that holds NaN or +inf, or is -inf throughout, gives
+        token 0 and NaN for the rest: nothing on a device can raise, so look at ``lse``. (With a
+        softcap infinity is a bounded logit like others.)
 
     Raises:
         RuntimeError: a shape, dtype, device or stride that the op cannot take.
     """
     if not isinstance(seed, Tensor):
         seed = torch.full((1,), seed, dtype=torch.int64, device=logits.device)
-    return Sampled(
-        *torch.ops.fdpg.sample_logprob(
-            logits.detach(), seed, sample_id, position, inv_temperature, softcap or 0.0
-        )
+    token, logp, lse, ent = torch.ops.fdpg.sample_logprob(
+        logits.detach(), seed, sample_id, position, inv_temperature, softcap or 0.0, entropy
     )
+    return Sampled(token, logp, lse, ent if entropy else None)
 
 
 @torch.library.register_fake("fdpg::sample_logprob")
@@ -77,7 +80,8 @@ def _fake(
     position: Tensor,
     inv_temperature: float = 1.0,
     softcap: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     require_one_device(
         "sample_logprob", logits=logits, seed=seed, sample_id=sample_id, position=position
     )
@@ -86,6 +90,7 @@ def _fake(
         logits.new_empty(rows, dtype=torch.int64),
         logits.new_empty(rows, dtype=dtype),
         logits.new_empty(rows, dtype=dtype),
+        logits.new_empty(rows if entropy else 0, dtype=dtype),
     )
 
 

@@ -20,20 +20,25 @@ template <class T>
 struct Draws {
   using Real = accumulate_t<T>;
   std::vector<int64_t> sample_id, position, token;
-  std::vector<Real> logp, lse;
+  std::vector<Real> logp, lse, entropy;
 
   // Rows of `x`; or, if there is but one, that row `draws` times over (a row stride of 0).
   Draws(const Rows<T>& x, Dtype dtype, int64_t seed, int64_t draws, int64_t first_id = 0,
         double scale = 1)
-      : sample_id(draws), position(draws), token(draws, -7), logp(draws, 7), lse(draws, 7) {
+      : sample_id(draws),
+        position(draws),
+        token(draws, -7),
+        logp(draws, 7),
+        lse(draws, 7),
+        entropy(draws, 7) {
     for (int64_t i = 0; i < draws; ++i) {
       sample_id[i] = first_id + i;
       position[i] = i % 3;
     }
     const fdpg::SampleLogprobParams p = {
-        x.data.data(), dtype,       draws,     x.vocab,          x.rows == 1 ? 0 : x.stride,
-        scale,         x.softcap,   &seed,     sample_id.data(), position.data(),
-        token.data(),  logp.data(), lse.data()};
+        x.data.data(), dtype,       draws,      x.vocab,          x.rows == 1 ? 0 : x.stride,
+        scale,         x.softcap,   &seed,      sample_id.data(), position.data(),
+        token.data(),  logp.data(), lse.data(), entropy.data()};
     CHECK(fdpg::cpu::sample_logprob(p, 0, draws) == kOk);
   }
 };
@@ -163,7 +168,8 @@ void rows_that_cannot_be_sampled(Dtype dtype) {
   x.set(3, 1, kInf);
   const Draws<T> got(x, dtype, 1, x.rows);
   for (int i : {1, 2, 3, 5}) {
-    CHECK(got.token[i] == 0 && std::isnan(got.logp[i]) && std::isnan(got.lse[i]));
+    CHECK(got.token[i] == 0);
+    CHECK(std::isnan(got.logp[i]) && std::isnan(got.lse[i]) && std::isnan(got.entropy[i]));
   }
   for (int i : {0, 4}) CHECK(std::isfinite(got.logp[i]) && std::isfinite(got.lse[i]));
 }
@@ -187,19 +193,19 @@ void keyed(Dtype dtype) {
   CHECK(other_ids.token != whole.token);
 }
 
-// The log-prob recorded by the sampler is the one that scoring gives, to the bit.
+// What the sampler records is what scoring gives, to the bit; and with no entropy the same.
 template <class T>
 void agrees_with_token_logprob(Dtype dtype, double softcap) {
   Rows<T> x(8, 14019, 4);
   x.softcap = softcap;
   const Draws<T> got(x, dtype, 5, x.rows, 0, 0.7);
-  std::vector<accumulate_t<T>> logp(x.rows), lse(x.rows);
+  std::vector<accumulate_t<T>> logp(x.rows), lse(x.rows), entropy(x.rows);
   std::vector<double> lse_exact(x.rows);
   const fdpg::TokenLogprobParams p = {
-      x.data.data(), dtype,   x.rows,      x.vocab,    x.stride, got.token.data(), nullptr,
-      0.7,           softcap, logp.data(), lse.data(), nullptr,  lse_exact.data()};
+      x.data.data(), dtype,   x.rows,      x.vocab,    x.stride,       got.token.data(), nullptr,
+      0.7,           softcap, logp.data(), lse.data(), entropy.data(), lse_exact.data()};
   CHECK(fdpg::cpu::token_logprob(p, 0, x.rows) == kOk);
-  CHECK(logp == got.logp && lse == got.lse);
+  CHECK(logp == got.logp && lse == got.lse && entropy == got.entropy);
 }
 
 // Vocabularies beyond 512 blocks of 1024 have longer blocks.

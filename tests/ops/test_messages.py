@@ -178,7 +178,7 @@ MESSAGES: list[tuple[Call, str]] = [
     ),
     (
         lambda: torch.ops.fdpg.token_logprob_backward_(
-            *(logits(), ids(0, 1, 5), torch.zeros(N), None, torch.ones(N)),
+            *(logits(), ids(0, 1, 5), torch.zeros(N, dtype=F64), None, torch.ones(N)),
             *(None, None, 1.0, None),
         ),
         "token_logprob_backward_: `target` must be in [0, 5), got 5 at row 2",

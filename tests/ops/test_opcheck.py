@@ -81,7 +81,7 @@ def sample_logprob() -> Iterator[Sample]:
     ids, positions = torch.arange(N), integers(40, N)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         yield normal(N, V, dtype=dtype), torch.tensor([3]), ids, positions, 1.0
-    yield padded(N, V), torch.tensor([-3]), ids, positions, 0.5, 2.0
+    yield padded(N, V), torch.tensor([-3]), ids, positions, 0.5, 2.0, True
 
 
 @samples

@@ -105,7 +105,7 @@ def test_inverts_the_cumulative_distribution(
 ) -> None:
     logits, (ids, position) = rows(30, vocab, dtype), key(30)
     options = {"inv_temperature": inv_temperature, "softcap": softcap}
-    got = ops.sample_logprob(logits, 9, ids, position, **options)
+    got = ops.sample_logprob(logits, 9, ids, position, entropy=True, **options)
     z = reference.capped(logits.double(), softcap) * inv_temperature
     assert ((got.token >= 0) & (got.token < vocab)).all()
     log_p = torch.log_softmax(z, -1)
@@ -113,14 +113,22 @@ def test_inverts_the_cumulative_distribution(
     tight = {"rtol": 1e-7, "atol": 1e-6 if softcap is None else 3e-6}
     torch.testing.assert_close(got.logp.double(), expected, **tight)
     torch.testing.assert_close(got.lse.double(), torch.logsumexp(z, -1), **tight)
+    exact = -(log_p.exp() * log_p).sum(-1)
+    torch.testing.assert_close(got.entropy.double(), exact, rtol=1e-6, atol=4e-6)
     # The uniform lies in the token's interval of the distribution, up to rounding of its ends.
     u = reference.random_uniform(9, ids, position)
     above = log_p.exp().cumsum(-1).gather(1, got.token[:, None])[:, 0]
     assert (u <= above + 1e-6).all()
     assert (u >= above - expected.exp() - 1e-6).all()
     # So nearly all tokens are the reference's.
-    same = reference.sample_logprob(logits, 9, ids, position, **options)
+    same = reference.sample_logprob(logits, 9, ids, position, entropy=True, **options)
     assert (same.token == got.token).sum() >= 29
+    torch.testing.assert_close(same.entropy.double(), exact, rtol=1e-6, atol=1e-6)
+    # And without an entropy they are the same.
+    bare = ops.sample_logprob(logits, 9, ids, position, **options)
+    assert bare.entropy is None
+    assert torch.equal(bare.token, got.token)
+    assert torch.equal(bare.logp, got.logp)
 
 
 @pytest.mark.parametrize("inv_temperature", [1.0, 0.5])
@@ -262,11 +270,8 @@ def test_opcheck_and_empty_batch() -> None:
     torch.library.opcheck(OP, (rows(4, 33), torch.tensor([1]), ids, position))
     torch.library.opcheck(OP, (rows(4, 33, torch.bfloat16), torch.tensor([1]), ids, position, 0.5))
     none = torch.zeros(0, dtype=torch.long)
-    assert [value.shape for value in ops.sample_logprob(torch.zeros(0, 9), 0, none, none)] == [
-        (0,),
-        (0,),
-        (0,),
-    ]
+    empty = ops.sample_logprob(torch.zeros(0, 9), 0, none, none, entropy=True)
+    assert [value.shape for value in empty] == [(0,)] * 4
 
 
 @pytest.mark.parametrize(

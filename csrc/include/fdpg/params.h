@@ -97,7 +97,7 @@ struct TokenLogprobNumeratorsParams {
 // One draw from softmax(z) per row, z as for TokenLogprobParams, with its log-prob, in one read of
 // the row and a second look at one block of it. The uniform of row i is a function of
 // (seed, sample_id[i], position[i]) alone (random.h), so a draw does not depend on the batch.
-// A row whose z holds NaN or +inf, or is -inf throughout, yields token 0 and logp = lse = NaN:
+// A row whose z holds NaN or +inf, or is -inf throughout, yields token 0 and NaN for the rest:
 // nothing on the device can raise, so the caller looks at lse.
 struct SampleLogprobParams {
   const void* logits;  // (N, V)
@@ -113,6 +113,7 @@ struct SampleLogprobParams {
   int64_t* token;            // (N,)
   void* logp;                // (N,) fp32, or fp64 when dtype is kFloat64
   void* lse;                 // (N,)
+  void* entropy;             // (N,) of the distribution, or null
 };
 
 // sum over t < lengths[b] of values[b, t], in the fixed order t = 0, 1, ..., in fp64.

@@ -23,7 +23,7 @@ struct Case {
   Buffer<T> logits;
   Buffer<int64_t> seed, sample_id, position;
   Buffer<int64_t> token;
-  Buffer<A> logp, lse;
+  Buffer<A> logp, lse, entropy;
 
   Case(int64_t rows, int64_t vocab, int64_t padding, int offset, double inv_temperature = 1,
        double softcap = 0)
@@ -38,7 +38,8 @@ struct Case {
         position(rows),
         token(rows),
         logp(rows),
-        lse(rows) {
+        lse(rows),
+        entropy(rows) {
     std::mt19937 random(static_cast<unsigned>(vocab));
     std::normal_distribution<double> normal(0, 3);
     for (int64_t row = 0; row < rows; ++row) {
@@ -53,7 +54,7 @@ struct Case {
   }
   ~Case() { logits.allow(0, logits.size()); }
 
-  SampleLogprobParams params() {
+  SampleLogprobParams params(bool want_entropy = true) {
     SampleLogprobParams p{};
     p.logits = logits.data();
     visit_dtype_of(p);
@@ -68,12 +69,13 @@ struct Case {
     p.token = token.data();
     p.logp = logp.data();
     p.lse = lse.data();
+    p.entropy = want_entropy ? entropy.data() : nullptr;
     return p;
   }
 
-  void run() {
-    const SampleLogprobParams p = params();
-    Buffer<double> workspace(static_cast<int64_t>(cuda::sample_logprob_workspace(p) / 8));
+  void run(bool want_entropy = true) {
+    const SampleLogprobParams p = params(want_entropy);
+    Buffer<unsigned char> workspace(static_cast<int64_t>(cuda::sample_logprob_workspace(p)));
     run_on_device([&] { return cuda::sample_logprob(p, workspace.data(), nullptr); });
   }
 
@@ -94,7 +96,12 @@ struct Case {
     for (int64_t row = 0; row < rows; ++row) {
       double max = -INFINITY, total = 0;
       for (int64_t j = 0; j < vocab; ++j) max = std::max(max, z(row, j));
-      for (int64_t j = 0; j < vocab; ++j) total += std::exp(z(row, j) - max);
+      double mean = 0;
+      for (int64_t j = 0; j < vocab; ++j) {
+        const double d = z(row, j) - max, weight = std::exp(d);
+        total += weight;
+        if (weight > 0) mean += weight * d;
+      }
       const double goal = total * random_uniform(seed[0], sample_id[row], position[row]);
       double below = 0;
       int64_t expected = 0;
@@ -106,6 +113,7 @@ struct Case {
       const double log_total = max + std::log(total);
       CHECK_NEAR(lse[row], log_total, 3e-7 * (5 + std::fabs(log_total)));
       CHECK_NEAR(logp[row], z(row, expected) - log_total, 4e-6);
+      CHECK_NEAR(entropy[row], std::log(total) - mean / total, 4e-6);
     }
   }
 };
@@ -128,6 +136,9 @@ void every_size() {
       CHECK(same_bits(c.token, tokens));
     });
     c.check();
+    const std::vector<accumulate_t<T>> logp(c.logp.data(), c.logp.data() + shape.rows);
+    c.run(/*want_entropy=*/false);
+    CHECK(same_bits(c.token, tokens) && same_bits(c.logp, logp));
     CHECK(cpu::sample_logprob(c.params(), 0, shape.rows) == kOk);
     CHECK(same_bits(c.token, tokens));  // the CPU draws the same
   }
@@ -147,6 +158,7 @@ void rows_of_several_runs(int64_t vocab) {
     alone.run();
     CHECK(alone.token[0] == c.token[row]);
     CHECK(alone.logp[0] == c.logp[row] && alone.lse[0] == c.lse[row]);
+    CHECK(alone.entropy[0] == c.entropy[row]);
   }
 }
 
@@ -240,7 +252,7 @@ void rows_without_an_answer() {
   c.run();
   for (const int64_t row : {0, 1, 2, 4}) {
     CHECK(c.token[row] == 0);
-    CHECK(std::isnan(c.logp[row]) && std::isnan(c.lse[row]));
+    CHECK(std::isnan(c.logp[row]) && std::isnan(c.lse[row]) && std::isnan(c.entropy[row]));
   }
   CHECK(std::isfinite(c.logp[3]) && std::isfinite(c.lse[3]));
 }
