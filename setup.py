@@ -31,8 +31,8 @@ DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 # The stable ABI of torch 2.11: what was compiled against one torch >= 2.11 loads in another.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"
 # No -march (instruction sets are chosen at run time) and no fast-math (minus infinity is a value).
-# A multiply and an add stay two roundings unless the source says fma, so that instruction sets,
-# compilers and devices can be compared.
+# On CPUs a multiply and an add stay two roundings unless the source says fma, so that instruction
+# sets and compilers can be compared; nvcc fuses some.
 CXX_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-ffp-contract=off", TORCH_TARGET]
 # g++ 12 says of its own AVX-512 headers that they read what they did not write (GCC bug 105593).
 CXX_FLAGS += ["-Wno-unknown-warning-option", "-Wno-uninitialized", "-Wno-maybe-uninitialized"]
