@@ -100,6 +100,7 @@ def table(cases: list[Row]) -> list[str]:
     lines.append("|---" * (1 + len(cases)) + "|")
     add("shape", lambda case: case["extra_info"].get("shape", ""))
     add("ours, ms", own_time)
+    add("interquartile range, %", spread)
     add("GB/s", lambda case: number(case["extra_info"].get("gigabytes_per_second", 0)))
     add("TFLOP/s", lambda case: number(case["extra_info"].get("gigaflops_per_second", 0) / 1e3))
     add("tokens/s", tokens)
@@ -140,6 +141,11 @@ def own_time(case: Row) -> str:
     milliseconds = 1e3 * case["stats"]["median"] / info.get("calls", 1)
     most = (info.get("microseconds_bar") or 0) / 1e3
     return barred(number(milliseconds), most, milliseconds <= most)
+
+
+def spread(case: Row) -> str:
+    """The interquartile range of the rounds, in percent of their median."""
+    return number(100 * case["stats"]["iqr"] / case["stats"]["median"])
 
 
 def tokens(case: Row) -> str:

@@ -25,7 +25,7 @@ def row(name: str, seconds: float, other: float, **info: Any) -> dict[str, Any]:
     return {
         "fullname": FAST.format(name),
         "params": {"name": name, "device": "cpu", "dtype": "fp32"},
-        "stats": {"median": seconds},
+        "stats": {"median": seconds, "iqr": 0.04 * seconds},
         "extra_info": {
             "dtype": "fp32",
             "speedup": {"eager": other / seconds},
@@ -66,6 +66,7 @@ def test_of_each_case_the_newest_counts(tmp_path: Path) -> None:
         "| | a | b |",
         "|---|---|---|",
         "| ours, ms | 2.00 | 500 |",
+        "| interquartile range, % | 4.00 | 4.00 |",
         "| eager | **1.50 x** (2.00) | 3.00 x (2.00) |",
         "| commit | new0000 | older00 |",
     ]
