@@ -133,9 +133,9 @@ def test_inverts_the_cumulative_distribution(
 
 @pytest.mark.parametrize("inv_temperature", [1.0, 0.5])
 def test_law(inv_temperature: float, cpu_isa: str) -> None:
-    """Chi-squared, 10^6 draws per instruction set; probabilities off by 6 % show."""
+    """Chi-squared, 10^6 draws; probabilities off by 6 % show."""
     logits = rows(1, 300) * 0.5
-    tokens = draw_many(logits, 500_000, inv_temperature=inv_temperature)
+    tokens = draw_many(logits, 1_000_000, inv_temperature=inv_temperature)
     p = torch.softmax(logits[0].double() * inv_temperature, -1)
     assert goodness_of_fit(tokens, p) > 1e-4
     skewed = p * torch.where(torch.arange(300) % 10 == 0, 1.06, 1.0)
@@ -162,6 +162,27 @@ def test_tail(place: int) -> None:
     assert 30 - 4 * 5.5 < len(rare) < 30 + 4 * 5.5
     share, n = place / 7999, len(rare)
     assert abs(int((rare < place).sum()) - share * n) <= 4 * math.sqrt(n * share * (1 - share))
+
+
+def test_tail_that_gumbels_in_fp32_do_not_reach() -> None:
+    """50256 tokens that share 3e-4: where the exponential race in fp32 draws none in 10^5, and 30
+    are expected.
+
+    Each has log-prob -18.9, and no -log(-log u) of an fp32 u is above 16.6. Of n such u only the
+    largest can win; it is the largest of n real ones, cut to a multiple of 2^-24.
+    """
+    draws, n = 100_000, 50256
+    log_p = math.log(3e-4 / n)
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.rand(2, draws, generator=generator, dtype=torch.float64)
+    largest = ((uniform[0].log() / n).exp() * 2**24).floor() / 2**24
+    race = torch.stack((largest, uniform[1])).float().log().neg().log().neg()
+    assert int((log_p + race[0] > race[1]).sum()) == 0
+
+    logits = torch.full((1, n + 1), log_p)
+    logits[0, 0] = 0.0
+    rare = int((draw_many(logits, draws, seed=3) > 0).sum())
+    assert 30 - 4 * 5.5 < rare < 30 + 4 * 5.5
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -412,6 +412,23 @@ def test_rows_without_gradient_are_not_read(cpu_isa: str) -> None:
     assert float(out.sum(dim=1).abs().max()) <= 1e-5
 
 
+def test_rows_more_than_two_to_the_31_apart() -> None:
+    """Two rows at the ends of 4 GiB, of which little is touched."""
+    near, target = rows(2, 1000, torch.bfloat16)
+    stride = 2**31 + 8
+    far = torch.empty(stride + 1000, dtype=torch.bfloat16).as_strided((2, 1000), (stride, 1))
+    far.copy_(near)
+    expected, got = OP(near, target, 1.0), OP(far, target, 1.0)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    ids = torch.arange(2)
+    drawn = [ops.sample_logprob(x, 0, ids, ids) for x in (near, far)]
+    assert torch.equal(drawn[0].token, drawn[1].token)
+    g = torch.ones(2)
+    for logits in (near, far):
+        BACKWARD_(logits, target, expected[3], None, g, None, None, 1.0, None)
+    assert torch.equal(near, far)
+
+
 # --------------------------------------------------------------------------------------------------
 # As an op
 

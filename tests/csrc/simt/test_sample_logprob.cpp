@@ -242,6 +242,36 @@ void law() {
   CHECK(chi_squared < 38 + 4 * std::sqrt(2 * 38.0));  // 38 degrees of freedom
 }
 
+// Behind a token that has all but 3e-6, 7999 others: of ten million uniforms the thirty or so that
+// point at one of them draw the one that fp64 says.
+void rare_tokens() {
+  constexpr int64_t kVocab = 8000;
+  constexpr double kTail = 3e-6;
+  std::vector<int64_t> ids;
+  for (int64_t id = 0; id < 10'000'000; ++id) {
+    if (random_uniform(0x123456789abcdef, id, 0) > 1 - kTail) ids.push_back(id);
+  }
+  CHECK(ids.size() > 8 && ids.size() < 60);
+  Case<double> c(static_cast<int64_t>(ids.size()), kVocab, 0, 0);
+  Case<float> narrow(c.rows, kVocab, 0, 0);
+  for (int64_t row = 0; row < c.rows; ++row) {
+    for (int64_t j = 0; j < kVocab; ++j) {
+      const float logit = j == 0 ? 0 : static_cast<float>(std::log(kTail / 7999));
+      c.logits[row * kVocab + j] = narrow.logits[row * kVocab + j] = logit;
+    }
+    c.sample_id[row] = narrow.sample_id[row] = ids[row];
+    c.position[row] = narrow.position[row] = 0;
+  }
+  c.run();
+  c.check();
+  narrow.run();
+  for (int64_t row = 0; row < c.rows; ++row) {
+    CHECK(c.token[row] > 0);
+    CHECK(std::llabs(narrow.token[row] - c.token[row]) <= 400);  // 1e-7 of the row: 270 tokens
+    CHECK_NEAR(narrow.logp[row], std::log(kTail / 7999), 4e-6);
+  }
+}
+
 void rows_without_an_answer() {
   constexpr int64_t kVocab = 20000;
   Case<float> c(5, kVocab, 0, 0);
@@ -280,6 +310,7 @@ int main() {
     }
     no_temperature();
     law();
+    rare_tokens();
     rows_without_an_answer();
   });
 }
