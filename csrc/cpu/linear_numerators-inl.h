@@ -30,7 +30,7 @@ inline int64_t tiles_of(int64_t columns) {
   return (columns + kMatmulTileColumns - 1) / kMatmulTileColumns;
 }
 
-// Takes the exponentials of sums. L: Logits<S, capped or not>; T: type of the numerators.
+// Takes the exponentials of sums. L: Logits<S, ...>; T: type of the numerators.
 template <class L, class T>
 class Exponentials {
   using S = typename L::S;
@@ -175,7 +175,7 @@ struct LinearNumerators {
       q.lse = static_cast<Real*>(p.lse) + i;
       double unused;
       q.lse_exact = &unused;
-      token_logprob_of<L, Real>(q, 0, 1);
+      token_logprob_of<Real>(L(p), q, 0, 1);
       return;
     }
     TokenLogprobNumeratorsParams q{};
@@ -189,7 +189,7 @@ struct LinearNumerators {
     q.logp = static_cast<Real*>(p.logp) + i;
     q.lse = static_cast<Real*>(p.lse) + i;
     q.row_scale = static_cast<Real*>(p.row_scale) + i;
-    token_logprob_numerators_of<L, Real, T>(q, 0, 1);
+    token_logprob_numerators_of<Real, T>(L(p), q, 0, 1);
   }
 };
 

@@ -2,8 +2,8 @@
 // softcap tanh(x / softcap), then comes the temperature:
 //   z = scale u:  u = x,                  scale = inv_temperature
 //                 u = tanh(x / softcap),  scale = softcap * inv_temperature
-// Kernels are compiled once for either, so a row without a softcap pays nothing for it. A bound has
-// no infinity beyond it: a logit of -inf is -softcap, as in PyTorch, and NaN stays NaN.
+// Kernels are compiled once for each, so a row pays for neither of what it has not. A bound has no
+// infinity beyond it: a logit of -inf is -softcap, as in PyTorch, and NaN stays NaN.
 #pragma once
 
 #include <cstdint>
@@ -44,8 +44,9 @@ FDPG_ALWAYS_INLINE typename S::Vec tanh(typename S::Vec x) {
   }
 }
 
-template <class Vocabulary, bool kCapped>
+template <class Vocabulary, bool kCapped, bool kTempered = true>
 struct Logits {
+  static constexpr bool kScaled = kCapped || kTempered;  // else scale is 1
   using S = Vocabulary;
   using Real = typename S::Real;
   using Vec = typename S::Vec;
@@ -124,8 +125,20 @@ struct Distance {
   FDPG_ALWAYS_INLINE Distance(const L& logits, typename L::Real anchor)
       : minus_anchor(S::broadcast(-anchor)), scale(S::broadcast(logits.scale)) {}
 
-  FDPG_ALWAYS_INLINE Vec operator()(Vec u) const { return S::mul(S::add(u, minus_anchor), scale); }
+  FDPG_ALWAYS_INLINE Vec operator()(Vec u) const {
+    const Vec distance = S::add(u, minus_anchor);
+    if constexpr (L::kScaled) return S::mul(distance, scale);
+    return distance;
+  }
 };
+
+// Calls fn(L{p}) with what the params ask for, and returns what it returns.
+template <class S, class Params, class Fn>
+FDPG_ALWAYS_INLINE int64_t with_logits(const Params& p, const Fn& fn) {
+  if (p.softcap > 0) return fn(Logits<S, true>(p));
+  if (p.inv_temperature != 1) return fn(Logits<S, false>(p));
+  return fn(Logits<S, false, false>(p));
+}
 
 }  // namespace
 }  // namespace fdpg::cpu

@@ -87,13 +87,13 @@ int64_t descend(const T* x, int64_t n, const L& logits, typename L::Real anchor,
   return first + choose(e, n, &uniform);
 }
 
-template <class L, class T>
-int64_t sample_logprob_of(const SampleLogprobParams& p, int64_t begin, int64_t end) {
+template <class T, class L>
+int64_t sample_logprob_of(const L& logits, const SampleLogprobParams& p, int64_t begin,
+                          int64_t end) {
   using Real = typename L::Real;
   Real* const logp = static_cast<Real*>(p.logp);
   Real* const lse = static_cast<Real*>(p.lse);
   Real* const entropy = static_cast<Real*>(p.entropy);
-  const L logits(p);
   const int64_t block = block_size(p.vocab);
   for (int64_t i = begin; i < end; ++i) {
     const T* const x = static_cast<const T*>(p.logits) + i * p.row_stride;
@@ -120,8 +120,8 @@ int64_t sample_logprob_of(const SampleLogprobParams& p, int64_t begin, int64_t e
 
 template <class S, class T>
 int64_t sample_logprob(const SampleLogprobParams& p, int64_t begin, int64_t end) {
-  return p.softcap > 0 ? sample_logprob_of<Logits<S, true>, T>(p, begin, end)
-                       : sample_logprob_of<Logits<S, false>, T>(p, begin, end);
+  return with_logits<S>(
+      p, [&](const auto& logits) { return sample_logprob_of<T>(logits, p, begin, end); });
 }
 
 }  // namespace

@@ -1,12 +1,12 @@
 // token_logprob-inl.h: log p(target), log-sum-exp and entropy of each row of logits; and back.
 //
 // Fused: max, exp, sum, log, gather, and the entropy if asked for; no [N, V] log-softmax is made.
-// Forward, per row: V logits are read once, and 20 bytes of target and results; 14 vector
-// instructions per kLanes logits (a sixteenth more in bf16), 2 more for the entropy. On AVX-512
-// that is 0.13 ns per logit and core, about what reading an fp32 logit from memory takes. Backward,
-// per row: V logits read, V written (in place, a cache line is written where it was read). Masked
-// rows, and rows without a gradient, are written as zeros and not read. Results are computed in
-// double and rounded once.
+// Forward, per row: V logits are read once, and 28 bytes of target and results; 13 vector
+// instructions per kLanes logits (a sixteenth more in bf16), one more for a temperature and 2 for
+// the entropy. On AVX-512 that is 0.12 ns per logit and core, about what reading an fp32 logit from
+// memory takes. Backward, per row: V logits read, V written (in place, a cache line is written
+// where it was read). Masked rows, and rows without a gradient, are written as zeros and not read.
+// Results are computed in double and rounded once.
 #pragma once
 
 #include <cstdint>
@@ -18,14 +18,13 @@ FDPG_BEGIN_SIMD
 namespace fdpg::cpu {
 namespace {
 
-// S: vector vocabulary; L: Logits<S, capped or not>; T: storage type of the logits.
-template <class L, class T>
-int64_t token_logprob_of(const TokenLogprobParams& p, int64_t begin, int64_t end) {
+// S: vector vocabulary; L: Logits<S, ...>; T: storage type of the logits.
+template <class T, class L>
+int64_t token_logprob_of(const L& logits, const TokenLogprobParams& p, int64_t begin, int64_t end) {
   using Real = typename L::Real;
   Real* const logp = static_cast<Real*>(p.logp);
   Real* const lse = static_cast<Real*>(p.lse);
   Real* const entropy = static_cast<Real*>(p.entropy);
-  const L logits(p);
   int64_t bad_row = kOk;
   for (int64_t i = begin; i < end; ++i) {
     double row_logp = 0, row_lse = 0, row_entropy = 0;
@@ -53,8 +52,8 @@ int64_t token_logprob_of(const TokenLogprobParams& p, int64_t begin, int64_t end
 
 template <class S, class T>
 int64_t token_logprob(const TokenLogprobParams& p, int64_t begin, int64_t end) {
-  return p.softcap > 0 ? token_logprob_of<Logits<S, true>, T>(p, begin, end)
-                       : token_logprob_of<Logits<S, false>, T>(p, begin, end);
+  return with_logits<S>(
+      p, [&](const auto& logits) { return token_logprob_of<T>(logits, p, begin, end); });
 }
 
 // The softmax part of a row's gradient:  out_j = exp(d_j) (constant + slope d_j), times 1 - u^2
@@ -101,15 +100,15 @@ void fill_row(T* out, int64_t vocab, accumulate_t<T> value) {
   for (int64_t j = 0; j < vocab; ++j) out[j] = stored;
 }
 
-template <class L, class T>
-int64_t token_logprob_backward_of(const TokenLogprobBackwardParams& p, int64_t begin, int64_t end) {
+template <class T, class L>
+int64_t token_logprob_backward_of(const L& logits, const TokenLogprobBackwardParams& p,
+                                  int64_t begin, int64_t end) {
   using Real = typename L::Real;
   const Real* const all_entropy = static_cast<const Real*>(p.entropy);
   const Real* const grad_logp = static_cast<const Real*>(p.grad_logp);
   const Real* const grad_lse = static_cast<const Real*>(p.grad_lse);
   const Real* const grad_entropy = static_cast<const Real*>(p.grad_entropy);
   const Real inv_temperature = static_cast<Real>(p.inv_temperature);
-  const L logits(p);
   int64_t bad_row = kOk;
   for (int64_t i = begin; i < end; ++i) {
     const T* const x = static_cast<const T*>(p.logits) + i * p.row_stride;
@@ -153,23 +152,22 @@ int64_t token_logprob_backward_of(const TokenLogprobBackwardParams& p, int64_t b
 
 template <class S, class T>
 int64_t token_logprob_backward(const TokenLogprobBackwardParams& p, int64_t begin, int64_t end) {
-  return p.softcap > 0 ? token_logprob_backward_of<Logits<S, true>, T>(p, begin, end)
-                       : token_logprob_backward_of<Logits<S, false>, T>(p, begin, end);
+  return with_logits<S>(
+      p, [&](const auto& logits) { return token_logprob_backward_of<T>(logits, p, begin, end); });
 }
 
 // p - 1 at the target and p elsewhere, times 1 - u^2 with a softcap; and -coefficient *
 // inv_temperature for the row. The row is summed, then waits in the L2 cache to be read again; it
 // needs no hint. T: type of the logits, U: of the numerators.
-template <class L, class T, class U>
-int64_t token_logprob_numerators_of(const TokenLogprobNumeratorsParams& p, int64_t begin,
-                                    int64_t end) {
+template <class T, class U, class L>
+int64_t token_logprob_numerators_of(const L& logits, const TokenLogprobNumeratorsParams& p,
+                                    int64_t begin, int64_t end) {
   using Real = typename L::Real;
   const Real* const coefficient = static_cast<const Real*>(p.coefficient);
   Real* const logp = static_cast<Real*>(p.logp);
   Real* const lse = static_cast<Real*>(p.lse);
   Real* const row_scale = static_cast<Real*>(p.row_scale);
   const Real inv_temperature = static_cast<Real>(p.inv_temperature);
-  const L logits(p);
   int64_t bad_row = kOk;
   for (int64_t i = begin; i < end; ++i) {
     const T* const x = static_cast<const T*>(p.logits) + i * p.row_stride;
@@ -212,8 +210,9 @@ int64_t token_logprob_numerators(const TokenLogprobNumeratorsParams& p, int64_t 
   visit_dtype(p.numerator_dtype, [&](auto storage) {
     using U = decltype(storage);
     if constexpr (sizeof(accumulate_t<U>) == sizeof(typename S::Real)) {
-      bad_row = p.softcap > 0 ? token_logprob_numerators_of<Logits<S, true>, T, U>(p, begin, end)
-                              : token_logprob_numerators_of<Logits<S, false>, T, U>(p, begin, end);
+      bad_row = with_logits<S>(p, [&](const auto& logits) {
+        return token_logprob_numerators_of<T, U>(logits, p, begin, end);
+      });
     }
   });
   return bad_row;
