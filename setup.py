@@ -60,10 +60,11 @@ def max_jobs() -> int:
     return max(1, min(cores, int(free_gb / 4)))
 
 
-def nvcc_version() -> str | None:
-    """Such as 13.0, of the toolkit torch would use, None if there is none."""
-    nvcc = Path(cpp_extension.CUDA_HOME or "/nonexistent") / "bin" / "nvcc"
-    if not nvcc.exists():
+def toolkit_version() -> str | None:
+    """Such as 13.0, of the toolkit torch would use, None if there is none, or but its compiler."""
+    home = Path(cpp_extension.CUDA_HOME or "/nonexistent")
+    nvcc = home / "bin" / "nvcc"
+    if not nvcc.exists() or not (home / "include" / "cuda_runtime_api.h").exists():
         return None
     out = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release (\d+\.\d+)", out)
@@ -92,11 +93,14 @@ def decide_cuda() -> tuple[bool, str]:
                 "Install a CUDA build of torch and pass --no-build-isolation."
             )
         return False, f"torch {torch.__version__} was built without CUDA"
-    toolkit = nvcc_version()
+    toolkit = toolkit_version()
     if toolkit is None:
         if wish == "1":
-            sys.exit("fdpg_fast: FDPG_CUDA=1, but no nvcc was found. Set CUDA_HOME to the toolkit.")
-        return False, "no CUDA toolkit (nvcc) found"
+            sys.exit(
+                "fdpg_fast: FDPG_CUDA=1, but no nvcc with its headers was found. Set CUDA_HOME to "
+                "the toolkit."
+            )
+        return False, "no CUDA toolkit (nvcc and its headers) found"
     if toolkit.split(".")[0] != torch.version.cuda.split(".")[0]:
         sys.exit(
             f"fdpg_fast: nvcc is {toolkit}, torch was built with CUDA {torch.version.cuda}: "
