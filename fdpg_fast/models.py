@@ -343,7 +343,7 @@ class LanguageModel:
             seed=seed,
         )
         other = self._around(adapted)
-        with self._plain_compute():
+        with self._plain_compute(), other._plain_compute():
             rows, reference = self._references()
             error, tolerance = other._scoring_error(rows, reference), _tolerance(reference)
         if not error <= tolerance:
