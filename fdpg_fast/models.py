@@ -163,6 +163,15 @@ class LanguageModel:
         self.layers: int = config.num_hidden_layers
         self.vocab_size: int = config.vocab_size
         self.context_length = _context_length(config, tokenizer)
+        if (limit := _rope_limit(config)) is not None and limit < self.context_length:
+            warnings.warn(
+                f"{self.name}: reads up to {limit} tokens here, not {self.context_length}: a text "
+                "longer than that changes the rotary positions (longrope) of all in its batch, so "
+                "their log-probs would depend on their neighbours.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            self.context_length = limit
         if eos_ids is None:
             eos_ids = _eos_ids(self.model, tokenizer, self.vocab_size)
         self.eos_ids: tuple[int, ...] = tuple(eos_ids)
@@ -1232,6 +1241,16 @@ def _context_length(config: Any, tokenizer: Any) -> int:
             return length
     length = getattr(tokenizer, "model_max_length", None)
     return length if isinstance(length, int) and 0 < length < 1 << 30 else 1 << 30
+
+
+def _rope_limit(config: Any) -> int | None:
+    """The longest text whose rotary positions do not depend on what it is batched with. Those of
+    longrope are scaled once any text is longer; of dynamic NTK as well, but that limit is
+    ``max_position_embeddings``, as of every model."""
+    rope, name = getattr(config, "rope_parameters", None) or {}, "original_max_position_embeddings"
+    each = [rope, *(own for own in rope.values() if isinstance(own, dict))]  # by kind of layer
+    long = [own for own in each if own.get("rope_type") == "longrope"]
+    return min((own.get(name) or getattr(config, name) for own in long), default=None)
 
 
 def _eos_ids(model: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:

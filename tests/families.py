@@ -56,6 +56,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": 3,
         "num_experts_per_tok": 2,
     },
+    "phi3": {
+        **_LLAMA,
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+        },
+    },
     # Families that the slot cache does not fit.
     "falcon": {**_OPT, "new_decoder_architecture": False},
     "bloom": {"hidden_size": 32, "n_layer": 2, "n_head": 4},

@@ -421,6 +421,40 @@ def test_a_family_that_needs_numbers_in_its_mask_decodes_with_them(
     torch.testing.assert_close(rollout.token_logprob.double(), truth, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("phi3", {}),
+        (
+            "llama",
+            {
+                "max_position_embeddings": 16,
+                "rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4},
+            },
+        ),
+    ],
+)
+def test_positions_do_not_depend_on_the_longest_text_of_a_batch(
+    family: str, changes: dict[str, Any]
+) -> None:
+    """As those of longrope and dynamic NTK would beyond 16 tokens here."""
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = language_model(family, eos_ids=EOS, changes=changes)
+    assert model.context_length == 16
+    expected = ["phi3: reads up to 16 tokens here, not 40"] if family == "phi3" else []
+    assert [str(one.message)[:40] for one in said] == expected
+    prompts = batch([7], list(range(6, 15)))
+    rollout = Sampler(7, batch_size=6).draw(model, prompts, 12, key=3)
+    texts = rollout.prompt_lengths + rollout.lengths
+    assert (int(texts.min()) < 9, int(texts.max())) == (True, 16)
+    truth = reference_logprob(double(model), rollout)
+    for found in (rollout.token_logprob, model.token_logprob(rollout)):
+        torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-4)
+    with pytest.raises(ValueError, match="do not fit the 16 tokens"):
+        Sampler(8).draw(model, prompts, 1, key=3)
+
+
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_the_attention_can_be_chosen(attention: str) -> None:
     model = language_model("gpt2", eos_ids=EOS, attention=attention)
