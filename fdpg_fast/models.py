@@ -680,17 +680,25 @@ class LanguageModel:
         skipped = (~used).to(self.device)[:, None]
         inside = torch.arange(result.shape[1], device=self.device) < rollout.lengths[:, None]
         result.masked_fill_(skipped & inside, torch.nan)
-        # Checkpointing of activations only works in train mode; dropout is zero in either.
-        self.model.train(self.activation_checkpointing)
+        with self._checkpointing(), self._scaled(coefficient) as scaled:
+            for batch in self._micro_batches(rollout, used, micro_batch, GRADIENT_TOKENS):
+                result[batch.row, batch.column] = self._backward(
+                    batch, scaled[batch.row], rollout.lse[batch.row, batch.column]
+                )
+        return result
+
+    @contextlib.contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Recompute activations, if asked for: layers do so when they are told that they train.
+        What is inside them is not told, for in train mode it may add noise (routers of Mixtral),
+        draw (experts of PhiMoE) or compute another thing (Gemma 3n), and pi(x) is one number."""
+        self.model.eval()
+        for module in self.model.modules() if self.activation_checkpointing else ():
+            module.training = getattr(module, "gradient_checkpointing", False)
         try:
-            with self._scaled(coefficient) as scaled:
-                for batch in self._micro_batches(rollout, used, micro_batch, GRADIENT_TOKENS):
-                    result[batch.row, batch.column] = self._backward(
-                        batch, scaled[batch.row], rollout.lse[batch.row, batch.column]
-                    )
+            yield
         finally:
             self.model.eval()
-        return result
 
     @contextlib.contextmanager
     def _scaled(self, coefficient: Tensor) -> Iterator[Tensor]:

@@ -56,6 +56,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "num_local_experts": 3,
         "num_experts_per_tok": 2,
     },
+    "mixtral": {**_LLAMA, "num_local_experts": 3, "router_jitter_noise": 0.3},
+    "phimoe": {**_LLAMA, "num_local_experts": 3},
     "phi3": {
         **_LLAMA,
         "original_max_position_embeddings": 16,
