@@ -174,7 +174,7 @@ class LanguageModel:
             self.context_length = limit
         if eos_ids is None:
             eos_ids = _eos_ids(self.model, tokenizer, self.vocab_size)
-        self.eos_ids: tuple[int, ...] = tuple(eos_ids)
+        self.eos_ids = eos_ids
         self._replace_generation_config()
 
         accepted = inspect.signature(self.model.base_model.forward).parameters
@@ -427,6 +427,20 @@ class LanguageModel:
         return list(self.named_parameters().values())
 
     # --- text -----------------------------------------------------------------------------------
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """The ids that end a sample."""
+        return self._eos_ids
+
+    @eos_ids.setter
+    def eos_ids(self, ids: Sequence[int]) -> None:
+        if unknown := [i for i in ids if i not in range(self.vocab_size)]:
+            raise ModelError(
+                f"{self.name}: `eos_ids` must be in 0..{self.vocab_size - 1}, got {unknown[0]!r}, "
+                "which no sample could end with. Way out: ids of this model's own tokens, or none"
+            )
+        self._eos_ids = tuple(ids)
 
     def room(self, prompt_tokens: int) -> int:
         """How many tokens can be sampled after a prompt of so many; negative: it is too long."""

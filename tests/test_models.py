@@ -646,6 +646,17 @@ def test_where_end_and_beginning_come_from() -> None:
     assert LanguageModel.from_model(plain, eos_ids=[3]).bos_prompt == (3,)
 
 
+def test_ids_that_could_end_no_sample_are_refused() -> None:
+    for wrong in (VOCAB, -1, "</s>"):
+        message = rf"gpt2: `eos_ids` must be in 0\.\.60, got {wrong!r}, which no sample .*Way out"
+        with pytest.raises(ModelError, match=message):
+            language_model("gpt2", eos_ids=[3, wrong])  # type: ignore[list-item]
+    model = language_model("gpt2", eos_ids=[3, VOCAB - 1])
+    with pytest.raises(ModelError, match=message):
+        model.eos_ids = (3, wrong)
+    assert model.eos_ids == (3, 60), "it is what it was"
+
+
 def test_a_prompt_may_begin_a_text_but_not_end_it() -> None:
     model = language_model("gpt2")
     for adds, expected in (
