@@ -12,7 +12,7 @@ import torch
 from fdpg_fast._build import load
 from fdpg_fast._version import __version__
 from fdpg_fast.attention import attention_report
-from fdpg_fast.ops.matmul import fuses, has_16_bit_products, library
+from fdpg_fast.ops.matmul import fuses, gpu_has_bf16, has_16_bit_products, library
 
 __all__ = ["describe", "device_name", "versions"]
 
@@ -57,8 +57,8 @@ def describe() -> Iterator[tuple[str, str]]:
     yield "threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
-            yield f"cuda:{index}", torch.cuda.get_device_name(index)
-        yield "bf16", "used" if torch.cuda.is_bf16_supported() else "not used: the GPU has none"
+            bf16 = "used" if gpu_has_bf16(torch.device("cuda", index)) else "not used: it has none"
+            yield f"cuda:{index}", f"{torch.cuda.get_device_name(index)}; bf16 {bf16}"
     else:
         reason = "torch was built without CUDA" if torch.version.cuda is None else "no GPU found"
         yield "CUDA", f"not used: {reason}"

@@ -46,7 +46,12 @@ from fdpg_fast.attention import (
 )
 from fdpg_fast.layers import choose_layers
 from fdpg_fast.ops.linear_head import project
-from fdpg_fast.ops.matmul import has_16_bit_products, rounded_products, rounding_once
+from fdpg_fast.ops.matmul import (
+    gpu_has_bf16,
+    has_16_bit_products,
+    rounded_products,
+    rounding_once,
+)
 from fdpg_fast.packing import Packing, announced
 from fdpg_fast.rollout import Rollout
 
@@ -1222,7 +1227,7 @@ def _compute(wanted: str, device: torch.device) -> str:
                 stacklevel=4,
             )
         return wanted
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cuda" and gpu_has_bf16(device) else "fp32"
 
 
 def _remove_dropout(model: nn.Module) -> None:

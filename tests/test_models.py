@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from fdpg_fast import models, ops
+from fdpg_fast import environment, models, ops
 from fdpg_fast._build import load
 from fdpg_fast.attention import SLOT, SLOT_MASKED, attention_report
 from fdpg_fast.models import Head, LanguageModel, ModelError
@@ -150,6 +152,35 @@ def test_only_the_head_of_bf16_compute_rounds_its_products(
 
 def test_auto_compute_is_fp32_on_the_cpu() -> None:
     assert language_model("gpt2", compute="auto").compute == "fp32"
+
+
+@pytest.mark.parametrize(("major", "compute"), [(7, "fp32"), (8, "bf16")])
+def test_auto_compute_is_bf16_on_a_gpu_that_has_it(
+    major: int, compute: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two GPUs, of which the other is current and the opposite; torch would emulate it."""
+    inside: list[torch.device] = []
+
+    @contextlib.contextmanager
+    def current(device: torch.device) -> Iterator[None]:
+        inside.append(device)
+        yield
+        inside.pop()
+
+    def properties(_: Any) -> Any:
+        return SimpleNamespace(major=major if inside else 15 - major)
+
+    monkeypatch.setattr(torch.cuda, "device", current)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(environment, "attention_report", lambda: [])
+    assert models._compute("auto", torch.device("cuda", 0)) == compute
+    said = "used" if compute == "bf16" else "not used: it has none"
+    assert dict(environment.describe())["cuda:0"] == f"a GPU; bf16 {said}"
 
 
 def test_copies_have_weights_of_their_own() -> None:

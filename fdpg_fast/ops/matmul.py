@@ -119,6 +119,12 @@ def has_16_bit_products(compute: str) -> bool:
     return bool(known._is_mkldnn_bf16_supported() if bf16 else known._is_mkldnn_fp16_supported())
 
 
+def gpu_has_bf16(device: torch.device) -> bool:
+    """Whether this GPU has instructions for bf16; others (T4, V100) emulate it, slowly."""
+    with torch.cuda.device(device):  # torch asks of the current one
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 def has_wide_products(factor: Tensor) -> bool:
     """Whether 16-bit factors like this one are multiplied as they are into fp32 results: on a GPU,
     and bf16 on a CPU with instructions for it."""
