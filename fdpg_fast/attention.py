@@ -33,6 +33,7 @@ from fdpg_fast import ops
 from fdpg_fast.packing import Packing, current
 
 __all__ = [
+    "PACKED_KERNELS",
     "REACH_STEP",
     "SHARED",
     "SLOT",
@@ -44,7 +45,6 @@ __all__ = [
     "SlotDecoder",
     "attention_report",
     "flash_attn_fits",
-    "packed_kernel",
     "rounded_reach",
     "slot_attention",
     "slot_mask",
@@ -64,6 +64,9 @@ SHARED = "fdpg_shared"
 # Each shape is a step to be recorded, which takes a GPU longer (replay.py); and there
 # decode_attention reads live keys alone.
 REACH_STEP = {"cpu": 32, "cuda": 128}
+
+# Whose kernels attend within packed sequences on a GPU: the one that knows soft caps first.
+FLASH_ATTN, VARLEN_ATTN = PACKED_KERNELS = ("flash-attn", "torch's varlen_attn")
 
 # torch 2.11's takes as many key heads as query heads.
 _VARLEN_SHARES_HEADS = "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
@@ -302,16 +305,20 @@ def _varlen(
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """The same by the one kernel that there is for it: :func:`packed_kernel` says whose."""
+    """The same by the kernel that the packing names; ValueError if that cannot do it."""
+    flash = packing.kernel == FLASH_ATTN
+    if flash and not (known := _flash_attn())[0]:
+        raise ValueError(known[1])
     if value.dtype not in (torch.float16, torch.bfloat16):
-        raise ValueError(f"kernels for packed sequences take fp16 and bf16, not {value.dtype}")
+        raise ValueError(f"takes fp16 and bf16, not {value.dtype}")
     if sinks is not None:
-        raise ValueError("kernels for packed sequences have no attention sinks")
+        raise ValueError("has no attention sinks")
+    if softcap and not flash:
+        raise ValueError("has no soft cap")
     # Under autocast rotated queries and keys may be fp32 beside values in half precision.
     q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))
     ends, longest = packing.boundaries, max(packing.lengths)
     window = (-1 if packing.window is None else packing.window - 1, 0)  # before it, and after it
-    flash, why_not = _flash_attn()
     if flash:
         from flash_attn import flash_attn_varlen_func
 
@@ -329,10 +336,6 @@ def _varlen(
             softcap=softcap or 0.0,
         )
         return out[None]
-    if softcap:
-        raise ValueError(
-            f"torch's kernel for packed sequences has no soft cap; flash-attn's has, but {why_not}"
-        )
     if (shared := query.shape[1] // key.shape[1]) > 1 and not _VARLEN_SHARES_HEADS:
         k, v = (x.repeat_interleave(shared, dim=1) for x in (k, v))
     grouped: Any = {"enable_gqa": True} if k.shape[1] != q.shape[1] else {}
@@ -514,15 +517,15 @@ def flash_attn_fits(
         error: what its import says, if it fails, as it does when built for another torch.
     """
     if not installed:
-        return False, "flash-attn is not installed"
+        return False, "not installed"
     if capability is None:
-        return False, "flash-attn needs a GPU"
+        return False, "needs a GPU"
     if capability < (8, 0):
         own = ".".join(map(str, capability))
-        return False, f"flash-attn needs a GPU of compute capability 8.0, this one has {own}"
+        return False, f"needs a GPU of compute capability 8.0, this one has {own}"
     if error is not None:
-        return False, f"flash-attn cannot be imported: {error}"
-    return True, "flash-attn is installed and fits"
+        return False, f"cannot be imported: {error}"
+    return True, "installed and fits"
 
 
 @functools.cache
@@ -539,17 +542,13 @@ def _flash_attn() -> tuple[bool, str]:
     return fits, why
 
 
-def packed_kernel() -> str:
-    """Whose kernel attends within packed sequences on a GPU, and why."""
-    flash, why = _flash_attn()
-    return "flash-attn" if flash else f"torch's varlen_attn: {why}"
-
-
 def attention_report() -> list[tuple[str, bool, str]]:
     """The attention functions: name, whether it can be used here, and why, for ``fdpg env``."""
     cuda = torch.cuda.is_available()
     flash, why = _flash_attn()
-    packed = packed_kernel() if cuda else "needs a GPU; scoring and training are padded without it"
+    packed = "needs a GPU; scoring and training are padded without it"
+    if cuda:
+        packed = FLASH_ATTN if flash else f"{VARLEN_ATTN} ({FLASH_ATTN}: {why})"
     return [
         (SLOT, True, "slot cache for sampling, sdpa for scoring; what `auto` takes if it fits"),
         (SLOT_MASKED, True, "the same for families that add to their masks; `auto`'s second"),

@@ -36,12 +36,12 @@ from transformers.pytorch_utils import Conv1D
 
 from fdpg_fast import adapters, ops
 from fdpg_fast.attention import (
+    PACKED_KERNELS,
     SLOTS,
     Decoder,
     RecomputeDecoder,
     SlotCache,
     SlotDecoder,
-    packed_kernel,
     rounded_reach,
 )
 from fdpg_fast.layers import choose_layers
@@ -194,7 +194,7 @@ class LanguageModel:
             _checkpoint_activations(self.model)
         self._stock_attention: str = self.model.config._attn_implementation
         self.attention = self._stock_attention
-        self.packs = False
+        self.packs, self._packed_kernel = False, ""
         self.checks = self._settle(attention)
         self.scoring = self._settle_packing()
 
@@ -838,7 +838,7 @@ class LanguageModel:
         start = prompt_lengths[i]  # where the sample starts in its text
         packing = None
         if self.packs:
-            packing = Packing.of(widths, self.device)
+            packing = Packing.of(widths, self.device, self._packed_kernel)
             text, position = (torch.arange(width) < widths[:, None]).nonzero(as_tuple=True)
             text, position = text[None], position[None]
             begin = (widths.cumsum(0) - widths)[i]  # where the text starts in what is read
@@ -967,20 +967,26 @@ class LanguageModel:
             return "padded: kernels for packed sequences need a GPU"
         if self.attention not in SLOTS:
             return f"padded: {self.attention} does not keep packed sequences apart"
-        try:
-            error = self._packing_error()
-        except Exception as refusal:  # of a family or a kernel; padded rows are right
-            return f"padded: {_first_line(refusal)}"
-        if not error <= PACKING_TOLERANCE[self.compute]:
-            problem = f"packed sequences differ from single ones by {error:.2g} nats"
-            warnings.warn(
-                f"{self.name}: scoring padded rows, which is right but slower: {problem}.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-            return f"padded: {problem}"
-        self.packs, self.checks["packing"] = True, error
-        return f"packed, by {packed_kernel()}"
+        if self.compute == "fp32":
+            return "padded: kernels for packed sequences take fp16 and bf16"
+        problems: list[str] = []
+        for self._packed_kernel in PACKED_KERNELS:
+            try:
+                error = self._packing_error()
+                problem = f"packed sequences differ from single ones by {error:.2g} nats"
+            except Exception as refusal:  # of a family or a kernel; padded rows are right
+                error, problem = math.inf, _first_line(refusal)
+            if error <= PACKING_TOLERANCE[self.compute]:
+                self.packs, self.checks["packing"] = True, error
+                why = f" ({'; '.join(problems)})" if problems else ""
+                return f"packed, by {self._packed_kernel}{why}"
+            problems.append(f"{self._packed_kernel}: {problem}")
+        warnings.warn(
+            f"{self.name}: scoring padded rows, which is right but slower: {'; '.join(problems)}.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        return f"padded: {'; '.join(problems)}"
 
     def _use_attention(self, name: str) -> None:
         try:
@@ -1125,7 +1131,7 @@ class LanguageModel:
         lengths = torch.tensor([len(row) for row in rows])
         tokens = torch.tensor([[i for row in rows for i in row]], device=self.device)
         positions = torch.cat([torch.arange(len(row)) for row in rows])[None].to(self.device)
-        packing = Packing.of(lengths, self.device)
+        packing = Packing.of(lengths, self.device, self._packed_kernel)
         packed = self.logits(self.hidden(tokens, positions, packing=packing)[0]).clone()
         alone = [self.logits(self._padded_hidden([row])[0]).clone() for row in rows]
         distance = torch.log_softmax(packed, -1) - torch.log_softmax(torch.cat(alone), -1)

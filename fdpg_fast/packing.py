@@ -31,18 +31,20 @@ class Packing:
     Attributes:
         lengths: b numbers of tokens, which the host knows.
         boundaries: ``(b + 1,)`` int32 on the device: the first token of each sequence, and N.
+        kernel: whose attends within them on a GPU: of ``attention.PACKED_KERNELS``.
         window: a token attends to itself and the ``window - 1`` before it; None: to all before it.
     """
 
     lengths: tuple[int, ...]
     boundaries: Tensor
+    kernel: str = ""
     window: int | None = None
 
     @classmethod
-    def of(cls, lengths: Tensor, device: torch.device) -> Packing:
+    def of(cls, lengths: Tensor, device: torch.device, kernel: str = "") -> Packing:
         """Of sequences of ``lengths``, ``(b,)`` int64 on the CPU."""
         boundaries = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-        return cls(tuple(lengths.tolist()), boundaries.to(device))
+        return cls(tuple(lengths.tolist()), boundaries.to(device), kernel)
 
     def within(self, window: int | None) -> Packing:
         """The same for a layer of that window."""

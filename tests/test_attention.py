@@ -99,7 +99,8 @@ def test_packed_sequences_do_not_see_each_other(
 ) -> None:
     """What the GPU's kernels are called with is checked by one that does what they document."""
     lengths, heads, size = torch.tensor([3, 1, 5]), (4, 2), 8
-    packing = Packing.of(lengths, torch.device("cpu")).within(window)
+    name = "flash-attn" if kernel == "flash_attn" else "torch's varlen_attn"
+    packing = Packing.of(lengths, torch.device("cpu"), name).within(window)
     torch.manual_seed(0)
     query = 3 * torch.randn(1, heads[0], 9, size)
     key, value = 3 * torch.randn(2, 1, heads[1], 9, size)
@@ -152,7 +153,7 @@ def test_packed_sequences_do_not_see_each_other(
     fake = ModuleType("flash_attn")
     fake.flash_attn_varlen_func = documented  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "flash_attn", fake)
-    monkeypatch.setattr(attention, "_flash_attn", lambda: (kernel == "flash_attn", "told so"))
+    monkeypatch.setattr(attention, "_flash_attn", lambda: (True, "told so"))
     if kernel == "none":
         module = torch.nn.Module()
         module.num_key_value_groups = 2  # type: ignore[assignment]
@@ -201,18 +202,17 @@ def test_flash_attn_is_chosen_where_it_can_be_used_and_says_why(
     finally:
         sys.modules.pop("flash_attn", None)
     assert why in attention._flash_attn()[1]
-    kernel = attention.packed_kernel()
-    assert kernel.startswith("flash-attn" if fits else "torch's varlen_attn: ")
-    assert fits or why in kernel
     report = {name: (available, reason) for name, available, reason in attention_report()}
     assert report["flash_attention_2"][0] == fits
     assert why in report["flash_attention_2"][1]
     assert report["packed"][0] == (capability is not None)
     if capability is not None:
-        assert report["packed"][1] == kernel
+        kernel, _, reason = report["packed"][1].partition(" (")
+        assert kernel == ("flash-attn" if fits else "torch's varlen_attn")
+        assert fits or why in reason
 
 
-def test_packed_attention_refuses_what_it_cannot_do() -> None:
+def test_packed_attention_refuses_what_it_cannot_do(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.zeros(1, 2, 3, 8)
     packing = Packing.of(torch.tensor([3]), x.device)
     with pytest.raises(ValueError, match="has a window of None, its attention one of 4"):
@@ -221,6 +221,10 @@ def test_packed_attention_refuses_what_it_cannot_do() -> None:
         attention._varlen(x, x, x, packing, None, None, None)
     with pytest.raises(ValueError, match="no attention sinks"):
         attention._varlen(x, x, x.half(), packing, None, None, torch.zeros(2))
+    monkeypatch.setattr(attention, "_flash_attn", lambda: (False, "told so"))
+    flash = Packing.of(torch.tensor([3]), x.device, "flash-attn")
+    with pytest.raises(ValueError, match="told so"):
+        attention._varlen(x, x, x.half(), flash, None, None, None)
 
 
 @pytest.mark.parametrize("queries", [1, 3])

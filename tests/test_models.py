@@ -539,21 +539,31 @@ def test_packing_is_used_where_it_is_right(monkeypatch: pytest.MonkeyPatch) -> N
     model = language_model("gpt2")
     assert not model.packs
     assert model.scoring == "padded: kernels for packed sequences need a GPU"
-    model.device = torch.device("cuda")
-    for found, scoring in (
-        (0.0, "packed, by "),
-        (1.0, "padded: packed sequences differ from single ones by 1 nats"),
-        (torch.inf, "padded: packed sequences differ"),
+    model.device, model.compute = torch.device("cuda"), "bf16"
+    differ = "packed sequences differ from single ones by"
+    for flash, torchs, scoring in (
+        (0.0, torch.inf, "packed, by flash-attn"),
+        ("head size 512", 0.0, "packed, by torch's varlen_attn (flash-attn: head size 512)"),
+        (1.0, 0.0, f"packed, by torch's varlen_attn (flash-attn: {differ} 1 nats)"),
+        (1.0, torch.inf, f"padded: flash-attn: {differ} 1 nats; torch's varlen_attn: {differ} inf"),
+        (1.0, "no cap", f"padded: flash-attn: {differ} 1 nats; torch's varlen_attn: no cap"),
     ):
+        found = {"flash-attn": flash, "torch's varlen_attn": torchs}
+
+        def error(found: dict[str, Any] = found) -> float:
+            if isinstance(error := found[model._packed_kernel], str):
+                raise RuntimeError(error)
+            return float(error)
+
         monkeypatch.setattr(model, "packs", False)
-        monkeypatch.setattr(model, "_packing_error", lambda found=found: found)
+        monkeypatch.setattr(model, "_packing_error", error)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             assert model._settle_packing().startswith(scoring)
-        assert (model.packs, len(warned)) == ((True, 0) if found == 0.0 else (False, 1))
+        assert (model.packs, len(warned)) == ((True, 0) if "packed, " in scoring else (False, 1))
     monkeypatch.setattr(model, "packs", False)
-    monkeypatch.setattr(model, "_packing_error", lambda: 1 / 0)
-    assert model._settle_packing() == "padded: division by zero"
+    model.compute = "fp32"
+    assert model._settle_packing() == "padded: kernels for packed sequences take fp16 and bf16"
     model.attention = "eager"
     assert model._settle_packing() == "padded: eager does not keep packed sequences apart"
     assert not model.packs
