@@ -134,7 +134,8 @@ class EncoderDecoderModel(LanguageModel):
 
     Attributes:
         start_id: the token that the decoder reads first.
-        context_length: most tokens that the encoder can read, and most that the decoder can.
+        context_length: most tokens that the encoder can read, and most that the decoder can; of T5,
+            whose positions are relative, no number that matters.
     """
 
     own_attention: ClassVar[tuple[str, ...]] = (SHARED,)

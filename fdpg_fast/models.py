@@ -62,6 +62,9 @@ Compute = Literal["auto", "fp32", "bf16", "fp16"]
 # Models inside the package: name -> folder of assets/.
 EMBEDDED = {"default": "model", "embedded:arithmetic": "arithmetic"}
 
+# Most tokens that a model can read, if nothing in it says how many.
+UNLIMITED = 1 << 30
+
 # Tokens in one forward pass, padding included, without and with a gradient to keep activations for.
 SCORE_TOKENS = 8192
 GRADIENT_TOKENS = 4096
@@ -1268,12 +1271,16 @@ def _checkpoint_activations(model: Any) -> None:
 
 
 def _context_length(config: Any, tokenizer: Any) -> int:
+    # T5 knows of two tokens only how far apart they are: n_positions, and the length that its
+    # tokenizer speaks of, are those that it was trained on.
+    if hasattr(config, "relative_attention_num_buckets"):
+        return UNLIMITED
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         length = getattr(config, name, None)
         if isinstance(length, int) and length > 0:
             return length
     length = getattr(tokenizer, "model_max_length", None)
-    return length if isinstance(length, int) and 0 < length < 1 << 30 else 1 << 30
+    return length if isinstance(length, int) and 0 < length < UNLIMITED else UNLIMITED
 
 
 def _rope_limit(config: Any) -> int | None:

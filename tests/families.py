@@ -88,6 +88,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "feed_forward_proj": "gated-gelu",
         "tie_word_embeddings": False,
     },
+    "mt5": _T5,
+    "umt5": _T5,
     "bart": {
         "d_model": 32,
         "encoder_layers": 1,
@@ -112,7 +114,7 @@ def tiny(family: str, *, vocab: int = VOCAB, seed: int = 0, **changes: Any) -> A
             setattr(config, name, 0)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        if family in ENCODER_DECODER:
+        if config.is_encoder_decoder:
             return _encoder_decoder(family, config)
         model = AutoModelForCausalLM.from_config(config)
         with torch.no_grad():

@@ -24,7 +24,7 @@ from fdpg_fast import sampler as sampler_module
 from fdpg_fast.attention import SHARED, attention_report
 from fdpg_fast.encoder_decoder import EncoderDecoderModel, StepDecoder
 from fdpg_fast.models import LanguageModel, ModelError
-from fdpg_fast.prompts import PromptError, Prompts
+from fdpg_fast.prompts import Prompts
 from fdpg_fast.rollout import Rollout
 from fdpg_fast.run_directory import RunDirectory
 from fdpg_fast.sampler import Sampler
@@ -222,15 +222,33 @@ def test_a_step_asks_the_device_nothing(
 def test_samples_longer_than_what_memory_is_taken_at_a_time(model: EncoderDecoderModel) -> None:
     model = model.frozen_copy()
     model.eos_ids = ()
+    assert (model.context_length == 40) == (model.name == "bart")
     rollout = Sampler(40, batch_size=5).draw(model, PROMPTS, 2, key=3)
     assert set(rollout.lengths.tolist()) == {40}
     torch.testing.assert_close(
         model.token_logprob(rollout), rollout.token_logprob, rtol=0, atol=1e-4
     )
+    if model.name != "bart":
+        return  # no limit: see the next test
     with pytest.raises(ValueError, match="of 5 tokens and 41 new ones do not fit the 40 tokens"):
         Sampler(41).draw(model, PROMPTS, 2, key=3)
     with pytest.raises(ValueError, match="of 41 tokens and 1 new ones do not fit the 40 tokens"):
         Sampler(1).draw(model, batch([1] * 41), 2, key=3)
+
+
+@pytest.mark.filterwarnings("ignore:.*once per sample, which is right but slow")  # transformers
+@pytest.mark.parametrize("family", ["t5", "t5_gated", "mt5", "umt5"])
+def test_relative_positions_have_no_limit(family: str) -> None:
+    """The encoder reads, and the decoder writes, more than the 40 tokens of n_positions."""
+    model = language_model(family, eos_ids=(5,))
+    torch.manual_seed(0)
+    prompts = batch(torch.randint(6, 61, (150,)).tolist(), [7, 3], [4] * 70)
+    rollout = Sampler(60, batch_size=5).draw(model, prompts, 4, key=3)
+    assert int(rollout.lengths.max()) == 60
+    with torch.no_grad():
+        truth = reference_logprob(double(model), rollout)
+    for found in (rollout.token_logprob, model.token_logprob(rollout)):
+        torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
@@ -327,8 +345,8 @@ def test_texts_are_read_whole(tmp_path: Path) -> None:
     prompts = Prompts.load(["once there", "a"], model, 2, max_new_tokens=32).all()
     rollout = Sampler(32).draw(model, prompts, 3, key=1)
     assert rollout.prompt_lengths.tolist() == [3] * 3 + [2] * 3
-    with pytest.raises(PromptError, match="of 33 tokens and 1 new ones do not fit the 32 tokens"):
-        Prompts.load("a " * 32, model, max_new_tokens=1)
+    longer = Prompts.load("a " * 32, model, max_new_tokens=33).all()
+    assert len(longer.tokens[0]) == 33, "though n_positions is 32"
 
 
 def test_a_model_that_does_not_say_how_to_start_is_refused() -> None:
