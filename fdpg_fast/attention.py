@@ -14,6 +14,7 @@ slot, T stored positions, N prompts, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib
 import importlib.util
@@ -149,6 +150,20 @@ class SlotCache(Cache):
         self.steps = torch.arange(length, device=device)
         self.slot_layers = [_SlotLayer(self) for _ in range(layers)]
         super().__init__(layers=[*self.slot_layers])
+
+    def first(self, slots: int, moved: Tensor, into: Tensor) -> SlotCache:
+        """As :meth:`Decoder.first`."""
+        moved, into = moved.to(self.positions.device), into.to(self.positions.device)
+        cache = SlotCache(len(self.slot_layers), slots, self.length, self.positions.device)
+        self.positions[into] = self.positions[moved]
+        cache.positions, cache.reach = self.positions[:slots], self.reach
+        for layer, whole in zip(cache.slot_layers, self.slot_layers, strict=True):
+            if whole.is_initialized:
+                for states in (whole.keys, whole.values):
+                    states[into, :, : self.reach] = states[moved, :, : self.reach]
+                layer.keys, layer.values = whole.keys[:slots], whole.values[:slots]
+                layer.is_initialized = True
+        return cache
 
     def query_positions(self, queries: int) -> Tensor:
         """``(B, Q)``: the positions of the next Q tokens of each slot."""
@@ -421,6 +436,10 @@ class Decoder(Protocol):
         The result may be a buffer that the next call writes to.
         """
 
+    def first(self, slots: int, moved: Tensor, into: Tensor) -> Decoder:
+        """A decoder of the first ``slots`` of these, in their memory, where what slots ``moved``
+        hold is put ``into`` others first."""
+
 
 class SlotDecoder:
     """Decoding over a :class:`SlotCache`: one token of work per slot and step."""
@@ -476,6 +495,12 @@ class SlotDecoder:
         hidden = self.model.hidden(tokens[:, None], self.positions[:, None], self.cache)
         return self.model.logits(hidden[:, 0])
 
+    def first(self, slots: int, moved: Tensor, into: Tensor) -> SlotDecoder:
+        decoder = copy.copy(self)
+        decoder.cache = self.cache.first(slots, moved, into)
+        decoder.positions = decoder.cache.positions
+        return decoder
+
 
 class RecomputeDecoder:
     """Decoding without a cache, for families the slot cache does not fit: each step reads the whole
@@ -504,6 +529,14 @@ class RecomputeDecoder:
         positions = torch.arange(reach, device=self.model.device).expand(len(self.rows), -1)
         hidden = self.model.hidden(self.tokens[:, :reach], positions)
         return self.model.logits(hidden[self.rows, self.positions.clamp(max=reach - 1)])
+
+    def first(self, slots: int, moved: Tensor, into: Tensor) -> RecomputeDecoder:
+        decoder = copy.copy(self)
+        for values in (self.positions, self.tokens):
+            values[into] = values[moved]
+        decoder.positions, decoder.tokens = self.positions[:slots], self.tokens[:slots]
+        decoder.rows = self.rows[:slots]
+        return decoder
 
 
 def flash_attn_fits(

@@ -21,6 +21,7 @@ W decoder tokens, H heads, D head size or hidden size, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -389,6 +390,15 @@ class _StepLayer(CacheLayerMixin):
     def reset(self) -> None:
         self.written = 0
 
+    def first(self, texts: int, moved: Tensor, into: Tensor) -> _StepLayer:
+        """Of the first ``texts`` of these, as of a decoder's slots."""
+        layer = copy.copy(self)
+        if self.is_initialized:
+            for states in (self.keys, self.values):
+                states[into, :, : self.written] = states[moved, :, : self.written]
+            layer.keys, layer.values = self.keys[:texts], self.values[:texts]
+        return layer
+
 
 class StepDecoder:
     """Decoding of all slots in step: one token of work per slot and step, and each prompt's keys
@@ -430,24 +440,39 @@ class StepDecoder:
         return [states, mask, *[x for layer in layers for x in (layer.keys, layer.values)]]
 
     def assign(self, slots: Tensor, prompts: Tensor) -> None:
-        index = torch.full((len(self.positions),), int(prompts[0]))  # idle slots read any
-        index[slots] = prompts
-        rows, seats = self.model.share(index)
-        self.source = _Source(self.states[rows], self.mask[rows], seats)
-        cross = DynamicCache()
-        for i, layer in enumerate(self.own):
-            cross.update(self.cross[2 * i][rows], self.cross[2 * i + 1][rows], i)
+        self.index = torch.full((len(self.positions),), int(prompts[0]))  # idle slots read any
+        self.index[slots] = prompts
+        for layer in self.own:
             layer.reset()
-        self.cache = EncoderDecoderCache(Cache(layers=[*self.own]), cross)
+        self._attend()
         self.fresh = True
         at = (self.lengths[prompts] - 1).to(self.positions.device)
         self.positions[slots.to(self.positions.device)] = at
+
+    def _attend(self) -> None:
+        """Have each slot read its own texts and prompt ``index``."""
+        rows, seats = self.model.share(self.index)
+        self.source = _Source(self.states[rows], self.mask[rows], seats)
+        cross = DynamicCache()
+        for i in range(len(self.own)):
+            cross.update(self.cross[2 * i][rows], self.cross[2 * i + 1][rows], i)
+        self.cache = EncoderDecoderCache(Cache(layers=[*self.own]), cross)
 
     def step(self, tokens: Tensor, reach: int) -> Tensor:
         if self.fresh:
             tokens, self.fresh = torch.full_like(tokens, self.model.start_id), False
         hidden = self.model.write(tokens[:, None], self.source, self.cache)
         return self.model.logits(hidden[:, 0])
+
+    def first(self, slots: int, moved: Tensor, into: Tensor) -> StepDecoder:
+        decoder = copy.copy(self)
+        self.index[into] = self.index[moved]
+        moved, into = moved.to(self.positions.device), into.to(self.positions.device)
+        self.positions[into] = self.positions[moved]
+        decoder.positions, decoder.index = self.positions[:slots], self.index[:slots]
+        decoder.own = [layer.first(slots, moved, into) for layer in self.own]
+        decoder._attend()
+        return decoder
 
 
 def _start_id(model: Any) -> int:

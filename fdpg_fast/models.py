@@ -551,13 +551,12 @@ class LanguageModel:
         head = self.head
         if head is None:
             return hidden
-        shape = (hidden.shape[0], self.vocab_size)
-        if self._logits is None or self._logits.shape != shape:
+        rows, words = hidden.shape[0], self.vocab_size
+        if self._logits is None or self._logits[:rows].shape != (rows, words):
             # Rows begin on a cache line: MKL is slow where an odd vocabulary lets them drift.
-            room = -(-self.vocab_size // 64) * 64
-            self._logits = hidden.new_empty(hidden.shape[0], room)[:, : self.vocab_size]
+            self._logits = hidden.new_empty(rows, -(-words // 64) * 64)[:, :words]
         with self._head_products(), torch.autocast(self.device.type, enabled=False):
-            return head.logits(hidden, out=self._logits)
+            return head.logits(hidden, out=self._logits[:rows])
 
     def _autocast(self) -> torch.autocast:
         dtype = torch.float16 if self.compute == "fp16" else torch.bfloat16

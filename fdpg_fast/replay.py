@@ -10,6 +10,7 @@ long as they do.
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import math
 import warnings
@@ -70,7 +71,7 @@ def recorder_for(device: torch.device) -> Recorder:
 
 
 class Replays:
-    """A step, recorded for each number of keys that it attends to, and replayed.
+    """A step on some slots, recorded for each number of keys that it attends to, and replayed.
 
     The first step of a reach runs as usual and makes what must outlive it (buffers, handles of
     libraries), unless an earlier draw or step has; the next is recorded. Recordings live as long as
@@ -92,6 +93,13 @@ class Replays:
         self.unverified: set[int] = set()
         recorder.refused &= warm  # by another model: this one may do better
         self.refused = recorder.refused
+
+    def of(self, step: Callable[[int], None], memory: Sequence[Tensor]) -> Replays:
+        """The same of the step that follows: on fewer slots, and not recorded yet."""
+        other = copy.copy(self)
+        other.step, other.memory = step, memory
+        other.replays, other.unverified = {}, set()
+        return other
 
     def __call__(self, reach: int) -> None:
         reach = rounded_reach(reach, self.recorder.device)

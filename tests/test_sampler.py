@@ -232,10 +232,12 @@ def test_a_step_asks_the_device_nothing_and_keeps_no_memory(
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("attention", [SLOT, SLOT_MASKED])
+@pytest.mark.parametrize("halves", [False, True])
 def test_replays_draw_the_same_tokens(
-    device: str, attention: str, monkeypatch: pytest.MonkeyPatch
+    device: str, attention: str, halves: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step is a function of memory that is there before it, and of its reach."""
+    """A step is a function of memory that is there before it, of its slots and of its reach."""
+    monkeypatch.setitem(sampler_module.LEAST_SAVED, device, 0 if halves else torch.inf)
     model = language_model(
         "llama",
         eos_ids=(0,),
@@ -243,13 +245,14 @@ def test_replays_draw_the_same_tokens(
         attention=attention,
         changes={"max_position_embeddings": 80},
     )
-    steps: list[tuple[int, bool]] = []  # reach, and whether it was recorded or replayed
+    # Slots, reach, and whether it was recorded or replayed.
+    steps: list[tuple[int, int, bool]] = []
 
     class Counted(Replays):
         def __call__(self, reach: int) -> None:
             super().__call__(reach)
             rounded = rounded_reach(reach, self.recorder.device)
-            steps.append((rounded, self.replays[rounded] is not None))
+            steps.append((len(self.memory[0]), rounded, self.replays[rounded] is not None))
 
     def stop(text: str) -> bool:
         return text.split()[-1:] == ["30"]
@@ -268,37 +271,101 @@ def test_replays_draw_the_same_tokens(
         assert samples(replayed) == samples(eager)
         for name in ("token_logprob", "lse", "lengths", "finish", "tokens"):
             assert torch.equal(getattr(replayed, name), getattr(eager, name)), name
-        reaches = {reach for reach, _ in steps}
+        reaches = {reach for _, reach, _ in steps}
+        assert ({slots for slots, *_ in steps} == {8}) != halves
         if device == "cuda":
             assert reaches == {128}
         elif prompts is not PROMPTS:
             assert reaches == {32, 64, 96}
-        as_usual = [reach for reach, again in steps if not again]
+        as_usual = [shape for *shape, again in steps if not again]
         if device == "cpu":
-            assert as_usual == [steps[0][0]]  # the first of every draw
+            assert as_usual == [[8, steps[0][1]]]  # the first of every draw
         else:
-            assert as_usual == ([] if warm else sorted(reaches))
+            assert as_usual == (
+                [] if warm else [list(s) for s in dict.fromkeys(s[:2] for s in steps)]
+            )
 
 
-def test_short_samples_do_not_wait_for_long_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of lengths with a geometric law and a mean a quarter of the longest, 85 % of what the slots
-    do is tokens of samples; without refill it would be a quarter."""
-    longest, slots, count = 64, 8, 512
-    model = language_model("gpt2", eos_ids=range(4), changes={"vocab": 64, "n_positions": 70})
+@pytest.mark.parametrize(
+    ("family", "slots", "count", "least"),
+    [
+        ("gpt2", 8, 512, 0.85),  # by refill; without it, a quarter
+        ("gpt2", 256, 256, 0.6),  # by fewer slots for the last samples; without, a quarter
+        ("gpt2", 64, 256, 0.8),  # by both; without the latter, 0.6
+        ("t5", 64, 256, 0.5),  # which has no refill
+    ],
+)
+def test_short_samples_do_not_wait_for_long_ones(
+    family: str, slots: int, count: int, least: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How much of what the slots do is tokens of samples, whose lengths have a geometric law with a
+    mean a quarter of the longest."""
+    longest = 64
+    model = language_model(
+        family, eos_ids=range(4), changes={"vocab": 64, "n_positions": longest + 6}
+    )
     with torch.no_grad():  # all logits alike: a sample ends with probability 1/16 at every token
-        model.model.transformer.ln_f.weight.zero_()
-        model.model.transformer.ln_f.bias.zero_()
-    steps, step = [], SlotDecoder.step
+        norm = {"gpt2": "transformer.ln_f", "t5": "decoder.final_layer_norm"}[family]
+        for weight in model.model.get_submodule(norm).parameters():
+            weight.zero_()
+    steps, logits = [], LanguageModel.logits
 
-    def counted(self: SlotDecoder, tokens: Tensor, reach: int) -> Tensor:
-        steps.append(len(tokens))
-        return step(self, tokens, reach)
+    def counted(self: LanguageModel, hidden: Tensor) -> Tensor:
+        steps.append(len(hidden))
+        return logits(self, hidden)
 
-    monkeypatch.setattr(SlotDecoder, "step", counted)
-    rollout = Sampler(longest, batch_size=slots).draw(model, batch([5], [6, 7]), count // 2, key=3)
+    monkeypatch.setattr(LanguageModel, "logits", counted)
+    with monkeypatch.context() as patch:  # a replay would not be counted
+        patch.setattr(sampler_module, "_can_be_replayed", lambda decoder, steps: False)
+        sampler = Sampler(longest, batch_size=slots)
+        rollout = sampler.draw(model, batch([5], [6, 7]), count // 2, key=3)
     useful = int(rollout.lengths.sum())
-    assert useful / count == pytest.approx(longest / 4, rel=0.1)
-    assert useful / sum(steps) > 0.85
+    assert useful / count == pytest.approx(longest / 4, rel=0.15)
+    assert useful / sum(steps) > least
+    # Of few sizes, each of which is recorded for itself.
+    assert set(steps) <= {slots >> halvings for halvings in range(slots.bit_length())}
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        ("gpt2", "auto"),
+        ("llama", "auto"),
+        ("gemma2", "auto"),
+        ("opt", "sdpa"),  # without a cache
+        ("t5", "auto"),
+        ("bart", "eager"),  # without sharing a prompt's keys
+    ],
+)
+def test_samples_do_not_depend_on_how_many_slots_are_left(
+    family: str, attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor do those of the draw after it, in the same memory."""
+    model = language_model(family, eos_ids=EOS, attention=attention)
+    kind, sizes = type(model.decoder(1, 1)), []
+    first = kind.first
+
+    def counted(self: Any, slots: int, moved: Tensor, into: Tensor) -> Any:
+        sizes.append(slots)
+        return first(self, slots, moved, into)
+
+    monkeypatch.setattr(kind, "first", counted)
+
+    def stop(text: str) -> bool:
+        return text.split()[-1:] == ["30"]
+
+    draws = []
+    for least in (torch.inf, 0):
+        monkeypatch.setitem(sampler_module.LEAST_SAVED, "cpu", least)
+        sampler = Sampler(20, batch_size=13, stop=stop)
+        draws.append([sampler.draw(model, batch(*PROMPTS), 8, key=key) for key in (5, 6)])
+        assert sizes == [] if least else set(sizes) & {6, 3}
+    for whole, fewer in zip(*draws, strict=True):
+        assert_same_samples(whole, fewer)
+        same = (whole.tokens == fewer.tokens).all(1)
+        torch.testing.assert_close(
+            fewer.token_logprob[same], whole.token_logprob[same], rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
