@@ -191,6 +191,23 @@ class _Watched(TorchDispatchMode):
         return out
 
 
+def _asks(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("a step asks the device for numbers")
+
+
+def _moves(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """``Tensor.to``, but for where a GPU's numbers would be waited for."""
+    if any(isinstance(x, str) and x.startswith("cpu") for x in (*args, *kwargs.values())):
+        _asks()
+    return TO(self, *args, **kwargs)
+
+
+TO = Tensor.to
+# Of these a mode of dispatch sees some, and on a CPU none of the first four.
+ASKING = ("cpu", "numpy", "tolist", "__array__", "item", "__bool__", "__int__", "__float__")
+ASKING = (*ASKING, "__index__", "is_nonzero", "nonzero")
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
 def test_a_step_asks_the_device_nothing_and_keeps_no_memory(
     family: str, monkeypatch: pytest.MonkeyPatch
@@ -202,32 +219,39 @@ def test_a_step_asks_the_device_nothing_and_keeps_no_memory(
     sampler = Sampler(40, batch_size=8)
     sampler.draw(model, batch(*PROMPTS), 4, key=0)
     step, seen = sampler_module._Work.step, []
-    asked, tolist = [], Tensor.tolist
+    asked, looks = [], []
 
     def watched(work: Any, decoder: SlotDecoder, row: Tensor, reach: int) -> None:
         assert model._logits is not None
         with _Watched(decoder.cache, model._logits) as mode, monkeypatch.context() as patch:
-            patch.setattr(Tensor, "tolist", None)  # dispatches nothing that the mode could see
+            for name in ASKING:
+                patch.setattr(Tensor, name, _asks)
+            patch.setattr(Tensor, "to", _moves)
             step(work, decoder, row, reach)
         assert all(storage.expired() for storage in mode.taken)
-        seen.append((decoder.cache.reach, len(mode.taken), mode.calls))
+        seen.append(((len(row), decoder.cache.reach), len(mode.taken), mode.calls))
 
-    def counted(self: Tensor) -> Any:
-        asked.append(self)
-        return tolist(self)
+    def counted(name: str, calls: list[Tensor]) -> None:
+        method = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda self: (calls.append(self), method(self))[1])
 
     monkeypatch.setattr(sampler_module, "_can_be_replayed", lambda decoder, steps: False)
     monkeypatch.setattr(sampler_module._Work, "step", watched)
-    monkeypatch.setattr(Tensor, "tolist", counted)
+    monkeypatch.setitem(sampler_module.LEAST_SAVED, "cpu", 0)
+    counted("cpu", looks)
+    counted("tolist", asked)
     rollout = sampler.draw(model, batch(*PROMPTS), 4, key=0)
     assert rollout.finished.any()
     assert len(seen) >= 40
-    # Of each reach the same work, shape by shape, at every step, whatever has ended.
-    assert {reach for reach, *_ in seen} == {32, 64}
-    first = {reach: (taken, calls) for reach, taken, calls in reversed(seen)}
-    assert all((taken, calls) == first[reach] for reach, taken, calls in seen)
-    # A look every four steps, a refill now and then, and what the draw needs to begin and to end.
-    assert len(asked) <= len(seen) / 4 + 20
+    # Of each shape the same work, operation by operation, at every step, whatever has ended.
+    assert {reach for (_, reach), *_ in seen} == {32, 64}
+    assert len({slots for (slots, _), *_ in seen}) > 1
+    first = {shape: (taken, calls) for shape, taken, calls in reversed(seen)}
+    assert all((taken, calls) == first[shape] for shape, taken, calls in seen)
+    # A look every four steps, or fewer when the longest sample ends.
+    assert len(looks) <= len(seen) / 4 + 2
+    # A refill now and then, and what the draw needs to begin and to end.
+    assert len(asked) <= 20
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
