@@ -114,7 +114,7 @@ class Sampler:
         decoder = model.decoder(slots, work.width, reuse=before)
         together = work.count if decoder.refills else slots
         with model.unchanging():
-            decoder.prefill(work.prompts.tokens)
+            decoder.prefill(work.distinct)
             for samples in torch.arange(work.count).split(together):
                 self._run(model, work, decoder, samples, _continues(decoder, before))
         rollout = work.rollout(model)
@@ -141,7 +141,7 @@ class Sampler:
             if len(fresh):
                 taken = free[: len(fresh)]
                 occupant[taken], position[taken] = fresh, work.prompt_length[fresh] - 1
-                decoder.assign(taken, work.prompt_index[fresh])
+                decoder.assign(taken, work.distinct_index[fresh])
                 row[taken.to(device)] = fresh.to(device)
             live = (occupant != idle).nonzero()[:, 0]
             if len(live) == 0:
@@ -250,6 +250,11 @@ class _Work:
         self.prompts = prompts
         self.key = torch.tensor([key], dtype=torch.int64, device=device)
         self.prompt_index = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
+        # What is read: equal prompts once.
+        places = {tokens: i for i, tokens in enumerate(dict.fromkeys(prompts.tokens))}
+        self.distinct = list(places)
+        self.distinct_index = torch.tensor([places[tokens] for tokens in prompts.tokens])
+        self.distinct_index = self.distinct_index[self.prompt_index]
         self.count = len(self.prompt_index)
         lengths = torch.tensor([len(tokens) for tokens in prompts.tokens])
         self.prompt_length = lengths[self.prompt_index]

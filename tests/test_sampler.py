@@ -129,6 +129,31 @@ def test_samples_depend_on_their_number_and_not_on_their_neighbours(model: Langu
     assert sum(a != b for a, b in zip(together, itertools.chain(*apart), strict=True)) <= 1
 
 
+@pytest.mark.parametrize("family", ["gpt2", "t5"])
+def test_each_distinct_prompt_is_read_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many samples it has, and however often it is among the prompts."""
+    model = language_model(family, eos_ids=EOS)
+    prompts = batch([7, 3], [9, 8, 5], [7, 3], [2, 4], [7, 3], [9, 8, 5])
+    apart = [
+        Sampler(12).draw(model, batch(p), 6, 3, first_sample_id=6 * g)
+        for g, p in enumerate(prompts.tokens)
+    ]
+    part = model.model.get_encoder() if family == "t5" else model.model.base_model
+    forward, read = part.forward, []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        read.append(kwargs["input_ids"])
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(part, "forward", counted)
+    together = Sampler(12, batch_size=8).draw(model, prompts, 6, 3)
+    read = [ids for ids in read if ids.shape[1] > 1]  # what steps read is one token
+    assert sum(map(len, read)) == 3
+    assert together.prompt_index.tolist() == [g for g in range(6) for _ in range(6)]
+    pairs = zip(samples(together), itertools.chain(*map(samples, apart)), strict=True)
+    assert sum(a != b for a, b in pairs) <= 1
+
+
 def test_memory_is_kept_from_draw_to_draw(model: LanguageModel) -> None:
     sampler = Sampler(12, batch_size=8)
     places = []
