@@ -554,7 +554,8 @@ class LanguageModel:
         rows, words = hidden.shape[0], self.vocab_size
         if self._logits is None or self._logits[:rows].shape != (rows, words):
             # Rows begin on a cache line: MKL is slow where an odd vocabulary lets them drift.
-            self._logits = hidden.new_empty(rows, -(-words // 64) * 64)[:, :words]
+            with torch.inference_mode(False):  # or it could never be written outside of it
+                self._logits = hidden.new_empty(rows, -(-words // 64) * 64)[:, :words]
         with self._head_products(), torch.autocast(self.device.type, enabled=False):
             return head.logits(hidden, out=self._logits[:rows])
 
@@ -648,7 +649,8 @@ class LanguageModel:
         """
         shape = (len(rollout), rollout.token_logprob.shape[1])
         count = 3 if entropy else 1
-        results = [torch.zeros(shape, device=self.device) for _ in range(count)]
+        empty = torch.zeros(shape, dtype=torch.float32, device=self.device)
+        results = [empty.clone() for _ in range(count)]
         for batch in self._micro_batches(rollout, None, micro_batch, SCORE_TOKENS):
             scored = self._score(batch, entropy)
             for result, values in zip(results, scored, strict=False):

@@ -146,7 +146,7 @@ class Replays:
         return None
 
     def _warn(self, what: str) -> None:
-        warnings.warn(what, RuntimeWarning, stacklevel=7)  # who asked for the draw
+        warnings.warn(what, RuntimeWarning, stacklevel=8)  # who asked for the draw
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -83,6 +83,7 @@ class Sampler:
         self._decoder: Decoder | None = None
         self._recorder: Recorder | None = None
 
+    @torch.inference_mode(False)  # memory that is kept must serve a draw outside of the caller's
     @torch.no_grad()
     def draw(
         self,
@@ -270,8 +271,8 @@ class _Work:
         self.tokens = padded[idle_index].to(device)
         self.start = lengths[idle_index].to(device)  # position of the first sampled token
         self.sample_id = torch.arange(first_sample_id, first_sample_id + rows, device=device)
-        self.logp = torch.zeros(rows, max_new_tokens, device=device)
-        self.lse = torch.zeros(rows, max_new_tokens, device=device)
+        self.logp = torch.zeros(rows, max_new_tokens, dtype=torch.float32, device=device)
+        self.lse = torch.zeros_like(self.logp)
         self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
         self.finish = torch.zeros(rows, dtype=torch.int8, device=device)
         self.judged = [0] * self.count  # tokens of each sample that the stop function has seen

@@ -169,6 +169,31 @@ def test_memory_is_kept_from_draw_to_draw(model: LanguageModel) -> None:
     assert_same_samples(mixed, Sampler(12, batch_size=8).draw(other, batch(*PROMPTS), 4, key=0))
 
 
+def test_what_the_caller_has_set_does_not_matter() -> None:
+    """A default type, or that no gradient will be asked for; nor is a trace of it kept."""
+    model = language_model("gpt2", eos_ids=EOS)
+    sampler, prompts = Sampler(20, batch_size=8), batch(*PROMPTS)
+    expected = sampler.draw(model, prompts, 8, key=5)
+    try:
+        for dtype in (torch.bfloat16, torch.float64):
+            torch.set_default_dtype(dtype)
+            for kept in (sampler, Sampler(20, batch_size=8)):
+                rollout = kept.draw(model, prompts, 8, key=5)
+                assert samples(rollout) == samples(expected)
+                for values in (rollout.token_logprob, rollout.lse, model.token_logprob(rollout)):
+                    assert values.dtype == torch.float32
+                torch.testing.assert_close(rollout.token_logprob, expected.token_logprob)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    sampler = Sampler(20, batch_size=8)
+    with torch.inference_mode():
+        fresh = language_model("gpt2", eos_ids=EOS)
+        rollout = sampler.draw(fresh, prompts, 8, key=5)
+    assert not rollout.token_logprob.is_inference()
+    for drawn in (rollout, sampler.draw(fresh, prompts, 8, key=5)):
+        assert samples(drawn) == samples(expected)
+
+
 def test_prompts_of_another_width_find_memory_that_fits(model: LanguageModel) -> None:
     """And what an earlier draw left in it is not seen, shorter or longer."""
     sampler, places = Sampler(12, batch_size=8), set()
