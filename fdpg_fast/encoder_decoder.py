@@ -11,9 +11,11 @@ In a :class:`fdpg_fast.rollout.Rollout` nothing is different: a row is the promp
 All that is different is here. Each distinct prompt is encoded once, and its keys and values for the
 decoder's cross-attention are computed once and read by all of its samples, which
 :func:`shared_attention` takes for so many queries of one text. Positions of samples count from the
-start token, so all slots decode in step, and a slot waits for new work until all are free. Sharing
-needs transformers 5.6 for BART and 5.15 for T5; with earlier ones each sample has its prompt's keys
-for itself, and the model says so at load.
+start token, so all slots decode in step, and a slot waits for new work until all are free; once the
+last samples fit into half of the slots they go on with these. The cache counts tokens in Python, so
+no step is recorded (replay.py), neither as a CUDA graph nor as a tape. Sharing needs transformers
+5.6 for BART and 5.15 for T5; with earlier ones each sample has its prompt's keys for itself, and
+the model says so at load.
 
 Shape legend: G prompts, P prompt tokens (longest), B samples or slots, K most samples of a prompt,
 W decoder tokens, H heads, D head size or hidden size, V vocabulary.
@@ -274,7 +276,10 @@ class EncoderDecoderModel(LanguageModel):
     # --- trust, but measure ---------------------------------------------------------------------
 
     def _settle_packing(self) -> str:
-        return "padded, each prompt encoded once; all slots sample in step, without refill"
+        return (
+            "padded, each prompt encoded once; all slots sample in step, without refill, and steps "
+            "are not recorded"
+        )
 
     def _use_attention(self, name: str) -> None:
         super()._use_attention(name)

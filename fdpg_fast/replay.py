@@ -5,6 +5,12 @@ so what it calls, with the very tensors that it gives them, is the same each tim
 becomes a CUDA graph; on a CPU a list of the operations that PyTorch was asked for, written out as a
 function, which is worth most in small models: what transformers does around them takes there as
 long as they do.
+
+Each draw records anew, at the first steps of a shape, and nothing is recorded or probed before: a
+recording names the weights as autocast has rounded them for one draw, and the memory of the samples
+that the draw returns. What there is no memory for is done as usual, with a warning. The steps of
+encoder-decoder models are not recorded (their cache counts its tokens in Python), nor those of
+families without a slot cache, nor on a CPU those of compiled models and of short draws.
 """
 
 from __future__ import annotations
