@@ -1,6 +1,7 @@
 """Drawing samples: ours against the ways others take with transformers, and against the hardware.
 
-Nobody stops early, so all draw the same number of tokens. `generate` gives tokens alone; f-DPG also
+Nobody stops early, so all draw the same number of tokens; but for `test_lengths`, which is about
+samples that do. `generate` gives tokens alone; f-DPG also
 needs their log-probs. Ours has them; TRL reads every sample once more; disco keeps the logits of
 all steps and takes their log_softmax. Both are written here as the calls of transformers that they
 come down to, so neither needs to be installed.
@@ -24,6 +25,7 @@ import peers
 import pytest
 import torch
 from conftest import Contest
+from scipy.optimize import brentq
 from shapes import COMPUTE, NEEDS_CUDA
 from torch import Tensor, nn
 from transformers import (
@@ -56,11 +58,17 @@ class Drawn:
         self.prompts = PromptBatch(torch.tensor([0]), (prompt,), ("",))
         self.key = 0
 
-    def ours(self, compute: Literal["fp32", "bf16"] = "fp32") -> Callable[[], Rollout]:
+    def ours(
+        self,
+        compute: Literal["fp32", "bf16"] = "fp32",
+        *,
+        eos_ids: tuple[int, ...] = (),
+        slots: int | None = None,
+    ) -> Callable[[], Rollout]:
         model = LanguageModel.from_model(
-            copy.deepcopy(self.plain).float(), compute=compute, eos_ids=(), device=self.device
+            copy.deepcopy(self.plain).float(), compute=compute, eos_ids=eos_ids, device=self.device
         )
-        sampler = Sampler(self.tokens, self.samples)
+        sampler = Sampler(self.tokens, slots or self.samples)
 
         def draw() -> Rollout:
             self.key += 1
@@ -147,14 +155,17 @@ class Drawn:
 
         return run
 
-    def check(self, rollout: Rollout) -> None:
+    def check(self, rollout: Rollout, tolerance: float = 1e-3, *, whole: bool = True) -> None:
         """Every sample is whole, and its log-probs are the model's own."""
-        assert (rollout.lengths == self.tokens).all()
-        rows = rollout.tokens[:4]
+        assert not whole or (rollout.lengths == self.tokens).all()
+        rows, lengths = rollout.tokens[:4], rollout.lengths[:4, None]
         with torch.no_grad():
-            logp = self.plain(rows, use_cache=False).logits.log_softmax(-1)[:, :-1]
+            logp = self.plain(rows, use_cache=False).logits.float().log_softmax(-1)[:, :-1]
         expected = logp.gather(-1, rows[:, 1:, None])[:, -self.tokens :, 0]
-        torch.testing.assert_close(rollout.token_logprob[:4], expected, rtol=0, atol=1e-3)
+        inside = torch.arange(self.tokens, device=self.device) < lengths
+        torch.testing.assert_close(
+            rollout.token_logprob[:4], expected.where(inside, 0.0), rtol=0, atol=tolerance
+        )
 
 
 class Vllm:
@@ -227,6 +238,49 @@ def test_stories(contest: Contest, name: str) -> None:
     )
 
 
+def ending(plain: GPT2LMHeadModel, longest: int, mean: float) -> GPT2LMHeadModel:
+    """The model with one probability of token 0, whatever was written: such that samples of up to
+    ``longest`` tokens that end with it have ``mean``."""
+    head, norm = plain.lm_head.weight.detach().double(), plain.transformer.ln_f
+    likely = brentq(lambda p: sum((1 - p) ** t for t in range(longest)) - mean, 1e-6, 1 - 1e-6)
+    along = head @ head[0]
+    factor = brentq(lambda c: torch.softmax(c * along, 0)[0].item() - likely, 0.0, 1e4)
+    with torch.no_grad():
+        norm.weight.zero_()
+        norm.bias.copy_(factor * head[0])
+    return plain
+
+
+# Samples on slots, and the share that is asked for where samples are many.
+LENGTHS = [(1024, 64, 0.85), (1024, 256, None), (256, 64, None), (256, 256, None)]
+
+
+@pytest.mark.parametrize(("samples", "slots", "share"), LENGTHS)
+def test_lengths(contest: Contest, samples: int, slots: int, share: float | None) -> None:
+    """Lengths by a geometric law with a mean a quarter of the longest, against as many tokens of
+    samples of which none ends early, on as many slots: what waiting for the longest costs."""
+    torch.manual_seed(0)
+    # The shape of the larger story model.
+    config = GPT2Config(vocab_size=14019, n_positions=512, n_embd=128, n_layer=8, n_head=16)
+    plain, tokens = GPT2LMHeadModel(config).eval(), 64
+    drawn = Drawn(ending(plain, tokens, tokens / 4), (464,), samples, tokens)
+    draw = drawn.ours(eos_ids=(0,), slots=slots)
+    rollout = draw()
+    drawn.check(rollout, whole=False)
+    assert rollout.lengths.double().mean() == pytest.approx(tokens / 4, rel=0.2)
+    draws = max(1, 4 * slots // samples)  # or the others would not fill the slots
+    whole = Drawn(plain, (464,), draws * samples // 4, tokens)
+    contest.run(
+        lambda: [draw() for _ in range(draws)],
+        {"nobody ends early": whole.ours(slots=slots)},
+        bars={} if share is None else {"nobody ends early": share},
+        shape=f"{samples} samples of {tokens // 4} tokens on {slots} slots",
+        dtype="fp32",
+        least_rounds=3,
+        tokens=draws * samples * tokens // 4,
+    )
+
+
 @pytest.mark.parametrize("compute", COMPUTE)
 def test_gpt2(contest: Contest, compute: Literal["fp32", "bf16"]) -> None:
     torch.manual_seed(0)
@@ -240,6 +294,9 @@ def test_gpt2(contest: Contest, compute: Literal["fp32", "bf16"]) -> None:
     }
     if compute == "fp32":
         others["generate"] = drawn.generate
+        others["generate, static cache"] = lambda: drawn.generate(cache_implementation="static")
+        others["TRL's way"] = drawn.second_pass
+        others["disco's way"] = drawn.kept_scores
     else:
         others["ours in fp32"] = fp32
     contest.run(
@@ -284,15 +341,20 @@ def test_gpu(contest: Contest, name: str, tmp_path: Path) -> None:
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     drawn = Drawn(plain, (464,), samples, tokens)
     ours = drawn.ours("bf16")
-    assert (ours().lengths == tokens).all()
+    drawn.check(ours(), tolerance=0.1)  # both in bf16
     engines = {"vllm": Vllm(drawn, tmp_path)}
     others, out = peers.taking_part(engines, "cuda", Vllm.draw)
+    if name == "gpt2":
+        others["disco's way"] = drawn.kept_scores
+    else:
+        out["disco's way"] = "keeps 67 GB of logits, and as many of log-probs"
     contest.run(
         ours,
         {
             "roofline": drawn.hardware(torch.bfloat16, reads=True),
             "generate": drawn.generate,
             "generate, static cache": lambda: drawn.generate(cache_implementation="static"),
+            "TRL's way": drawn.second_pass,
             **others,
         },
         bars={"generate": 10.0} if name == "gpt2" else {},
