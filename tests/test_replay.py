@@ -153,7 +153,8 @@ def assert_equal(left: Rollout, right: Rollout) -> None:
         assert torch.equal(getattr(left, name), getattr(right, name)), name
 
 
-REPLAYED = sorted(set(CONFIGS) - {"falcon", "bloom", "gpt_neo", *ENCODER_DECODER})
+SLOTLESS = {"falcon", "bloom", "gpt_neo", "mt5", "umt5", *ENCODER_DECODER}
+REPLAYED = sorted(set(CONFIGS) - SLOTLESS - {"phi3"})  # which reads no text that is long enough
 
 
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
