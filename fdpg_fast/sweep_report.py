@@ -285,9 +285,9 @@ def _sections(
             "While training",
             "".join(_curves(measured, logs))
             + page.note(
-                f"Mean over seeds; band: {spread}. On each step's own samples with the log Z of "
-                "that run so far, so noisier than the tables above, and blind to what a model "
-                "misses."
+                f"Mean over the seeds that know it; band: {spread}. On each step's own samples "
+                "with the log Z of that run so far, so noisier than the tables above, and blind to "
+                "what a model misses."
             ),
         ),
         page.section(
@@ -390,10 +390,14 @@ def _draw_curve(
     for at, (name, of_seeds) in enumerate(logs.items()):
         steps, means, low, high = [], [], [], []
         for records in zip(*of_seeds, strict=False):
-            values = [number(record.get(key)) for record in records]
-            mean = sum(values) / len(values)
-            spread = sum((value - mean) ** 2 for value in values) / max(1, len(values) - 1)
-            error = math.sqrt(spread / len(values))
+            known = [v for v in (number(record.get(key)) for record in records) if v == v]
+            if not known:  # a step without an allowed sample of any seed
+                continue
+            mean = sum(known) / len(known)
+            error = math.nan  # of one seed there is no telling, and no band
+            if len(known) > 1:
+                spread = sum((value - mean) ** 2 for value in known) / (len(known) - 1)
+                error = math.sqrt(spread / len(known))
             steps.append(records[0]["step"])
             means.append(mean)
             low.append(mean - error)
@@ -404,7 +408,8 @@ def _draw_curve(
     if goal is not None:
         axes.axhline(goal, color="black", linestyle="--", linewidth=1, label="goal")
     if key == "reward_std":
-        axes.set_yscale("log")
+        if math.isfinite(axes.dataLim.minposy):  # a logarithmic axis wants a number above zero
+            axes.set_yscale("log")
     elif key in FOUR or key in ("kl_to_base", "target_ess", "length"):
         top = 1.05 * axes.dataLim.ymax  # above a length that is always the longest, too
         axes.set_ylim(0, top if top > 0 else 1)

@@ -15,10 +15,11 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from test_report import Page
 from tiny import write_tiny_model
 
-from fdpg_fast import cli, ops, reference
+from fdpg_fast import cli, ops, reference, sweep_report
 from fdpg_fast.building import model_of, prompts_of, target_of
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.evaluation import STREAM
@@ -402,6 +403,38 @@ def test_it_says_which_prompts_tell_nothing_of_the_target(model: Path, tmp_path:
     for report in ("report.html", "report.md"):
         text = (out / report).read_text(encoding="utf-8")
         assert "For 1 of 3 prompts no model drew a sample that the target allows" in text
+
+
+@pytest.mark.filterwarnings("error")  # matplotlib's, of an axis that cannot be
+def test_a_step_that_a_seed_knows_nothing_of_is_drawn_by_the_others(
+    swept: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a step that no seed knows anything of is not drawn."""
+    out = tmp_path / "dogs"
+    shutil.copytree(swept, out)
+    for seed, unknown in (("0", (1, 3)), ("1", (2, 3))):
+        path = out / "kl" / seed / "metrics.jsonl"
+        records = [json.loads(line) for line in path.read_text().splitlines()]
+        for record in records:
+            record["reward_std"] = 0.0
+            if record["step"] in unknown:
+                record["js"] = None
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    shutil.rmtree(out / "alpha-0.5")
+    measured = json.loads((out / "measured.json").read_text())
+    del measured["runs"]["alpha(0.5)"]
+    drawn: dict[str, list[float]] = {}
+    draw = sweep_report._draw_curve
+
+    def watched(axes: Axes, *, key: str, **more: Any) -> None:
+        draw(axes, key=key, **more)
+        drawn[key] = list(axes.lines[0].get_xdata())
+
+    monkeypatch.setattr(sweep_report, "_draw_curve", watched)
+    runs = {("kl", int(s)): RunDirectory.open(out / "kl" / s) for s in "01"}
+    sweep_report.write_sweep_report(RunDirectory(out), measured, runs)
+    assert drawn["js"] == [1, 2]
+    assert drawn["tv"] == [1, 2, 3]
 
 
 def test_the_csv_has_every_number(swept: Path, measured: dict[str, Any]) -> None:
