@@ -150,7 +150,8 @@ def divergence_estimates(
     """D_f(pi || p) for each f, all on the same samples of q, in nats for the KL family.
 
     With terms that are never negative (``ops.fdiv_terms``). Infinite where f'(inf) is and a sample
-    is off the target's support: reverse_kl to a pointwise target.
+    is off the target's support: reverse_kl to a pointwise target. NaN where no sample is on it:
+    all terms are alike then, and their mean would look certain.
 
     Args:
         log_pi, log_q, log_score: ``(B,)`` fp64.
@@ -163,10 +164,13 @@ def divergence_estimates(
     """
     has_target = log_z > -math.inf
     mean = Mean(prompt, len(log_z), use=has_target)
+    known = (log_score > -math.inf).any()
     measures: Measures = {}
     for divergence in which:
         terms = ops.fdiv_terms(log_pi, log_q, log_score, log_z, prompt, divergence=divergence)
-        measures |= _named(str(divergence), mean(terms))
+        value, error = mean(terms)
+        value = value.where(known | value.isinf(), math.nan)
+        measures |= _named(str(divergence), (value, error.where(known, math.nan)))
     measures["prompts_skipped"] = (~has_target).sum()
     return measures
 

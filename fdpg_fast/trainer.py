@@ -521,8 +521,8 @@ class Trainer:
     ) -> None:
         """Keeps a step's numbers on the device until the next look."""
         numbers = dict(zip(ops.STATISTICS, update.statistics.unbind(), strict=True))
-        for name in ("divergence", "divergence_se"):  # of no sample: not zero, but not known
-            numbers[name] = numbers[name].where(numbers["n_used"] > 0, math.nan)
+        for name in ("divergence", "divergence_se"):  # where no sample tells of p: not known
+            numbers[name] = numbers[name].where(numbers["target_ess"] > 0, math.nan)
         numbers |= metrics.measure(
             rollout, scores, update.log_pi, log_z, self.partition.standard_error
         )

@@ -192,6 +192,19 @@ def test_no_prompt_with_a_target_is_nan_and_no_error():
     assert measured["kl_to_base"].isfinite()
 
 
+def test_where_no_sample_tells_of_a_known_target_nothing_is_certain():
+    """All terms are alike there, so the mean of them would have no error at all."""
+    setting = Setting(lambda b: b * DOG)
+    rollout, scores, _ = setting.estimates(10, 0)
+    missed = dataclasses.replace(scores, log_score=torch.full((20,), -math.inf).double())
+    log_pi = setting.policy.sequence_logprob(rollout)
+    measured = metrics.measure(rollout, missed, log_pi, setting.log_z, torch.zeros(2).double())
+    for name in ("kl", "tv", "js"):
+        assert measured[name].isnan()
+        assert measured[f"{name}_se"].isnan()
+    assert measured["reverse_kl"] == math.inf  # whatever the target is
+
+
 def test_one_sample_per_prompt_takes_the_spread_over_prompts():
     prompt = torch.arange(50)
     values = torch.randn(50, generator=torch.Generator().manual_seed(0)).double()

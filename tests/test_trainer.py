@@ -499,6 +499,18 @@ def test_a_target_nobody_hits_is_said(base: Base, steps: int) -> None:
     assert [w for w in listener.warnings if "no sample was possible" in w]
 
 
+def test_a_step_without_an_allowed_sample_knows_no_divergence(base: Base, tmp_path: Path) -> None:
+    run = trainer(base.constrain({fdpg.contains("zebra"): 1.0}), out=tmp_path / "run", steps=1)
+    # As if earlier steps had seen one.
+    earlier = run.draw(run.base, run.prompts.all(), 1)
+    run.partition.freeze(earlier, earlier.log_q)
+    run.train()
+    (record,) = RunDirectory(tmp_path / "run").read("metrics.jsonl")
+    assert (record["n_used"], record["target_ess"]) == (32, 0)
+    for name in ("divergence", "divergence_se", "js", "js_se", "tv", "tv_se"):
+        assert record[name] is None
+
+
 def test_a_run_that_leaves_the_language_is_said_loudly(base: Base) -> None:
     listener = Listener()
     run = trainer(dogs(base), learning_rate=1.0, steps=12, samples_per_prompt=16, display=listener)
