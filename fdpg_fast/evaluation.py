@@ -1,37 +1,39 @@
 """Measures a tuned model against its base on fresh samples of both.
 
 Base and policy are sampled with the same random numbers, so that their samples can be read side by
-side, and measured with the same Z: of all training samples and of these.
+side; divergences and log Z are measured on the samples of both together (:mod:`fdpg_fast.pool`).
 """
 
 from __future__ import annotations
 
-import copy
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from fdpg_fast import checkpoint, metrics, ops
+from fdpg_fast import metrics, ops
 from fdpg_fast.building import prompts_of, sampler_of, target_of, tuned_of
 from fdpg_fast.config import RunConfig
+from fdpg_fast.divergences import Divergence
 from fdpg_fast.models import LanguageModel
-from fdpg_fast.partition import Partition
+from fdpg_fast.pool import Pool
 from fdpg_fast.prompts import Prompts
 from fdpg_fast.report import model_card, write_report
-from fdpg_fast.rollout import PromptBatch
+from fdpg_fast.rollout import PromptBatch, Rollout
 from fdpg_fast.run_directory import RunDirectory
 from fdpg_fast.sampler import Sampler
 from fdpg_fast.targets import Target
 
 __all__ = [
     "STREAM",
-    "TEXTS",
+    "draw_pool",
     "draw_texts",
     "evaluate",
     "evaluate_run",
-    "first_prompts",
+    "measure_model",
+    "texts_of",
     "with_errors",
 ]
 
@@ -44,7 +46,6 @@ def evaluate(
     target: Target,
     prompts: Prompts,
     sampler: Sampler,
-    partition: Partition,
     *,
     samples: int,
     seed: int,
@@ -56,7 +57,6 @@ def evaluate(
         target: what it was tuned to; its base is what it is compared with.
         prompts: all of them are used, or the first ``samples`` of them.
         sampler: draws.
-        partition: the log Z of training; not changed.
         samples: of each model, over all prompts.
         seed: of the samples.
 
@@ -65,46 +65,85 @@ def evaluate(
         ``target`` to what is known of the target itself; ``goals`` are the moments asked for;
         ``texts`` are some prompts and samples.
     """
-    batch = first_prompts(prompts.all(), samples)
-    each = -(-samples // len(batch))
-    key = ops.random_key(seed, 0, STREAM)
-    models = {"base": target.base.model, "tuned": policy}
-    rollouts = {name: sampler.draw(model, batch, each, key) for name, model in models.items()}
-    scores = {name: target.score(rollout) for name, rollout in rollouts.items()}
-    pooled = copy.deepcopy(partition)
-    if pooled.mode == "batch":
-        pooled.mode = "running"  # all of these samples, not the last of them
-    for name, rollout in rollouts.items():
-        log_z = pooled.update(rollout, scores[name].log_score)
-    log_z_se = pooled.standard_error
-
-    measured = {}
-    for name, rollout in rollouts.items():
-        of_model = metrics.measure(rollout, scores[name], rollout.log_q, log_z, log_z_se)
-        of_texts = metrics.measure_texts(rollout.texts)
-        measured[name] = {
-            **with_errors(of_model),
-            **with_errors(metrics.pass_at_powers(rollout, scores[name], target.verdicts)),
-            **{key: [value, None] for key, value in of_texts.items()},
-        }
-    # The tuned model's samples are the nearest to the target's, and so tell most of it.
-    of_target = metrics.measure_target(rollouts["tuned"], scores["tuned"], log_z)
+    pool = draw_pool([lambda: policy], target, prompts, sampler, samples=samples, seed=seed)
+    names = ("base", "tuned")
     return {
-        "samples": each * len(batch),
+        "samples": len(pool.rollouts[0]),
         "seed": seed,
         "goals": target.moments,
-        "target": with_errors(of_target),
-        **measured,
-        "texts": {
-            "prompt": rollouts["tuned"].prompt_texts[:TEXTS],
-            **{name: rollout.texts[:TEXTS] for name, rollout in rollouts.items()},
-        },
+        "target": with_errors(pool.target()),
+        **{name: measure_model(pool, at, target) for at, name in enumerate(names)},
+        "texts": texts_of(dict(zip(names, pool.rollouts, strict=True))),
     }
 
 
-def first_prompts(batch: PromptBatch, count: int) -> PromptBatch:
-    """``count`` prompts of a batch, or all it has."""
-    return PromptBatch(batch.ids[:count], batch.tokens[:count], batch.texts[:count])
+def draw_pool(
+    tuned: Sequence[Callable[[], LanguageModel]],
+    target: Target,
+    prompts: Prompts,
+    sampler: Sampler,
+    *,
+    samples: int,
+    seed: int,
+    note: Callable[[str], None] = lambda text: None,
+) -> Pool:
+    """Fresh samples of the base and of tuned models, and what each model says of all of them.
+
+    Args:
+        tuned: load the tuned models, each twice: they need not fit into memory together.
+        target: gives the base, which is the pool's first model, and scores.
+        prompts: all of them are used, or the first ``samples`` of them.
+        sampler: draws.
+        samples: of each model, over all prompts.
+        seed: of the samples.
+        note: is told what is being done.
+    """
+    batch = prompts.all()
+    batch = PromptBatch(batch.ids[:samples], batch.tokens[:samples], batch.texts[:samples])
+    each = -(-samples // len(batch))
+    key = ops.random_key(seed, 0, STREAM)
+    models = [lambda: target.base.model, *tuned]
+    rollouts, scores = [], []
+    for number, load in enumerate(models, start=1):
+        note(f"sampling model {number} of {len(models)}")
+        rollouts.append(sampler.draw(load(), batch, each, key))
+        scores.append(target.score(rollouts[-1]))
+    said = [torch.cat([one.log_base for one in scores])]
+    for number, load in enumerate(tuned, start=2):
+        note(f"scoring by model {number} of {len(models)}")
+        said.append(_log_prob(load(), rollouts, own=number - 1))
+    return Pool(rollouts, scores, torch.stack(said))
+
+
+def _log_prob(model: LanguageModel, rollouts: Sequence[Rollout], own: int) -> Tensor:
+    """``(M B,)`` what a model says of all samples; of its own it has said it when it drew them."""
+    return torch.cat(
+        [r.log_q if at == own else model.sequence_logprob(r) for at, r in enumerate(rollouts)]
+    )
+
+
+def measure_model(
+    pool: Pool, number: int, target: Target, which: Sequence[Divergence] = metrics.PAPER
+) -> dict[str, list[float | None]]:
+    """One model: its divergences on the pool, all else on its own samples."""
+    rollout, scores = pool.rollouts[number], pool.of_rollouts[number]
+    unknown = torch.zeros_like(pool.log_z)
+    measures = metrics.measure(rollout, scores, rollout.log_q, pool.log_z, unknown)
+    for name in ("log_z", "log_z_se", "kl_target_base"):  # of the pool, not of this model
+        del measures[name]
+    measures |= pool.divergences(number, which)
+    measures |= metrics.pass_at_powers(rollout, scores, target.verdicts)
+    measures["ess"] = metrics.measure_target(rollout, scores, pool.log_z)["ess"]
+    texts = metrics.measure_texts(rollout.texts)
+    return {**with_errors(measures), **{name: [value, None] for name, value in texts.items()}}
+
+
+def texts_of(rollouts: Mapping[str, Rollout]) -> dict[str, Sequence[str]]:
+    """Some prompts, and what each model made of them."""
+    return {
+        "prompt": next(iter(rollouts.values())).prompt_texts[:TEXTS],
+        **{name: rollout.texts[:TEXTS] for name, rollout in rollouts.items()},
+    }
 
 
 def with_errors(numbers: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
@@ -135,17 +174,11 @@ def evaluate_run(run: RunDirectory, *, samples: int | None, seed: int) -> dict[s
     config = run.config()
     target = target_of(config)
     target.load_state_dict(run.read_facts().get("lambdas", {}))
-    prompts = prompts_of(config, target.base.model)
-    partition = Partition(len(prompts), config.objective.log_z, target.base.model.device)
-    newest = checkpoint.latest(run.checkpoints)
-    if newest is not None:
-        partition.load_state_dict(checkpoint.load(newest).tensors["state"])
     evaluation = evaluate(
         tuned_of(config, run.model, target.base.model),
         target,
-        prompts,
+        prompts_of(config, target.base.model),
         sampler_of(config),
-        partition,
         samples=samples or config.run.evaluation_samples or RunConfig().evaluation_samples,
         seed=seed,
     )

@@ -44,7 +44,8 @@ class Pool:
         log_prob: ``(M, M B)`` fp64, what each model (rows) says of all samples, rollout by rollout.
 
     Attributes:
-        log_prob: as given.
+        rollouts, log_prob: as given.
+        of_rollouts: the scores, as given.
         rollout: the M B samples as one, with the mixture's ``log_q``; prompts come again in each
             model's part of it.
         scores: of those.
@@ -56,7 +57,7 @@ class Pool:
         self, rollouts: Sequence[Rollout], scores: Sequence[Scores], log_prob: Tensor
     ) -> None:
         models, prompts = len(rollouts), len(rollouts[0].prompts)
-        self.log_prob = log_prob
+        self.rollouts, self.of_rollouts, self.log_prob = rollouts, scores, log_prob
         self.rollout = _joined(rollouts, log_prob.logsumexp(0) - math.log(models))
         self.scores = _joined_scores(scores)
         self._prompt = self.rollout.prompt_index

@@ -12,28 +12,27 @@ random numbers, and divergences and log Z on the samples of all of them together
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
 
 from fdpg_fast import metrics, ops
 from fdpg_fast.baselines import Baseline
 from fdpg_fast.building import prompts_of, sampler_of, target_of, tuned_of
 from fdpg_fast.config import Config, ConfigError, RunConfig, to_yaml
 from fdpg_fast.divergences import Divergence
-from fdpg_fast.evaluation import STREAM, TEXTS, first_prompts, with_errors
-from fdpg_fast.models import LanguageModel
+from fdpg_fast.evaluation import draw_pool, measure_model, texts_of, with_errors
 from fdpg_fast.pool import Pool
 from fdpg_fast.progress import for_this_terminal
 from fdpg_fast.report import model_card, write_report
 from fdpg_fast.rollout import Rollout
 from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
 from fdpg_fast.sweep_report import write_sweep_report
-from fdpg_fast.targets import Scores, Target
+from fdpg_fast.targets import Target
 from fdpg_fast.trainer import Trainer
 
 __all__ = ["Sweep"]
@@ -144,61 +143,46 @@ class Sweep:
 
         Every run also gets its evaluation.json, card and report, of the same numbers.
         """
-        display = for_this_terminal()
-        samples = self._samples()
         base = self.target.base.model
-        prompts = first_prompts(prompts_of(self.config, base).all(), samples)
-        each = -(-samples // len(prompts))
-        key = ops.random_key(self.config.run.seed, 0, STREAM)
-        sampler = sampler_of(self.config)
-
-        rollouts: list[Rollout] = []
-        scores: list[Scores] = []
-        for number, model in enumerate(self._models()):
-            display.note(f"sampling model {number + 1} of {1 + len(self.runs)}")
-            rollouts.append(sampler.draw(model, prompts, each, key))
-            scores.append(self.target.score(rollouts[-1]))
-        said = []
-        for number, model in enumerate(self._models()):
-            display.note(f"scoring by model {number + 1} of {1 + len(self.runs)}")
-            said.append(_log_prob(model, rollouts, own=number))
-        pool = Pool(rollouts, scores, torch.stack(said))
-
-        columns = _columns(self.divergences)
-        names = [None, *self.runs]
+        pool = draw_pool(
+            # Adapters are put on the weights of the base, which are loaded once.
+            [partial(tuned_of, self.config, run.model, base) for run in self.runs.values()],
+            self.target,
+            prompts_of(self.config, base),
+            sampler_of(self.config),
+            samples=self.config.run.evaluation_samples or RunConfig().evaluation_samples,
+            seed=self.config.run.seed,
+            note=for_this_terminal().note,
+        )
+        columns = tuple(dict.fromkeys((*metrics.PAPER, *self.divergences)))
         of_models = [
-            _measures(
-                pool,
-                number,
-                rollouts[number],
-                scores[number],
-                columns,
-                name and name[0],
-                self.target.verdicts,
-            )
-            for number, name in enumerate(names)
+            measure_model(pool, number, self.target, columns)
+            for number in range(1 + len(self.runs))
         ]
         runs: dict[str, dict[str, Any]] = {}
-        for (divergence, seed), numbers in zip(self.runs, of_models[1:], strict=True):
-            timing = self.runs[divergence, seed].read("timing.jsonl")
+        for at, ((divergence, seed), run) in enumerate(self.runs.items(), start=1):
+            timing = run.read("timing.jsonl")
             seconds = sum(step["sample"] + step["score"] + step["train"] for step in timing)
-            runs.setdefault(divergence, {})[str(seed)] = {**numbers, "seconds": [seconds, None]}
+            runs.setdefault(divergence, {})[str(seed)] = {
+                **of_models[at],
+                "reward_std": [_reward_std(pool, at, divergence), None],
+                "seconds": [seconds, None],
+            }
         measured = {
             "plan": self._plan(),
-            "samples": each * len(prompts),
+            "samples": len(pool.rollouts[0]),
             "models": 1 + len(self.runs),
             "columns": [str(f) for f in columns],
             "goals": self.target.moments,
             "target": with_errors(pool.target()),
             "base": of_models[0],
             "runs": runs,
-            "texts": {
-                "prompt": rollouts[0].prompt_texts[:TEXTS],
-                "base": rollouts[0].texts[:TEXTS],
-                **{str(f): rollouts[1 + at].texts[:TEXTS] for at, f in enumerate(self.divergences)},
-            },
+            # Of the first seed, whose runs come first.
+            "texts": texts_of(
+                dict(zip(["base", *map(str, self.divergences)], pool.rollouts, strict=False))
+            ),
         }
-        self._tell_runs(measured, rollouts)
+        self._tell_runs(measured, pool.rollouts)
         self.folder.write_json(self.measured, measured)
         return measured
 
@@ -207,9 +191,6 @@ class Sweep:
     def _config(self, divergence: str, seed: int) -> Config:
         # Comparing it with the base is not the run's own job here: that is done for all at once.
         return self.config.replace(divergence=divergence, seed=seed, evaluation_samples=0)
-
-    def _samples(self) -> int:
-        return self.config.run.evaluation_samples or RunConfig().evaluation_samples
 
     def _plan(self) -> str:
         plan = {
@@ -241,16 +222,6 @@ class Sweep:
                     "folder), or another --out"
                 )
 
-    def _models(self) -> Iterator[LanguageModel]:
-        """Base and tuned models, one after the other: they need not fit into memory together.
-
-        Adapters are put on the weights of the base, which are loaded once.
-        """
-        base = self.target.base.model
-        yield base
-        for run in self.runs.values():
-            yield tuned_of(self.config, run.model, base)
-
     def _tell_runs(self, measured: Mapping[str, Any], rollouts: Sequence[Rollout]) -> None:
         for rollout, (key, run) in zip(rollouts[1:], self.runs.items(), strict=True):
             evaluation = {
@@ -260,11 +231,7 @@ class Sweep:
                 "target": measured["target"],
                 "base": measured["base"],
                 "tuned": measured["runs"][key[0]][str(key[1])],
-                "texts": {
-                    "prompt": measured["texts"]["prompt"],
-                    "base": measured["texts"]["base"],
-                    "tuned": rollout.texts[:TEXTS],
-                },
+                "texts": texts_of({"base": rollouts[0], "tuned": rollout}),
             }
             run.write_json(run.evaluation, evaluation)
             run.write_text(run.card, model_card(run))
@@ -313,45 +280,16 @@ def _folder_name(divergence: Divergence) -> str:
     return str(divergence).replace("(", "-").replace(")", "")
 
 
-def _columns(trained: Sequence[Divergence]) -> tuple[Divergence, ...]:
-    """The paper's four, and what else was trained."""
-    return tuple(dict.fromkeys((*metrics.PAPER, *trained)))
-
-
-def _log_prob(model: LanguageModel, rollouts: Sequence[Rollout], own: int) -> Tensor:
-    """``(M B,)`` what a model says of all samples; of its own it has said it when it drew them."""
-    return torch.cat(
-        [r.log_q if at == own else model.sequence_logprob(r) for at, r in enumerate(rollouts)]
-    )
-
-
-def _measures(
-    pool: Pool,
-    number: int,
-    rollout: Rollout,
-    scores: Scores,
-    columns: Sequence[Divergence],
-    trained_on: str | None,
-    verdicts: Sequence[str],
-) -> dict[str, list[float | None]]:
-    """One model: its divergences on the pool, all else on its own samples."""
-    unknown = torch.zeros_like(pool.log_z)
-    measures = metrics.measure(rollout, scores, rollout.log_q, pool.log_z, unknown)
-    for name in ("log_z", "log_z_se", "kl_target_base"):  # of the pool, not of this model
-        del measures[name]
-    measures |= pool.divergences(number, columns)
-    measures |= metrics.pass_at_powers(rollout, scores, verdicts)
-    measures["ess"] = metrics.measure_target(rollout, scores, pool.log_z)["ess"]
-    if trained_on is not None:
-        statistics = ops.fdiv_weights(
-            rollout.log_q,
-            rollout.log_q,
-            scores.log_score,
-            pool.log_z,
-            rollout.prompt_index,
-            divergence=Divergence.parse(trained_on),
-            baseline=Baseline.parse("none"),
-        ).statistics
-        measures["reward_std"] = statistics[ops.STATISTICS.index("reward_std")]
-    texts = metrics.measure_texts(rollout.texts)
-    return {**with_errors(measures), **{name: [value, None] for name, value in texts.items()}}
+def _reward_std(pool: Pool, number: int, divergence: str) -> float:
+    """How far pseudo-rewards spread over a model's own samples."""
+    rollout = pool.rollouts[number]
+    statistics = ops.fdiv_weights(
+        rollout.log_q,
+        rollout.log_q,
+        pool.of_rollouts[number].log_score,
+        pool.log_z,
+        rollout.prompt_index,
+        divergence=Divergence.parse(divergence),
+        baseline=Baseline.parse("none"),
+    ).statistics
+    return statistics[ops.STATISTICS.index("reward_std")].item()

@@ -472,7 +472,6 @@ class Trainer:
             self.target,
             self.prompts,
             self.sampler,
-            self.partition,
             samples=samples or self.config.run.evaluation_samples,
             seed=self.config.run.seed,
         )

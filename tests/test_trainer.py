@@ -22,6 +22,8 @@ from fdpg_fast import trainer as training
 from fdpg_fast.building import sampler_of
 from fdpg_fast.config import Config, ConfigError
 from fdpg_fast.evaluation import draw_texts, evaluate_run
+from fdpg_fast.metrics import PAPER
+from fdpg_fast.pool import Pool
 from fdpg_fast.progress import SilentDisplay
 from fdpg_fast.rejection import Rejection
 from fdpg_fast.rollout import Finish, Rollout
@@ -752,6 +754,28 @@ def test_transformers_loads_the_tuned_model_with_the_same_logprobs(
         logits = model(torch.tensor([row])).logits[0, 2:-1]
         logp = logits.log_softmax(-1).gather(1, torch.tensor(row[3:])[:, None]).sum()
         assert logp.item() == pytest.approx(rollout.log_q[i].item(), abs=1e-4)
+
+
+def test_base_and_tuned_are_measured_on_the_samples_of_both(base: Base) -> None:
+    """On its own alone, few samples of a rare thing may weigh so much that tv is above 1."""
+    run = trainer(dogs(base))
+    run.train()
+    measured = run.evaluate(64)
+    prompts, key = run.prompts.all(), ops.random_key(0, 0, evaluation.STREAM)
+    rollouts = [run.sampler.draw(model, prompts, 64, key) for model in (run.base, run.policy)]
+    said = [[m.sequence_logprob(r) for r in rollouts] for m in (run.base, run.policy)]
+    pool = Pool(
+        rollouts,
+        [run.target.score(r) for r in rollouts],
+        torch.stack([torch.cat(one) for one in said]),
+    )
+    for number, name in enumerate(("base", "tuned")):
+        expected = pool.divergences(number, PAPER)
+        for f in ("kl", "tv", "js"):
+            assert measured[name][f][0] == pytest.approx(expected[f].item(), abs=1e-5)
+            assert measured[name][f][1] == pytest.approx(expected[f"{f}_se"].item(), abs=1e-5)
+        assert measured[name]["tv"][0] <= 1
+    assert measured["target"]["log_z"][0] == pytest.approx(pool.target()["log_z"].item(), abs=1e-5)
 
 
 def test_nothing_is_written_without_a_folder(
