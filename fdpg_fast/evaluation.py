@@ -138,11 +138,13 @@ def measure_model(
     return {**with_errors(measures), **{name: [value, None] for name, value in texts.items()}}
 
 
-def texts_of(rollouts: Mapping[str, Rollout]) -> dict[str, Sequence[str]]:
-    """Some prompts, and what each model made of them."""
+def texts_of(rollouts: Mapping[str, Rollout]) -> dict[str, list[str]]:
+    """Some prompts, and what each model made of them with the same random numbers."""
+    first = next(iter(rollouts.values()))
+    rows, prompts = first.spread(TEXTS), first.prompt_texts
     return {
-        "prompt": next(iter(rollouts.values())).prompt_texts[:TEXTS],
-        **{name: rollout.texts[:TEXTS] for name, rollout in rollouts.items()},
+        "prompt": [prompts[row] for row in rows],
+        **{name: [rollout.texts[row] for row in rows] for name, rollout in rollouts.items()},
     }
 
 

@@ -129,7 +129,7 @@ class PlainDisplay:
         for row in rows:
             print(
                 f"  {_nats(row['log_base']):>8} {_nats(row['log_score']):>8} "
-                f"{_nats(row['log_pi']):>8} {row['weight']:>+8.3f}  {one_line(row['text'])}"
+                f"{_nats(row['log_pi']):>8} {row['weight']:>+8.3f}  {_whole(row)}"
             )
 
     def stop(self) -> None: ...
@@ -191,7 +191,7 @@ class TerminalDisplay:
             table.add_column(name, justify="right", no_wrap=True)
         for row in rows:
             table.add_row(
-                Text(one_line(row["text"])),
+                Text(_whole(row)),
                 _nats(row["log_base"]),
                 _nats(row["log_score"]),
                 _nats(row["log_pi"]),
@@ -273,6 +273,12 @@ def joined(prompt: str, text: str) -> str:
     """A prompt and its sample as one text; some tokenizers swallow the space between them."""
     apart = text[:1].isalnum() and not prompt[-1:].isspace()
     return f"{prompt} {text}" if prompt and apart else prompt + text
+
+
+def _whole(row: Record) -> str:
+    """A sample on one line, behind its prompt, or the end of that."""
+    prompt = one_line(row["prompt"][-60:])
+    return joined(prompt, one_line(row["text"]))
 
 
 def _moments(record: Record) -> list[str]:

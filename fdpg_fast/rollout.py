@@ -130,6 +130,11 @@ class Rollout:
         """B texts: the prompt of each sample."""
         return tuple(self.prompts.texts[g] for g in self.prompt_index.tolist())
 
+    def spread(self, count: int) -> list[int]:
+        """Rows of ``count`` samples to look at, of as many prompts as there are; or all rows."""
+        count = min(count, len(self))
+        return [at * len(self) // count for at in range(count)]
+
     def select(self, rows: Tensor) -> Rollout:
         """The samples at ``rows`` (int64 indices), all G prompts kept."""
         picked = {

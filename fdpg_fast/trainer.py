@@ -543,19 +543,20 @@ class Trainer:
         self._pending.append(_Pending(facts, tuple(numbers), stacked, timing, rows))
 
     def _table(self, rollout: Rollout, scores: Scores, update: _Update) -> list[dict[str, Any]]:
-        """The first samples of a step, each with how it was valued."""
-        count = min(self.config.run.table_rows, len(rollout))
+        """Some samples of a step, each with how it was valued."""
+        rows = rollout.spread(self.config.run.table_rows)
         columns = torch.stack(
             [scores.log_base, scores.log_score, update.log_pi, update.weights], dim=1
-        )[:count].tolist()
+        )[rows].tolist()
+        names, prompts = ("log_base", "log_score", "log_pi", "weight"), rollout.prompt_texts
         return [
             {
                 "step": self.steps_done,
-                "prompt": rollout.prompt_texts[i],
-                "text": rollout.texts[i],
-                **dict(zip(("log_base", "log_score", "log_pi", "weight"), columns[i], strict=True)),
+                "prompt": prompts[row],
+                "text": rollout.texts[row],
+                **dict(zip(names, values, strict=True)),
             }
-            for i in range(count)
+            for row, values in zip(rows, columns, strict=True)
         ]
 
     def _flush(self) -> None:

@@ -45,7 +45,7 @@ RUN: dict[str, Any] = {
 SHOWN = (
     *("js", "0.312±0.021", "0.720±0.030 (goal 1)", "31.000", "4.20 (target 3.70)", "1.90", "141"),
     *("2e-07", "51.2 samples/s (sample 40% score 10% train 50%)", "model", "tiny"),
-    *("-60.2", "-∞", "-58.5", "-0.500", "there was a dog", "careful"),
+    *("-60.2", "-∞", "-58.5", "-0.500", "Once there was a dog", "careful"),
 )
 
 

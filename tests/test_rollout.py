@@ -24,3 +24,10 @@ def test_select_keeps_prompts_and_order() -> None:
     torch.testing.assert_close(
         model.token_logprob(part), model.token_logprob(rollout)[[8, 2]], rtol=0, atol=1e-5
     )
+
+
+def test_what_is_looked_at_is_of_all_prompts() -> None:
+    rollout = Sampler(1).draw(language_model("gpt2"), batch([7], [9], [3], [5]), 5, key=0)
+    for count, expected in ((2, "7 3"), (4, "7 9 3 5"), (0, "")):
+        assert [rollout.prompt_texts[row] for row in rollout.spread(count)] == expected.split()
+    assert rollout.spread(99) == list(range(20))

@@ -778,6 +778,17 @@ def test_base_and_tuned_are_measured_on_the_samples_of_both(base: Base) -> None:
     assert measured["target"]["log_z"][0] == pytest.approx(pool.target()["log_z"].item(), abs=1e-5)
 
 
+def test_samples_to_look_at_are_of_all_prompts(base: Base, tmp_path: Path) -> None:
+    prompts = ["once", "there", "she", "the big dog"]
+    run = trainer(dogs(base), prompts=prompts, prompts_per_step=4, steps=2, out=tmp_path / "run")
+    run.train()
+    table = RunDirectory(tmp_path / "run").read("samples.jsonl")
+    assert {row["prompt"] for row in table} == set(prompts)
+    texts = run.evaluate(32)["texts"]
+    assert texts["prompt"] == [prompt for prompt in prompts for _ in range(4)]
+    assert len(texts["base"]) == len(texts["tuned"]) == 16
+
+
 def test_nothing_is_written_without_a_folder(
     base: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
