@@ -324,38 +324,76 @@ def _throughput(run: _Run) -> str:
 
 
 def _comparison(runs: Sequence[_Run]) -> str:
-    measured = [run for run in runs if run.evaluation]
-    if not measured:
+    groups = _groups([run for run in runs if run.evaluation])
+    if not groups:
         return ""
-    count = measured[0].evaluation["samples"] if measured[0].evaluation else 0
-    if len(measured) == 1 and measured[0].evaluation:
-        header = ["", "base", "tuned", "goal"]
-        rows = [list(row) for row in evaluation_table(measured[0].evaluation)]
-    else:
-        tables = [{r[0]: r for r in evaluation_table(run.evaluation or {})} for run in measured]
-        header = ["", "base", *[run.name for run in measured]]
-        labels = list(dict.fromkeys(label for table in tables for label in table))
-        rows = []
-        for label in labels:
-            base = next(table[label][1] for table in tables if label in table)
-            rows.append([label, base, *[t[label][2] if label in t else "" for t in tables]])
+    measured = [run for group in groups for run in group]
+    header = ["", *_headings(groups, "goal")]
+    counts = {run.evaluation["samples"] for run in measured if run.evaluation}
+    tables = {run.name: _cells(run, counted=len(counts) > 1) for run in measured}
+    labels = list(dict.fromkeys(label for table in tables.values() for label in table))
+    rows = []
+    for label in labels:
+        row = [label]
+        for group in groups:
+            of_runs = [tables[run.name].get(label, ("", "", "")) for run in group]
+            base, goal = (next((c[i] for c in of_runs if c[i]), "") for i in (0, 2))
+            row += [base, *[cells[1] for cells in of_runs], goal]
+        rows.append(row)
     note = page.note("± one standard error. p: the target, π: the tuned model, a: the base.")
-    return page.section(f"Measured on {count} fresh samples", page.table(header, rows) + note)
+    count = f"{counts.pop()} " if len(counts) == 1 else ""
+    return page.section(f"Measured on {count}fresh samples", page.table(header, rows) + note)
+
+
+def _groups(runs: Sequence[_Run]) -> list[list[_Run]]:
+    """Runs from one base to one target on the same prompts, which can share a column of the base's.
+
+    Any other base, or the same with another target or other prompts, has other numbers.
+    """
+    groups: dict[Any, list[_Run]] = {}
+    for run in runs:
+        facts, config = run.facts, run.config
+        same = (facts.get("model"), facts.get("target"), str(config.prompts.source))
+        groups.setdefault((*same, config.sampling.max_new_tokens), []).append(run)
+    return list(groups.values())
+
+
+def _headings(groups: Sequence[Sequence[_Run]], *last: str) -> list[str]:
+    """Of each group: its base, its runs, and what comes last."""
+    single = len(groups) == len(groups[0]) == 1
+    headings = []
+    for group in groups:
+        names = [run.name for run in group]
+        of = f" of {', '.join(names)}" if len(groups) > 1 else ""
+        headings += [f"base{of}", *(["tuned"] if single else names)]
+        headings += [f"{word}{of}" for word in last]
+    return headings
+
+
+def _cells(run: _Run, counted: bool) -> dict[str, tuple[str, str, str]]:
+    """label -> base, tuned, goal; first of all how many samples that is of, if ``counted``."""
+    evaluation = run.evaluation or {}
+    rows = evaluation_table(evaluation)
+    if counted:
+        count = str(evaluation["samples"])
+        rows.insert(0, ("fresh samples", count, count, ""))
+    return {label: (base, tuned, goal) for label, base, tuned, goal in rows}
 
 
 def _side_by_side(runs: Sequence[_Run]) -> str:
-    measured = [run for run in runs if run.evaluation and run.evaluation.get("texts")]
-    if not measured:
+    groups = _groups([run for run in runs if run.evaluation and run.evaluation.get("texts")])
+    if not groups:
         return ""
-    texts = [run.evaluation["texts"] for run in measured if run.evaluation]
-    rows = []
-    for at in range(min(len(t["tuned"]) for t in texts)):
-        prompt = texts[0]["prompt"][at]
-        cells = [texts[0]["base"][at], *[t["tuned"][at] for t in texts]]
-        rows.append([page.prompted(prompt, cell) for cell in cells])
-    header = ["base", *[run.name if len(measured) > 1 else "tuned" for run in measured]]
-    note = page.note("Each row was drawn with the same random numbers.")
-    return page.section("Samples side by side", note + page.table(header, rows, "samples"))
+    columns = []
+    for group in groups:
+        of_runs = [run.evaluation["texts"] for run in group if run.evaluation]
+        columns.append((of_runs[0]["prompt"], of_runs[0]["base"]))
+        columns += [(texts["prompt"], texts["tuned"]) for texts in of_runs]
+    rows = zip(*(map(page.prompted, *column) for column in columns), strict=False)
+    body = page.table(_headings(groups), list(rows), "samples")
+    if len(groups) == len({run.evaluation["seed"] for run in groups[0] if run.evaluation}) == 1:
+        body = page.note("Each row was drawn with the same random numbers.") + body
+    return page.section("Samples side by side", body)
 
 
 def _settings(runs: Sequence[_Run]) -> str:

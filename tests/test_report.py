@@ -156,6 +156,63 @@ def test_two_runs_side_by_side(tmp_path: Path) -> None:
     assert not (tmp_path / "x" / "run" / "report.html").exists()
 
 
+class Cells(HTMLParser):
+    """Tables as lists of rows of cells."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tables: list[list[list[str]]] = []
+        self.inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+            self.inside = True
+
+    def handle_endtag(self, tag: str) -> None:
+        self.inside = self.inside and tag not in ("td", "th")
+
+    def handle_data(self, data: str) -> None:
+        if self.inside:
+            self.tables[-1][-1][-1] += data
+
+
+def test_runs_from_different_bases_are_each_beside_their_own(tmp_path: Path) -> None:
+    """Another model's base, prompt and number of samples are not this run's."""
+    dog, again, cheerful = (make_run(tmp_path / name) for name in ("dog", "again", "cheerful"))
+    facts = cheerful.read_facts()
+    cheerful.write_json(cheerful.facts, {**facts, "model": "another", "target": "cheerful words"})
+    other = json.loads(json.dumps(EVALUATION).replace("[0.03, 0.01]", "[0.5, 0.04]"))
+    other |= {"samples": 32, "goals": {"contains 'dog'": 0.7}}
+    other["texts"] = {"prompt": ["My mom said"], "base": [" no"], "tuned": [" yes"]}
+    cheerful.write_json(cheerful.evaluation, other)
+    path = write_report([dog, cheerful, again], tmp_path / "all.html")
+    _, measured, samples = Cells(path.read_text(encoding="utf-8")).tables
+    of, at, before, after = " of dog, again", " of cheerful", "0.030 ± 0.010", "0.900 ± 0.020"
+    assert measured[:3] == [
+        ["", f"base{of}", "dog", "again", f"goal{of}", f"base{at}", "cheerful", f"goal{at}"],
+        ["fresh samples", "64", "64", "64", "", "32", "32", ""],
+        ["contains 'dog'", before, after, after, "1", "0.500 ± 0.040", after, "0.7"],
+    ]
+    dogs = "Once there was a dog & a cat"
+    assert samples[1] == [
+        "Once upon a <b>time</b>",
+        dogs,
+        dogs,
+        "My mom said no",
+        "My mom said yes",
+    ]
+    path = write_report([dog, again], tmp_path / "dogs.html")
+    _, measured, samples = Cells(path.read_text(encoding="utf-8")).tables
+    assert measured[0] == ["", "base", "dog", "again", "goal"]
+    assert samples[0] == ["base", "dog", "again"]
+
+
 def test_a_run_without_steps_or_evaluation(tmp_path: Path) -> None:
     empty = RunDirectory.create(tmp_path / "empty", Config())
     with pytest.raises(RunDirectoryError, match="no step yet"):
