@@ -20,7 +20,7 @@ from fdpg_fast.divergences import Divergence
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.pool import Pool
 from fdpg_fast.prompts import Prompts
-from fdpg_fast.report import model_card, write_report
+from fdpg_fast.report import write_card, write_report
 from fdpg_fast.rollout import PromptBatch, Rollout
 from fdpg_fast.run_directory import RunDirectory
 from fdpg_fast.sampler import Sampler
@@ -185,7 +185,7 @@ def evaluate_run(run: RunDirectory, *, samples: int | None, seed: int) -> dict[s
         seed=seed,
     )
     run.write_json(run.evaluation, evaluation)
-    run.write_text(run.card, model_card(run))
+    write_card(run)
     write_report([run], run.report)
     return evaluation
 

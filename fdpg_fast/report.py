@@ -22,7 +22,7 @@ from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["FOUR", "ROWS", "evaluation_table", "model_card", "write_report"]
+__all__ = ["FOUR", "ROWS", "evaluation_table", "model_card", "write_card", "write_report"]
 
 # The divergences of the paper, between policy π and target p.
 FOUR = {"kl": "KL(p‖π)", "reverse_kl": "KL(π‖p)", "tv": "TV", "js": "JS"}
@@ -87,15 +87,28 @@ def write_report(runs: Sequence[RunDirectory], path: Path) -> Path:
     return path
 
 
-def model_card(run: RunDirectory) -> str:
-    """The Markdown card of a tuned model, in the form model hubs read."""
+def write_card(run: RunDirectory) -> None:
+    """Writes the card of a run's model: into its folder, and the model's own if that is there."""
+    run.write_text(run.card, model_card(run, run.model.name))
+    if run.has_model:
+        run.write_text(run.model / run.card.name, model_card(run, "."))
+
+
+def model_card(run: RunDirectory, model: str) -> str:
+    """The Markdown card of a tuned model, in the form model hubs read.
+
+    Args:
+        run: its run.
+        model: where the model is, as seen from the card.
+    """
     told = _Run.read(run)
     config, facts = told.config, told.facts
     auto_class = facts.get("auto_class", "AutoModelForCausalLM")
     lines = [
         "---",
         "library_name: transformers",
-        "pipeline_tag: text-generation",
+        # Of an encoder-decoder there is more than one: a hub tells it by the model's own config.
+        *(["pipeline_tag: text-generation"] if auto_class == "AutoModelForCausalLM" else []),
         "tags: [fdpg_fast, f-dpg]",
         "---",
         "",
@@ -108,8 +121,8 @@ def model_card(run: RunDirectory) -> str:
         "```python",
         f"from transformers import {auto_class}, AutoTokenizer",
         "",
-        f'model = {auto_class}.from_pretrained("{run.model.name}")',
-        f'tokenizer = AutoTokenizer.from_pretrained("{run.model.name}")',
+        f'model = {auto_class}.from_pretrained("{model}")',
+        f'tokenizer = AutoTokenizer.from_pretrained("{model}")',
         "```",
         "",
         "Sample at temperature 1 without top-k or top-p: the target is a distribution, and "
@@ -134,8 +147,9 @@ def model_card(run: RunDirectory) -> str:
         "",
         "## Made by",
         "",
-        f"Seed {config.run.seed}; {versions}; {facts['device']}. Every setting is in "
-        "`config.yaml`, every step in `metrics.jsonl`, plots in `report.html`.",
+        f"Seed {config.run.seed}; {versions}; {facts['device']}. The folder of "
+        "the run has every setting in `config.yaml`, every step in `metrics.jsonl`, plots in "
+        "`report.html`.",
         "",
         "The base model's licence and limits hold for the tuned one too.",
         "",

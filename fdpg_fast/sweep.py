@@ -28,7 +28,7 @@ from fdpg_fast.divergences import Divergence
 from fdpg_fast.evaluation import draw_pool, measure_model, texts_of, with_errors
 from fdpg_fast.pool import Pool
 from fdpg_fast.progress import for_this_terminal
-from fdpg_fast.report import model_card, write_report
+from fdpg_fast.report import write_card, write_report
 from fdpg_fast.rollout import Rollout
 from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
 from fdpg_fast.sweep_report import write_sweep_report
@@ -234,7 +234,7 @@ class Sweep:
                 "texts": texts_of({"base": rollouts[0], "tuned": rollout}),
             }
             run.write_json(run.evaluation, evaluation)
-            run.write_text(run.card, model_card(run))
+            write_card(run)
             write_report([run], run.report)
 
 

@@ -45,7 +45,7 @@ from fdpg_fast.models import LanguageModel
 from fdpg_fast.partition import Partition
 from fdpg_fast.progress import Display, for_this_terminal, one_line
 from fdpg_fast.prompts import as_setting
-from fdpg_fast.report import model_card, write_report
+from fdpg_fast.report import write_card, write_report
 from fdpg_fast.rollout import PromptBatch, Rollout
 from fdpg_fast.run_directory import RunDirectory
 from fdpg_fast.targets import Scores, Target, TargetError
@@ -480,14 +480,8 @@ class Trainer:
         """Writes ``model/``, which transformers loads, with a card."""
         if self.run is None:
             return
-        card = model_card(self.run)
-        self.run.write_text(self.run.card, card)
-
-        def fill(aside: Path) -> None:
-            self.policy.save(aside)
-            (aside / "README.md").write_text(card, encoding="utf-8")
-
-        checkpoint.replace_directory(self.run.model, fill)
+        checkpoint.replace_directory(self.run.model, self.policy.save)
+        write_card(self.run)
 
     def _finish(self) -> dict[str, Any] | None:
         if self.run is not None:
@@ -499,7 +493,7 @@ class Trainer:
         if self.run is not None:
             if evaluation is not None:
                 self.run.write_json(self.run.evaluation, evaluation)
-                self.save_model()  # again: the card now has the numbers
+                write_card(self.run)  # again: it now has the numbers
             write_report([self.run], self.run.report)
         return evaluation
 

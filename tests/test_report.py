@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fdpg_fast.config import Config
-from fdpg_fast.report import evaluation_table, model_card, write_report
+from fdpg_fast.report import evaluation_table, model_card, write_card, write_report
 from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
 
 EVALUATION: dict[str, Any] = {
@@ -241,7 +241,7 @@ def test_the_table_has_goals_where_there_are_any() -> None:
 
 def test_the_card_is_markdown_that_a_hub_reads(tmp_path: Path) -> None:
     run = make_run(tmp_path / "dogs")
-    card = model_card(run)
+    card = model_card(run, "model")
     front, body = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, flags=re.DOTALL).groups()  # type: ignore[union-attr]
     assert "pipeline_tag: text-generation" in front
     assert "# dogs" in body
@@ -251,7 +251,26 @@ def test_the_card_is_markdown_that_a_hub_reads(tmp_path: Path) -> None:
     json.dumps(card)
 
 
+def test_each_card_says_where_the_model_is_from_there(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "dogs")
+    run.model.mkdir()
+    (run.model / "config.json").write_text("{}")
+    write_card(run)
+    assert 'from_pretrained("model")' in run.card.read_text()
+    inner = (run.model / "README.md").read_text()
+    assert 'from_pretrained(".")' in inner
+    assert "The folder of the run has every setting" in inner  # it is not beside this card
+
+
+def test_the_card_of_an_encoder_decoder_names_no_task_of_others(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "dogs")
+    run.write_json(run.facts, {**run.read_facts(), "auto_class": "AutoModelForSeq2SeqLM"})
+    card = model_card(run, ".")
+    assert "AutoModelForSeq2SeqLM.from_pretrained" in card
+    assert "pipeline_tag" not in card
+
+
 @pytest.mark.parametrize("key", ["stop", "stop_in_python"])
 def test_the_card_names_what_ended_samples(tmp_path: Path, key: str) -> None:
     run = make_run(tmp_path / "dogs", **{key: "mine.py:ran"})
-    assert "where `mine.py:ran` said that the text so far was whole" in model_card(run)
+    assert "where `mine.py:ran` said that the text so far was whole" in model_card(run, ".")
