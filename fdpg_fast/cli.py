@@ -372,7 +372,7 @@ def _parser() -> argparse.ArgumentParser:
     part = _command(commands, "evaluate", evaluate, "measure base and tuned model of a run")
     part.add_argument("folder", metavar="DIR", type=Path)
     part.add_argument("--samples", type=_positive, help="fresh samples (default: the run's)")
-    part.add_argument("--seed", type=int, default=0, help="of the samples (default: 0)")
+    part.add_argument("--seed", type=int, help="of the samples (default: the last one's + 1)")
 
     part = _command(commands, "report", report, "plots and samples of runs, as one HTML file")
     part.add_argument("folders", metavar="DIR", type=Path, nargs="+")

@@ -160,13 +160,13 @@ def with_errors(numbers: Mapping[str, Tensor]) -> dict[str, list[float | None]]:
     }
 
 
-def evaluate_run(run: RunDirectory, *, samples: int | None, seed: int) -> dict[str, Any]:
+def evaluate_run(run: RunDirectory, *, samples: int | None, seed: int | None) -> dict[str, Any]:
     """Measures the tuned model in a run's folder, and writes evaluation.json, card and report.
 
     Args:
         run: its folder.
         samples: fresh samples of each model; None: as many as the run's config says.
-        seed: of the samples.
+        seed: of the samples; None: one more than that of what was measured last.
 
     Raises:
         RunDirectoryError: the run has no model yet.
@@ -176,6 +176,9 @@ def evaluate_run(run: RunDirectory, *, samples: int | None, seed: int) -> dict[s
     config = run.config()
     target = target_of(config)
     target.load_state_dict(run.read_facts().get("lambdas", {}))
+    if seed is None:
+        before = run.read_json(run.evaluation)
+        seed = config.run.seed if before is None else before["seed"] + 1
     evaluation = evaluate(
         tuned_of(config, run.model, target.base.model),
         target,

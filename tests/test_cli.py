@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -163,6 +164,23 @@ def test_evaluate_measures_again(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert (evaluation["samples"], evaluation["seed"]) == (24, 5)
     for name in ("kl", "reverse_kl", "tv", "js", "kl_to_base", "entropy", "distinct_2", "length"):
         assert len(evaluation["tuned"][name]) == 2
+
+
+def test_evaluate_draws_other_samples_than_before(run: Path, tmp_path: Path) -> None:
+    """And every file of the run tells of these."""
+    again = tmp_path / "run"
+    shutil.copytree(run, again)
+    seen = [json.loads((again / "evaluation.json").read_text())]
+    for _ in range(2):
+        assert cli.main(["evaluate", str(again)]) == 0
+        seen.append(json.loads((again / "evaluation.json").read_text()))
+    first, second, third = (one["texts"]["tuned"] for one in seen)
+    assert first != second != third
+    assert [one["seed"] - seen[0]["seed"] for one in seen] == [0, 1, 2]
+    tables = [
+        (again / card).read_text().split("## ")[1] for card in ("README.md", "model/README.md")
+    ]
+    assert tables[0] == tables[1]
 
 
 def test_report_compares_runs(
