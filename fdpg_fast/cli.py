@@ -510,9 +510,11 @@ def _show_table(
     console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
 ) -> None:
     from rich import box
+    from rich.cells import cell_len
+    from rich.console import Console
+    from rich.measure import Measurement
     from rich.table import Table
 
-    # Without lines between columns, so that five of value ± error go into 80 characters.
     table = Table(
         title=title,
         title_justify="left",
@@ -521,11 +523,16 @@ def _show_table(
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    for name in header:
-        table.add_column(name, justify="left" if name == header[0] else "right")
+    first, *others = zip(header, *rows, strict=True)
+    table.add_column(first[0])
+    for column in others:  # a number in two lines is none
+        least = max(map(cell_len, column))
+        table.add_column(column[0], justify="right", min_width=least, no_wrap=True)
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    needed = Measurement.get(console, console.options.update(max_width=10_000), table)
+    width = max(console.width, needed.minimum if console.is_terminal else needed.maximum)
+    Console(file=console.file, width=width).print(table)
 
 
 # Their keys are the config's: another parser reads them.

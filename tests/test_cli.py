@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import write_tiny_model
 
 from fdpg_fast import checkpoint, cli
@@ -164,6 +166,23 @@ def test_evaluate_measures_again(run: Path, capsys: pytest.CaptureFixture[str]) 
     assert (evaluation["samples"], evaluation["seed"]) == (24, 5)
     for name in ("kl", "reverse_kl", "tv", "js", "kl_to_base", "entropy", "distinct_2", "length"):
         assert len(evaluation["tuned"][name]) == 2
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_no_number_of_a_table_is_cut_at_80_columns(terminal: bool) -> None:
+    number, label = "-0.691 ± 0.021 *", "all: error of the samples"
+    header = ["trained on", *["alpha(0.9)"] * (3 if terminal else 8)]
+    out = io.StringIO()
+    console = Console(file=out, width=80, force_terminal=terminal)
+    cli._show_table(console, "title", header, [[label, *[number] * (len(header) - 1)]])
+    said = out.getvalue()
+    assert said.count("alpha(0.9)") == said.count(number) == len(header) - 1
+    assert label in said
+    if terminal:
+        assert max(map(len, said.splitlines())) <= 80
+        narrow = Console(file=io.StringIO(), width=40, force_terminal=True)
+        cli._show_table(narrow, "title", header, [[label, *[number] * 3]])
+        assert narrow.file.getvalue().count(number) == 3  # type: ignore[attr-defined]
 
 
 def test_evaluate_draws_other_samples_than_before(run: Path, tmp_path: Path) -> None:
