@@ -399,7 +399,7 @@ class Trainer:
             report = self.target.fit(fit, self.draw(self.base, prompts, HOLDOUT, each))
             for problem in report.problems:
                 self.display.warn(problem)
-            self.display.note(str(report))
+            self.display.note(str(dataclasses.replace(report, problems=())))
         if self.config.objective.log_z == "frozen":
             count = self.config.objective.log_z_samples
             rollout = self.draw(self.base, prompts, NORMALISER, count)

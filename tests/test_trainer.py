@@ -24,7 +24,7 @@ from fdpg_fast.config import Config, ConfigError
 from fdpg_fast.evaluation import draw_texts, evaluate_run
 from fdpg_fast.metrics import PAPER
 from fdpg_fast.pool import Pool
-from fdpg_fast.progress import SilentDisplay
+from fdpg_fast.progress import PlainDisplay, SilentDisplay
 from fdpg_fast.rejection import Rejection
 from fdpg_fast.rollout import Finish, Rollout
 from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
@@ -776,6 +776,16 @@ def test_base_and_tuned_are_measured_on_the_samples_of_both(base: Base) -> None:
             assert measured[name][f][1] == pytest.approx(expected[f"{f}_se"].item(), abs=1e-5)
         assert measured[name]["tv"][0] <= 1
     assert measured["target"]["log_z"][0] == pytest.approx(pool.target()["log_z"].item(), abs=1e-5)
+
+
+def test_what_is_wrong_with_a_fit_is_said_once(
+    base: Base, capsys: pytest.CaptureFixture[str]
+) -> None:
+    target = base.constrain({fdpg.contains("dog"): 0.5})
+    trainer(target, fit_samples=32, display=PlainDisplay()).prepare()
+    said = capsys.readouterr()
+    assert "lambda" in said.out
+    assert (said.out + said.err).count("the target's weights rest on few samples") == 1
 
 
 def test_samples_to_look_at_are_of_all_prompts(base: Base, tmp_path: Path) -> None:
