@@ -60,6 +60,9 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str,
         if key in after:
             goal = "0" if key in FOUR else show(evaluation["target"].get(key))
             table.append((label, show(before.get(key)), show(after[key]), goal))
+    skipped = after.get("prompts_skipped", (0, None))[0]
+    if skipped:  # none of all samples was allowed: what p is there is not known
+        table.append(("prompts left out of the divergences", f"{skipped:g}", f"{skipped:g}", ""))
     return table
 
 

@@ -239,6 +239,15 @@ def test_the_table_has_goals_where_there_are_any() -> None:
     assert table["distinct-3"] == ("", "", "")
 
 
+def test_the_table_says_how_many_prompts_have_no_divergence() -> None:
+    def last(skipped: int) -> tuple[str, ...]:
+        tuned = {**EVALUATION["tuned"], "prompts_skipped": [skipped, None]}
+        return evaluation_table({**EVALUATION, "tuned": tuned})[-1]
+
+    assert last(34) == ("prompts left out of the divergences", "34", "34", "")
+    assert last(0)[0] == "distinct-3"
+
+
 def test_the_card_is_markdown_that_a_hub_reads(tmp_path: Path) -> None:
     run = make_run(tmp_path / "dogs")
     card = model_card(run, "model")
