@@ -48,6 +48,8 @@ from fdpg_fast.prompts import as_setting
 from fdpg_fast.report import write_card, write_report
 from fdpg_fast.rollout import PromptBatch, Rollout
 from fdpg_fast.run_directory import RunDirectory
+from fdpg_fast.sampler import SamplingError
+from fdpg_fast.scorers import ScorerError
 from fdpg_fast.targets import Scores, Target, TargetError
 from fdpg_fast.watch import Watch
 
@@ -182,6 +184,8 @@ class Trainer:
         Raises:
             TrainingError: a value was not finite, or sampler and trainer disagree about log-probs;
                 the weights are those of the step before.
+            SamplingError, ScorerError, TargetError: a function of the user misbehaved; the steps
+                before are saved.
         """
         config = self.config.run
         with Interruption(self.display.note) as interruption:
@@ -200,8 +204,10 @@ class Trainer:
                         self._flush()
                     if self.steps_done % config.checkpoint_every == 0:
                         self.save_checkpoint()
-                if self._saved != self.steps_done:
-                    self.save_checkpoint()
+                self._save_if_behind()
+            except (SamplingError, ScorerError, TargetError):
+                self._save_if_behind()  # drawing and scoring come before anything changes
+                raise
             finally:
                 self._flush()
                 self.display.stop()
@@ -604,6 +610,10 @@ class Trainer:
         )
         self._saved = self.steps_done
         return path
+
+    def _save_if_behind(self) -> None:
+        if self._saved != self.steps_done:
+            self.save_checkpoint()
 
     def load_checkpoint(self, path: Path) -> None:
         """Continues exactly where :meth:`save_checkpoint` was called.

@@ -529,6 +529,26 @@ def test_a_scorer_that_raises_is_named(base: Base) -> None:
         trainer(base.reward(fragile, beta=1.0)).train()
 
 
+def test_a_scorer_that_raises_costs_no_step(base: Base, tmp_path: Path) -> None:
+    """Once it is mended, the run goes on as if it had never raised."""
+    left = 3
+
+    def dogs_of(texts: Sequence[str]) -> list[float]:
+        nonlocal left
+        left -= 1
+        return [float("dog" in text) / (left >= 0) for text in texts]
+
+    target = base.reward(fdpg.function(dogs_of, name="dogs"), beta=1.0)
+    with pytest.raises(fdpg.ScorerError, match="dogs: raised ZeroDivisionError"):
+        trainer(target, out=tmp_path / "parts").train()
+    left = 100
+    more = trainer(target, out=tmp_path / "parts", resume=True)
+    assert more.steps_done == 3
+    more.train()
+    trainer(target, out=tmp_path / "whole").train()
+    assert content(tmp_path / "whole") == content(tmp_path / "parts")
+
+
 def test_what_is_no_target_is_refused(base: Base) -> None:
     """Training toward the base would change nothing, and say nothing."""
     dog = fdpg.contains("dog")
