@@ -53,7 +53,7 @@ class RunDirectory:
 
     @classmethod
     def create(cls, path: str | Path, config: Config) -> RunDirectory:
-        """A new run in a folder that is empty or does not exist yet.
+        """A new run in a folder that is empty or does not exist yet, or whose run never began.
 
         Raises:
             RunDirectoryError: the folder holds something already, or cannot be written.
@@ -61,7 +61,7 @@ class RunDirectory:
         run = cls(path)
         if run.path.exists() and not run.path.is_dir():
             raise RunDirectoryError(f"run: {run.path} expected a folder, got a file")
-        if run.path.is_dir() and any(run.path.iterdir()):
+        if not run.never_began():
             if run._is_run():
                 raise RunDirectoryError(
                     f"run: {run.path} holds a run already. Way out: --resume to go on with it, or "
@@ -112,6 +112,16 @@ class RunDirectory:
                 )
             run._write_text(run.path / "config.yaml", config.located().dump())
         return run, latest(run.checkpoints)
+
+    def never_began(self) -> bool:
+        """Whether nothing is there, or only what a run writes before it records a step."""
+        names = {path.name for path in self.path.iterdir()} if self.path.is_dir() else set()
+        if not names <= {"config.yaml", "run.json"}:
+            return False
+        if not self._is_run():
+            return not names
+        # A config.yaml of the user's own is as no run writes it, and is kept.
+        return (self.path / "config.yaml").read_text(encoding="utf-8") == self.config().dump()
 
     def config(self) -> Config:
         """The config the run was started with."""

@@ -642,7 +642,7 @@ class Trainer:
         self._prepared = True
 
     def _open_run(self, out: str | Path, resume: bool) -> None:
-        if not (resume and Path(out).is_dir() and any(Path(out).iterdir())):
+        if not resume or RunDirectory(out).never_began():
             self.run = RunDirectory.create(out, self.config)
             return
         self.run, newest = RunDirectory.resume(out, self.config)

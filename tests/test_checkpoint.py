@@ -144,7 +144,20 @@ def test_a_folder_with_something_in_it_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_folder_with_a_run_in_it_asks_for_resume(tmp_path: Path) -> None:
-    RunDirectory.create(tmp_path / "r", Config())
+    run = RunDirectory.create(tmp_path / "r", Config())
+    run.append("metrics.jsonl", [{"step": 1}])
+    with pytest.raises(RunDirectoryError, match="--resume"):
+        RunDirectory.create(tmp_path / "r", Config())
+
+
+def test_a_run_that_never_began_is_written_over(tmp_path: Path) -> None:
+    """But not a config.yaml that a person wrote, and then gave its folder as --out."""
+    run = RunDirectory.create(tmp_path / "r", Config().replace(constrain=[{"contains": "dog"}]))
+    run.write_json(run.facts, {"lambdas": {}})
+    again = RunDirectory.create(tmp_path / "r", Config().replace(steps=3))
+    assert again.config().run.steps == 3
+    mine = tmp_path / "r" / "config.yaml"
+    mine.write_text("# mine\n" + mine.read_text())
     with pytest.raises(RunDirectoryError, match="--resume"):
         RunDirectory.create(tmp_path / "r", Config())
 

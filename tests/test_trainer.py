@@ -549,6 +549,17 @@ def test_a_scorer_that_raises_costs_no_step(base: Base, tmp_path: Path) -> None:
     assert content(tmp_path / "whole") == content(tmp_path / "parts")
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_what_failed_before_its_first_step_is_mended_in_its_folder(
+    base: Base, tmp_path: Path, resume: bool
+) -> None:
+    impossible = base.constrain({fdpg.contains("zebra"): 0.5})
+    with pytest.raises(fdpg.FitError, match="never seen"):
+        trainer(impossible, out=tmp_path / "run", fit_samples=32).train()
+    trainer(dogs(base), out=tmp_path / "run", steps=1, resume=resume).train()
+    assert RunDirectory(tmp_path / "run").read_facts()["target"] == str(dogs(base))
+
+
 def test_what_is_no_target_is_refused(base: Base) -> None:
     """Training toward the base would change nothing, and say nothing."""
     dog = fdpg.contains("dog")
