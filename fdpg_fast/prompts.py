@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -181,7 +182,8 @@ def _read(source: str | os.PathLike[str] | Sequence[str] | None) -> list[str]:
                 )
         return texts
     readable = isinstance(source, os.PathLike) or Path(source).suffix in READERS
-    if not readable and not os.path.isfile(source):  # a text may be too long to ask Path
+    named = readable or FILE_NAME.fullmatch(os.fspath(source))
+    if not named and not os.path.isfile(source):  # a text may be too long to ask Path
         return [str(source)]
     path = _known_kind(source)
     try:
@@ -228,6 +230,9 @@ def _json_line(line: str, where: str) -> str:
 def _short(text: str) -> str:
     return repr(text if len(text) <= 60 else text[:57] + "...")
 
+
+# What is taken for a file's name even where there is no such file: one word with an ending.
+FILE_NAME = re.compile(r"\S+\.[A-Za-z]\w*")
 
 # File kinds that prompts are read from: ending -> what a line means.
 READERS: dict[str, Callable[[str, str], str]] = {".txt": _text_line, ".jsonl": _json_line}

@@ -104,7 +104,10 @@ def test_a_file_of_another_kind_is_not_taken_for_a_text(
     model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert Prompts.load("p.csv", model).texts == ("p.csv",)  # there is no such file
+    with pytest.raises(PromptError, match=r"p\.csv: expected one of .*list: \['p\.csv'\]"):
+        Prompts.load("p.csv", model)  # there is no such file
+    for text in ("a dog.", "a.", "2.5=", "see p.csv", "a . dog"):
+        assert Prompts.load(text, model).texts == (text,)
     (tmp_path / "p.csv").write_text("prompt\na dog\n")
     for source in ("p.csv", Path("p.csv"), str(tmp_path / "p.csv")):
         with pytest.raises(
