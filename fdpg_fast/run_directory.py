@@ -98,10 +98,12 @@ class RunDirectory:
         another seed), and in where the files it names lie, which is then what the folder says too.
 
         Raises:
-            RunDirectoryError: no run there, it cannot be written, or ``config`` is another run's.
+            RunDirectoryError: no run there, it cannot be written, or ``config`` is another run's
+                or has fewer steps than are done.
         """
         run = cls.open(path)
         run.require_writable()
+        newest = latest(run.checkpoints)
         if config is not None:
             changed = config.difference(run.config())
             other = [key for key in changed if not key.startswith("run.") or key == "run.seed"]
@@ -110,8 +112,15 @@ class RunDirectory:
                     f"run: {run.path} was started with another {', '.join(other)}. Way out: "
                     "resume with the same settings, or start a new run in another --out"
                 )
+            done = 0 if newest is None else int(newest.name.removeprefix("step-"))
+            if config.run.steps < done:
+                raise RunDirectoryError(
+                    f"run: `run.steps` expected at least {done}, the steps that {run.path} has "
+                    f"done, got {config.run.steps}. Way out: as many or more to go on, or another "
+                    "--out"
+                )
             run._write_text(run.path / "config.yaml", config.located().dump())
-        return run, latest(run.checkpoints)
+        return run, newest
 
     def never_began(self) -> bool:
         """Whether nothing is there, or only what a run writes before it records a step."""

@@ -676,6 +676,9 @@ def test_resume_can_add_steps_and_refuses_other_changes(base: Base, tmp_path: Pa
     assert more.steps_done == 2
     more.train()
     assert more.steps_done == 3
+    with pytest.raises(RunDirectoryError, match=r"`run\.steps` expected at least 3, .* got 2\. Way"):
+        trainer(dogs(base), out=tmp_path / "run", steps=2, resume=True)
+    assert RunDirectory(tmp_path / "run").config().run.steps == 3
     with pytest.raises(RunDirectoryError, match=r"another optimiser\.learning_rate"):
         trainer(dogs(base), out=tmp_path / "run", learning_rate=1.0, resume=True)
     with pytest.raises(RunDirectoryError, match="--resume"):
