@@ -136,6 +136,13 @@ class RunDirectory:
         """The config the run was started with."""
         return Config.read(self.path / "config.yaml")
 
+    def way_on(self) -> str:
+        """What resumes the run: a command, or Python where its config alone cannot."""
+        config = self.config()
+        if config.target.built_in_python is None and config.sampling.stop_in_python is None:
+            return f"fdpg train --resume --out {self.path}"
+        return f"in Python, Trainer(..., out={str(self.path)!r}, resume=True)"
+
     def read_facts(self) -> dict[str, Any]:
         """What run.json holds; nothing for a run that never got to its first step."""
         return self.read_json(self.facts) or {}
@@ -151,7 +158,7 @@ class RunDirectory:
         if not self.has_model:
             raise RunDirectoryError(
                 f"run: {self.path} has no model/ yet: the run did not get to its end. Way out: "
-                f"fdpg train --resume --out {self.path}"
+                f"{self.way_on()}"
             )
 
     def read_json(self, path: Path) -> dict[str, Any] | None:

@@ -505,10 +505,7 @@ class Trainer:
 
     def _leave(self, received: signal.Signals) -> None:
         if self.run is not None and self.steps_done:
-            self.display.note(
-                f"saved after step {self.steps_done}. To go on: "
-                f"fdpg train --resume --out {self.run.path}"
-            )
+            self.display.note(f"saved after step {self.steps_done}. To go on: {self.run.way_on()}")
         if received == signal.SIGINT:
             raise KeyboardInterrupt
         raise SystemExit(128 + received)

@@ -45,9 +45,13 @@ class Listener(SilentDisplay):
     """A display that keeps what it is told, and may act on it."""
 
     def __init__(self, at_step: Callable[[Mapping[str, Any]], None] | None = None) -> None:
+        self.notes: list[str] = []
         self.warnings: list[str] = []
         self.records: list[Mapping[str, Any]] = []
         self._at_step = at_step
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -655,6 +659,12 @@ def test_signals_save_before_they_stop(
     assert newest is not None
     assert checkpoint.load(newest).step == 2
     assert signal.getsignal(number) == earlier
+    # Not `fdpg train --resume`, which cannot build this target again.
+    assert display.notes[-1].endswith(
+        f"in Python, Trainer(..., out='{tmp_path / 'run'}', resume=True)"
+    )
+    with pytest.raises(RunDirectoryError, match=r"Way out: in Python, Trainer\(\.\.\., out="):
+        RunDirectory(tmp_path / "run").require_model()
 
 
 def test_lines_after_the_checkpoint_are_written_again(base: Base, tmp_path: Path) -> None:
@@ -676,7 +686,9 @@ def test_resume_can_add_steps_and_refuses_other_changes(base: Base, tmp_path: Pa
     assert more.steps_done == 2
     more.train()
     assert more.steps_done == 3
-    with pytest.raises(RunDirectoryError, match=r"`run\.steps` expected at least 3, .* got 2\. Way"):
+    with pytest.raises(
+        RunDirectoryError, match=r"`run\.steps` expected at least 3, .* got 2\. Way"
+    ):
         trainer(dogs(base), out=tmp_path / "run", steps=2, resume=True)
     assert RunDirectory(tmp_path / "run").config().run.steps == 3
     with pytest.raises(RunDirectoryError, match=r"another optimiser\.learning_rate"):
