@@ -23,8 +23,6 @@ from fdpg_fast._version import __version__
 from fdpg_fast.config import Config, ConfigError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from fdpg_fast.run_directory import RunDirectory
 
 __all__ = ["main"]
@@ -145,13 +143,7 @@ def train(words: Sequence[str]) -> int:
 
     from fdpg_fast.trainer import Trainer
 
-    trainer = Trainer.from_config(config, out=known.out, resume=known.resume)
-    evaluation = trainer.train()
-    run = RunDirectory(known.out)
-    if evaluation is not None:
-        _show_evaluation(evaluation)
-    print(f"model   {run.model}")
-    print(f"report  {run.report}")
+    Trainer.from_config(config, out=known.out, resume=known.resume).train()
     return 0
 
 
@@ -215,7 +207,7 @@ def _sample_by_rejection(known: argparse.Namespace, run: RunDirectory) -> int:
     from rich.console import Console
 
     from fdpg_fast import rejection
-    from fdpg_fast.progress import acceptance_bar
+    from fdpg_fast.progress import acceptance_bar, show_table
 
     wish = None if known.qrs is None else rejection.Wish.parse(known.qrs)  # before models load
     drawn = rejection.Rejection.of_run(
@@ -237,7 +229,7 @@ def _sample_by_rejection(known: argparse.Namespace, run: RunDirectory) -> int:
         law = drawn.law(log_beta)
         run.write_text(run.curve, rejection.curve_page(title, law, curve, points, log_beta))
         table = rejection.curve_table(points, log_beta)
-        _show_table(console, f"from {curve.samples} proposals (* chosen)", *table)
+        show_table(console, f"from {curve.samples} proposals (* chosen)", *table)
         print(f"curve   {run.curve}", file=sys.stderr)
     print(f"law     {drawn.law(log_beta)}", file=sys.stderr)
 
@@ -273,12 +265,15 @@ def _show_sample(known: argparse.Namespace, prompt: str, text: str) -> None:
 
 def evaluate(known: argparse.Namespace) -> int:
     """`fdpg evaluate`: measures base and tuned model on fresh samples."""
+    from rich.console import Console
+
     from fdpg_fast.evaluation import evaluate_run
+    from fdpg_fast.progress import show_evaluation
     from fdpg_fast.run_directory import RunDirectory
 
     run = RunDirectory.open(known.folder)
     evaluation = evaluate_run(run, samples=known.samples, seed=known.seed)
-    _show_evaluation(evaluation)
+    show_evaluation(Console(), evaluation)
     print(f"written to {run.evaluation}")
     return 0
 
@@ -476,63 +471,14 @@ def _resumed(config: Config, overrides: Sequence[str]) -> Config:
     return Config.read(dataclasses.asdict(config), overrides) if overrides else config
 
 
-def _show_evaluation(evaluation: dict[str, Any]) -> None:
-    """The table of before and after, and three samples of each."""
-    from rich.console import Console
-    from rich.text import Text
-
-    from fdpg_fast.progress import joined, one_line
-    from fdpg_fast.report import evaluation_table
-
-    console = Console()
-    header = ("", "base", "tuned", "goal")
-    title = f"{evaluation['samples']} fresh samples"
-    _show_table(console, title, header, evaluation_table(evaluation))
-    for name in ("base", "tuned"):
-        console.print(Text(f"{name}:", style="bold"))
-        for prompt, text in list(
-            zip(evaluation["texts"]["prompt"], evaluation["texts"][name], strict=True)
-        )[:3]:
-            whole, start = joined(prompt, text), len(prompt)
-            console.print(Text.assemble("  ", (whole[:start], "dim"), one_line(whole[start:])))
-
-
 def _show_cross_table(measured: dict[str, Any]) -> None:
     """Trained on f, measured by g."""
     from rich.console import Console
 
+    from fdpg_fast.progress import show_table
     from fdpg_fast.sweep_report import cross_table
 
-    _show_table(Console(), "divergence to the target (* lowest)", *cross_table(measured))
-
-
-def _show_table(
-    console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
-) -> None:
-    from rich import box
-    from rich.cells import cell_len
-    from rich.console import Console
-    from rich.measure import Measurement
-    from rich.table import Table
-
-    table = Table(
-        title=title,
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    first, *others = zip(header, *rows, strict=True)
-    table.add_column(first[0])
-    for column in others:  # a number in two lines is none
-        least = max(map(cell_len, column))
-        table.add_column(column[0], justify="right", min_width=least, no_wrap=True)
-    for row in rows:
-        table.add_row(*row)
-    needed = Measurement.get(console, console.options.update(max_width=10_000), table)
-    width = max(console.width, needed.minimum if console.is_terminal else needed.maximum)
-    Console(file=console.file, width=width).print(table)
+    show_table(Console(), "divergence to the target (* lowest)", *cross_table(measured))
 
 
 # Their keys are the config's: another parser reads them.

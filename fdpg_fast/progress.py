@@ -12,10 +12,14 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
+from rich import box
+from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.measure import Measurement
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -36,6 +40,8 @@ __all__ = [
     "for_this_terminal",
     "joined",
     "one_line",
+    "show_evaluation",
+    "show_table",
 ]
 
 Record = Mapping[str, Any]
@@ -70,6 +76,9 @@ class Display(Protocol):
     def stop(self) -> None:
         """The last step is done, or the run is leaving."""
 
+    def finish(self, evaluation: Record | None, files: Mapping[str, Path]) -> None:
+        """All is done: what was measured, if anything, and where what was written is."""
+
 
 class SilentDisplay:
     """Says nothing but warnings."""
@@ -86,6 +95,8 @@ class SilentDisplay:
     def samples(self, step: int, rows: Sequence[Record]) -> None: ...
 
     def stop(self) -> None: ...
+
+    def finish(self, evaluation: Record | None, files: Mapping[str, Path]) -> None: ...
 
 
 class PlainDisplay:
@@ -133,6 +144,9 @@ class PlainDisplay:
             )
 
     def stop(self) -> None: ...
+
+    def finish(self, evaluation: Record | None, files: Mapping[str, Path]) -> None:
+        _finish(Console(), evaluation, files)
 
 
 class TerminalDisplay:
@@ -204,6 +218,9 @@ class TerminalDisplay:
             self._live.stop()
             self._live = None
 
+    def finish(self, evaluation: Record | None, files: Mapping[str, Path]) -> None:
+        _finish(self.console, evaluation, files)
+
     def _panel(self, record: Record, timing: Record) -> RenderableType:
         """The numbers in as many columns as fit, and the speed."""
         cells = [
@@ -221,6 +238,13 @@ def for_this_terminal() -> Display:
     """The live panel where there is a terminal, plain lines where there is none."""
     console = Console()
     return TerminalDisplay(console) if console.is_terminal else PlainDisplay()
+
+
+def _finish(console: Console, evaluation: Record | None, files: Mapping[str, Path]) -> None:
+    if evaluation is not None:
+        show_evaluation(console, evaluation)
+    for name, path in files.items():  # whole, however long: a person may copy it
+        print(f"{name:<8}{path}", file=console.file)
 
 
 def acceptance_bar(console: Console, wanted: int, proposals: Callable[[], int]) -> Progress:
@@ -245,6 +269,47 @@ def acceptance_bar(console: Console, wanted: int, proposals: Callable[[], int]) 
     )
     bar.add_task("", total=wanted)
     return bar
+
+
+def show_evaluation(console: Console, evaluation: Record) -> None:
+    """The table of before and after, and three samples of each."""
+    from fdpg_fast.report import evaluation_table  # whose texts are joined by this module
+
+    header = ("", "base", "tuned", "goal")
+    title = f"{evaluation['samples']} fresh samples"
+    show_table(console, title, header, evaluation_table(evaluation))
+    for name in ("base", "tuned"):
+        console.print(Text(f"{name}:", style="bold"))
+        for prompt, text in list(
+            zip(evaluation["texts"]["prompt"], evaluation["texts"][name], strict=True)
+        )[:3]:
+            whole, start = joined(prompt, text), len(prompt)
+            console.print(Text.assemble("  ", (whole[:start], "dim"), one_line(whole[start:])))
+
+
+def show_table(
+    console: Console, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
+) -> None:
+    """A table of texts, the first column to the left and numbers to the right."""
+    # Without lines between columns, so that five of value ± error go into 80 characters.
+    table = Table(
+        title=title,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    first, *others = zip(header, *rows, strict=True)
+    table.add_column(first[0])
+    for column in others:  # a number in two lines is none
+        least = max(map(cell_len, column))
+        table.add_column(column[0], justify="right", min_width=least, no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
+    needed = Measurement.get(console, console.options.update(max_width=10_000), table)
+    width = max(console.width, needed.minimum if console.is_terminal else needed.maximum)
+    Console(file=console.file, width=width).print(table)
 
 
 def speed_of(timing: Record) -> str:

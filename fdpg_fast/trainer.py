@@ -501,6 +501,8 @@ class Trainer:
                 self.run.write_json(self.run.evaluation, evaluation)
                 write_card(self.run)  # again: it now has the numbers
             write_report([self.run], self.run.report)
+        files = {} if self.run is None else {"model": self.run.model, "report": self.run.report}
+        self.display.finish(evaluation, files)
         return evaluation
 
     def _leave(self, received: signal.Signals) -> None:

@@ -785,6 +785,15 @@ def test_what_a_run_leaves_on_the_disk_plots_included(base: Base, tmp_path: Path
     assert "from_pretrained" in card
 
 
+def test_a_run_in_python_ends_with_the_table_too(
+    base: Base, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = trainer(dogs(base), out=tmp_path, evaluation_samples=32, steps=1, display=PlainDisplay())
+    run.train()
+    *_, model, report = capsys.readouterr().out.partition("32 fresh samples")[2].splitlines()
+    assert (model, report) == (f"model   {tmp_path}/model", f"report  {tmp_path}/report.html")
+
+
 def test_transformers_loads_the_tuned_model_with_the_same_logprobs(
     base: Base, tmp_path: Path
 ) -> None:
