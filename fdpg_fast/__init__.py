@@ -11,6 +11,7 @@ trainer.train()
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from fdpg_fast._version import __version__
@@ -87,6 +88,10 @@ __all__ = [
     "regex",
     "words",
 ]
+
+# Threads that wait for each other spin for ever by default, and beside one other busy process a
+# step of 1.4 s took 7 to 37 s on 2 cores; with a short spin it takes 4. Read when torch loads.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Imported when first asked for, so that `fdpg --help` does not wait for torch and transformers, and
 # a compiled module that is missing or stale is an error of the command that needs it.

@@ -50,9 +50,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [word for word in given if word != "--debug"]
     formatwarning = warnings.formatwarning
     parser = _parser()
-    # Threads that wait for each other spin for ever by default, and beside one other busy process a
-    # step of 1.4 s took 7 to 37 s on 2 cores; with a short spin it takes 4. Read when torch loads.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal without ∞ and π shows ? instead
             stream.reconfigure(errors="replace")

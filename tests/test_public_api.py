@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -80,3 +81,13 @@ def test_all_of_every_module_exists() -> None:
             if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
                 missing = set(ast.literal_eval(node.value)) - defined
                 assert not missing, f"{path.name}: __all__ lists {sorted(missing)}"
+
+
+def test_threads_are_told_to_spin_briefly_before_torch_asks() -> None:
+    """Unless the user has said for how long."""
+    code = "import os, sys, fdpg_fast; print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+    rest = {key: value for key, value in os.environ.items() if key != "GOMP_SPINCOUNT"}
+    for given, expected in [({}, "10000 False"), ({"GOMP_SPINCOUNT": "7"}, "7 False")]:
+        words = [sys.executable, "-c", code]
+        done = subprocess.run(words, env=rest | given, capture_output=True, text=True, check=True)
+        assert done.stdout.strip() == expected
