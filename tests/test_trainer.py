@@ -323,7 +323,6 @@ def test_prompts_of_unequal_length(base: Base) -> None:
     assert listener.records[-1]["samples"] == 6 * 32
 
 
-@pytest.mark.filterwarnings("ignore:.*is your own:UserWarning")
 def test_a_users_own_divergence(base: Base) -> None:
     tanh = fdpg.Divergence.custom(torch.tanh, name="tanh", f_prime_inf=1.0)
     run = trainer(dogs(base), divergence=tanh, steps=2)

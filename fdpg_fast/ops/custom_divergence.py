@@ -7,7 +7,6 @@ a host round trip. A test gives the built-in divergences as callables and compar
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -19,20 +18,10 @@ from fdpg_fast.divergences import Divergence
 
 __all__ = ["order", "terms", "weights_and_statistics"]
 
-_told: set[str] = set()
-
 
 def _f_prime(divergence: Divergence) -> Callable[[Tensor], Tensor]:
-    """The callable; says once per divergence that it is slower than a built-in one."""
     if divergence.f_prime is None:
         raise ValueError(f"fdiv_weights: `divergence` {divergence} is not a custom one")
-    if divergence.name not in _told:
-        _told.add(divergence.name)
-        warnings.warn(
-            f"fdpg_fast: the divergence {divergence.name!r} is your own; it is evaluated in "
-            "PyTorch, not in the compiled kernel",
-            stacklevel=4,
-        )
     return divergence.f_prime
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 
 import pytest
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from fdpg_fast import ops
 from fdpg_fast.baselines import BASELINES, Baseline
 from fdpg_fast.divergences import Divergence
-from fdpg_fast.ops import custom_divergence
 
 F64 = torch.float64
 
@@ -29,7 +27,6 @@ WRITTEN = {
 def pair(name: str) -> tuple[Divergence, Divergence]:
     f_prime, limit = WRITTEN[name]
     own = Divergence.custom(f_prime, name=f"my {name}", f_prime_inf=limit)
-    custom_divergence._told.add(own.name)  # said elsewhere
     return Divergence.parse(name), own
 
 
@@ -95,21 +92,9 @@ def test_terms_use_f_where_it_is_given() -> None:
         f_prime_inf=0.5,
         f=lambda d: 0.5 * torch.expm1(d).abs(),
     )
-    custom_divergence._told.add(own.name)
     x = batch(own, 1.0)
     expected = ops.fdiv_terms(*x, divergence=Divergence.parse("tv"))
     torch.testing.assert_close(ops.fdiv_terms(*x, divergence=own), expected, equal_nan=True)
-
-
-def test_says_once_that_it_runs_in_pytorch() -> None:
-    own = Divergence.custom(torch.tanh, name="tanh", f_prime_inf=1.0)
-    custom_divergence._told.discard("tanh")
-    x = batch(own, 1.0)
-    with pytest.warns(UserWarning, match="'tanh' is your own; it is evaluated in PyTorch"):
-        ops.fdiv_weights(*x, divergence=own, baseline=Baseline.parse("loo"))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        ops.fdiv_weights(*x, divergence=own, baseline=Baseline.parse("loo"))
 
 
 def test_analytic_baseline_is_refused() -> None:

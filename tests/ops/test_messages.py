@@ -431,7 +431,6 @@ NO_GRADIENT: list[tuple[Call, str]] = [
 
 
 @pytest.mark.parametrize(("call", "message"), NO_GRADIENT, ids=[m for _, m in NO_GRADIENT])
-@pytest.mark.filterwarnings("ignore:.*is your own")
 def test_a_gradient_that_there_is_not_is_refused(call: Call, message: str) -> None:
     with pytest.raises(NotImplementedError) as caught:
         call()
@@ -441,7 +440,6 @@ def test_a_gradient_that_there_is_not_is_refused(call: Call, message: str) -> No
 
 
 @pytest.mark.parametrize("divergence", [Divergence.parse("js"), CUSTOM])
-@pytest.mark.filterwarnings("ignore:.*is your own")
 def test_weights_and_statistics_are_detached(divergence: Divergence) -> None:
     found = fdiv(log_pi=learnt(B, dtype=F64), log_z=learnt(G, dtype=F64), divergence=divergence)
     assert not any(t.requires_grad for t in found)
