@@ -102,7 +102,13 @@ class LogScore:
     can_be_zero: bool
 
     def __call__(self, rollout: Rollout) -> Tensor:
-        value = self.fn(rollout)
+        try:
+            value = self.fn(rollout)
+        except Exception as error:
+            raise TargetError(
+                f"{self.name}: raised {type(error).__name__}: {error}. It is given a Rollout, "
+                "whose `texts` are the samples; for a function of texts, base.reward(fn, beta=1.0)"
+            ) from error
         if not isinstance(value, Tensor) or value.shape != (len(rollout),):
             got = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise TargetError(
@@ -169,8 +175,11 @@ class Target:
         Raises:
             TargetError: a mean that no distribution can have, or a feature constrained twice.
         """
-        if not moments:
-            raise TargetError("constrain: expected {scorer: moment}, got nothing")
+        if not moments or not isinstance(moments, Mapping):
+            raise TargetError(
+                "constrain: expected {scorer: moment}, such as {contains('dog'): 1.0}, got "
+                f"{shorten(moments)}"
+            )
         target = self
         for given, moment in moments.items():
             scorer = _as_scorer("constrain", given)

@@ -139,7 +139,9 @@ def test_custom_log_score_replaces_the_base(base):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda b: b.constrain({}), "got nothing"),
+        (lambda b: b.constrain({}), r"expected {scorer: moment}.* got \{\}"),
+        (lambda b: b.constrain(DOG), r"expected {scorer: moment}.*: 1\.0}, got <boolean scorer"),
+        (lambda b: b.constrain("dog"), "expected {scorer: moment}.*, got 'dog'"),
         (lambda b: b.constrain({DOG: 1.5}), "contains 'dog' expected 0 to 1"),
         (lambda b: b.constrain({DOG: math.nan}), "finite number, got nan"),
         (lambda b: b.constrain({"dog": 1.0}), "expected a scorer"),
@@ -179,6 +181,12 @@ def test_numbers_may_be_of_numpy_and_torch(base, number):
 def test_negative_factor_names_scorer_and_text(base):
     target = base * function(lambda t: [-1.0 if "cat" in x else 1.0 for x in t], name="mood")
     with pytest.raises(TargetError, match=r"mood: .* got -1 for sample 1, 'a cat sat'.*reward"):
+        target.score(base.model.everything())
+
+
+def test_a_log_score_of_texts_is_told_what_it_gets(base):
+    target = base.custom(lambda text: float(text.count("dog")), name="dogs")
+    with pytest.raises(TargetError, match=r"dogs: raised AttributeError.*a Rollout.*base\.reward"):
         target.score(base.model.everything())
 
 
