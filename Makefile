@@ -34,7 +34,7 @@ install: .venv/installed ## compiles and installs the package into .venv, editab
 	touch $@
 
 demo: install ## tunes the embedded model; ends with a table, samples and a report
-	$(BIN)/fdpg train demo --out runs/demo
+	$(BIN)/fdpg train demo --out runs/demo --resume
 
 test: install ## every test: C++, emulated CUDA, Python, end to end
 	$(BIN)/python -m pytest -n auto

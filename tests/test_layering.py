@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -183,6 +184,17 @@ MAY_IMPORT_TRANSFORMERS = {
 def test_heavy_imports_are_in_few_places(module: str) -> None:
     heavy = {"transformers", "flash_attn", "peft"}
     assert not heavy & {i.split(".")[0] for i in imports(MODULES[module])}
+
+
+def test_what_is_imported_is_asked_for() -> None:
+    """In pyproject.toml, and not left to another package that happens to bring it."""
+    listed = (ROOT / "pyproject.toml").read_text()
+    asked = {name.lower().replace("-", "_") for name in re.findall(r'^  "([\w-]+)', listed, re.M)}
+    asked |= {"yaml"} if "pyyaml" in asked else set()
+    asked |= {"flash_attn", "peft"}  # optional, and named where they are missing
+    for module, path in MODULES.items():
+        found = {name.split(".")[0] for name in imports(path)}
+        assert found <= {"fdpg_fast"} | asked | sys.stdlib_module_names, module
 
 
 def test_no_drawer_for_leftovers() -> None:
