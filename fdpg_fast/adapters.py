@@ -27,6 +27,22 @@ class AdapterError(RuntimeError):
     """An adapter that cannot be made or read; the message names it and the way out."""
 
 
+def config_class(kind: str) -> type[Any]:
+    """What peft configures a kind of adapter with.
+
+    Raises:
+        AdapterError: peft is missing, or the kind cannot be used.
+    """
+    mapping = _peft().mapping.PEFT_TYPE_TO_CONFIG_MAPPING
+    kinds: dict[str, type[Any]] = {str(k.value).lower(): v for k, v in mapping.items()}
+    made = kinds.get(kind.lower())
+    if made is None:
+        raise AdapterError(f"adapter {kind!r}: peft has no such kind. It has: {', '.join(kinds)}")
+    if kind.lower() == "adalora":
+        raise AdapterError("adapter 'adalora': its ranks change while it learns. Way out: lora")
+    return made
+
+
 def attach(
     model: Any,
     kind: str,
@@ -53,13 +69,7 @@ def attach(
     Raises:
         AdapterError: peft is missing, or cannot make this adapter for this model.
     """
-    peft = _peft()
-    kinds = {str(k.value).lower(): v for k, v in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    made = kinds.get(kind.lower())
-    if made is None:
-        raise AdapterError(f"adapter {kind!r}: peft has no such kind. It has: {', '.join(kinds)}")
-    if kind.lower() == "adalora":
-        raise AdapterError("adapter 'adalora': its ranks change while it learns. Way out: lora")
+    peft, made = _peft(), config_class(kind)
     known = {field.name for field in dataclasses.fields(made)}
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     given = {"r": rank, "lora_alpha": alpha, "alpha": alpha, "target_modules": targets}

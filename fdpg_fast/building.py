@@ -7,14 +7,24 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from fdpg_fast import adapters
 from fdpg_fast.config import Config, ConfigError
 from fdpg_fast.models import LanguageModel
-from fdpg_fast.prompts import Prompts
+from fdpg_fast.prompts import Prompts, read_texts
 from fdpg_fast.sampler import Sampler
 from fdpg_fast.scorers import ScorerError, load_function
 from fdpg_fast.targets import Base, Target, from_spec
 
-__all__ = ["load", "model_of", "policy_of", "prompts_of", "sampler_of", "target_of", "tuned_of"]
+__all__ = [
+    "load",
+    "model_of",
+    "policy_of",
+    "prompts_of",
+    "require_possible",
+    "sampler_of",
+    "target_of",
+    "tuned_of",
+]
 
 
 def load(name_or_path: str = "", **settings: Any) -> Base:
@@ -57,8 +67,24 @@ def tuned_of(config: Config, folder: Path, base: LanguageModel | None = None) ->
     return (base or model_of(config, config.model.name)).with_saved_adapter(folder)
 
 
-def target_of(config: Config) -> Target:
+def require_possible(config: Config) -> None:
+    """Refuses what can be refused without the model, which may take minutes to load.
+
+    Raises:
+        AdapterError, ConfigError, PromptError: as the part itself would.
+    """
+    read_texts(config.prompts.source)
+    sampler_of(config)
+    if config.adapter.peft != "none":
+        adapters.config_class(config.adapter.peft)
+
+
+def target_of(config: Config, accept: Callable[[Target], object] | None = None) -> Target:
     """The target of a run, over its base; moments are not fitted yet.
+
+    Args:
+        config: the run's.
+        accept: is shown the target before the model is loaded, and may raise.
 
     Raises:
         ConfigError: the target was built in Python.
@@ -69,8 +95,12 @@ def target_of(config: Config) -> Target:
             f"config: the target of this run, {config.target.built_in_python}, was built in "
             "Python. Way out: build it there again, and use Trainer(target, ..., resume=True)"
         )
-    base = Base(model_of(config, config.model.name))
-    return from_spec(config.target.spec(), base, _folder(config))
+    base = Base(None)
+    target = from_spec(config.target.spec(), base, _folder(config))
+    if accept is not None:
+        accept(target)
+    base.model = model_of(config, config.model.name)
+    return target
 
 
 def sampler_of(

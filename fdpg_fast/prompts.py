@@ -19,7 +19,7 @@ from fdpg_fast.rollout import PromptBatch
 if TYPE_CHECKING:
     from fdpg_fast.models import LanguageModel
 
-__all__ = ["PromptError", "Prompts", "as_setting"]
+__all__ = ["PromptError", "Prompts", "as_setting", "read_texts"]
 
 
 class PromptError(ValueError):
@@ -92,7 +92,7 @@ class Prompts:
         Raises:
             PromptError: names the prompt or the line, and what is wrong with it.
         """
-        texts = _read(source)
+        texts = read_texts(source)
 
         def encode(text: str) -> Sequence[int]:
             return model.encode(text) if text else model.bos_prompt
@@ -169,7 +169,12 @@ def _listed(source: Sequence[str]) -> list[str]:
         ) from error
 
 
-def _read(source: str | os.PathLike[str] | Sequence[str] | None) -> list[str]:
+def read_texts(source: str | os.PathLike[str] | Sequence[str] | None) -> list[str]:
+    """The texts of what :meth:`Prompts.load` takes.
+
+    Raises:
+        PromptError: a file that cannot be read, or a text that cannot be a prompt.
+    """
     if source is None or source == "":
         return [""]
     if not isinstance(source, (str, os.PathLike)):

@@ -59,17 +59,7 @@ class RunDirectory:
             RunDirectoryError: the folder holds something already, or cannot be written.
         """
         run = cls(path)
-        if run.path.exists() and not run.path.is_dir():
-            raise RunDirectoryError(f"run: {run.path} expected a folder, got a file")
-        if not run.never_began():
-            if run._is_run():
-                raise RunDirectoryError(
-                    f"run: {run.path} holds a run already. Way out: --resume to go on with it, or "
-                    "another --out"
-                )
-            raise RunDirectoryError(
-                f"run: {run.path} holds files of something else. Way out: another --out"
-            )
+        run.require_free()
         run.require_writable()
         run._write_text(run.path / "config.yaml", config.located().dump())
         return run
@@ -103,24 +93,42 @@ class RunDirectory:
         """
         run = cls.open(path)
         run.require_writable()
-        newest = latest(run.checkpoints)
         if config is not None:
-            changed = config.difference(run.config())
-            other = [key for key in changed if not key.startswith("run.") or key == "run.seed"]
-            if other:
-                raise RunDirectoryError(
-                    f"run: {run.path} was started with another {', '.join(other)}. Way out: "
-                    "resume with the same settings, or start a new run in another --out"
-                )
-            done = 0 if newest is None else int(newest.name.removeprefix("step-"))
-            if config.run.steps < done:
-                raise RunDirectoryError(
-                    f"run: `run.steps` expected at least {done}, the steps that {run.path} has "
-                    f"done, got {config.run.steps}. Way out: as many or more to go on, or another "
-                    "--out"
-                )
+            run.require_same(config)
             run._write_text(run.path / "config.yaml", config.located().dump())
-        return run, newest
+        return run, latest(run.checkpoints)
+
+    def require_free(self) -> None:
+        """Raises RunDirectoryError where a new run would write over something."""
+        if self.path.exists() and not self.path.is_dir():
+            raise RunDirectoryError(f"run: {self.path} expected a folder, got a file")
+        if not self.never_began():
+            if self._is_run():
+                raise RunDirectoryError(
+                    f"run: {self.path} holds a run already. Way out: --resume to go on with it, or "
+                    "another --out"
+                )
+            raise RunDirectoryError(
+                f"run: {self.path} holds files of something else. Way out: another --out"
+            )
+
+    def require_same(self, config: Config) -> None:
+        """Raises RunDirectoryError if ``config`` is not what the run in the folder can go on by."""
+        changed = config.difference(self.config())
+        other = [key for key in changed if not key.startswith("run.") or key == "run.seed"]
+        if other:
+            raise RunDirectoryError(
+                f"run: {self.path} was started with another {', '.join(other)}. Way out: "
+                "resume with the same settings, or start a new run in another --out"
+            )
+        newest = latest(self.checkpoints)
+        done = 0 if newest is None else int(newest.name.removeprefix("step-"))
+        if config.run.steps < done:
+            raise RunDirectoryError(
+                f"run: `run.steps` expected at least {done}, the steps that {self.path} has "
+                f"done, got {config.run.steps}. Way out: as many or more to go on, or another "
+                "--out"
+            )
 
     def never_began(self) -> bool:
         """Whether nothing is there, or only what a run writes before it records a step."""

@@ -477,10 +477,11 @@ class Base(Target):
     """The frozen model a(x), where every target begins.
 
     Args:
-        model: a ``LanguageModel`` (or anything with its ``sequence_logprob``), which nobody trains.
+        model: a ``LanguageModel`` (or anything with its ``sequence_logprob``), which nobody trains;
+            None: set later, before any sample is scored.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model | None) -> None:
         super().__init__(None)
         self.model: Any = model  # callers know it as the LanguageModel that they passed
         self.base = self

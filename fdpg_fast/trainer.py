@@ -34,7 +34,7 @@ from torch import Tensor
 
 from fdpg_fast import checkpoint, metrics, ops
 from fdpg_fast.baselines import Baseline
-from fdpg_fast.building import policy_of, prompts_of, sampler_of, target_of
+from fdpg_fast.building import policy_of, prompts_of, require_possible, sampler_of, target_of
 from fdpg_fast.checkpoint import Checkpoint, CheckpointError
 from fdpg_fast.config import Config, ConfigError
 from fdpg_fast.divergences import Divergence, require_finite_at_zero_targets
@@ -117,19 +117,7 @@ class Trainer:
         self.base = target.base.model
         self.config = _configured(config, target, divergence, prompts, stop, settings)
         objective, sampling = self.config.objective, self.config.sampling
-        try:
-            self.divergence = (
-                divergence
-                if isinstance(divergence, Divergence)
-                else Divergence.parse(objective.divergence)
-            )
-            self.baseline = _parse_baseline(objective.baseline, sampling.samples_per_prompt)
-            # Refused before anything is drawn: it could only end in infinities.
-            self.baseline.require_valid_for(self.divergence)
-            if target.can_be_zero:
-                require_finite_at_zero_targets(self.divergence, str(target))
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        self.divergence, self.baseline = _objective(self.config, target, divergence)
 
         self.display: Display = display or for_this_terminal()
         self.prompts = prompts_of(self.config, self.base)
@@ -168,7 +156,16 @@ class Trainer:
         display: Display | None = None,
     ) -> Trainer:
         """A run from its config alone: loads the model and builds the target as well."""
-        target = target_of(config)
+        if out is not None and _goes_on(out, resume):
+            RunDirectory.open(out).require_same(config)
+        elif out is not None:
+            RunDirectory(out).require_free()
+
+        def accept(target: Target) -> None:
+            _objective(config, target)
+            require_possible(config)
+
+        target = target_of(config, accept)
         return cls(target, config=config, out=out, resume=resume, display=display)
 
     # ---- the walk ---------------------------------------------------------------------------
@@ -641,7 +638,7 @@ class Trainer:
         self._prepared = True
 
     def _open_run(self, out: str | Path, resume: bool) -> None:
-        if not resume or RunDirectory(out).never_began():
+        if not _goes_on(out, resume):
             self.run = RunDirectory.create(out, self.config)
             return
         self.run, newest = RunDirectory.resume(out, self.config)
@@ -728,6 +725,27 @@ def _configured(
     if not config.target.spec():
         settings["built_in_python"] = str(target)
     return config.replace(**settings) if settings else config
+
+
+def _objective(
+    config: Config, target: Target, given: str | Divergence | None = None
+) -> tuple[Divergence, Baseline]:
+    """What is minimised, and the baseline, if the target allows them."""
+    text = config.objective.divergence
+    try:
+        divergence = given if isinstance(given, Divergence) else Divergence.parse(text)
+        baseline = _parse_baseline(config.objective.baseline, config.sampling.samples_per_prompt)
+        # Refused before anything is drawn: it could only end in infinities.
+        baseline.require_valid_for(divergence)
+        if target.can_be_zero:
+            require_finite_at_zero_targets(divergence, str(target))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return divergence, baseline
+
+
+def _goes_on(out: str | Path, resume: bool) -> bool:
+    return resume and not RunDirectory(out).never_began()
 
 
 def _parse_baseline(text: str, samples_per_prompt: int) -> Baseline:

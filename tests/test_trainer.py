@@ -413,6 +413,33 @@ def test_settings_that_cannot_be(base: Base, settings: dict[str, Any], message: 
         trainer(dogs(base), **settings)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"divergence": "jz"}, "Did you mean 'js'"),
+        ({"divergence": "reverse_kl"}, "reverse_kl is infinite wherever"),
+        ({"baseline": "loop"}, "Did you mean 'loo'"),
+        ({"constrain": [{"contain": "dog"}]}, "Did you mean 'contains'"),
+        ({"source": "gone.txt"}, "cannot read gone.txt"),
+        ({"stop": "gone.py:stop"}, "no file 'gone.py'"),
+        ({"peft": "lroa"}, "peft has no such kind"),
+        ({"out": "taken"}, "holds files of something else"),
+        ({"out": "taken", "resume": True}, "expected the folder of a run"),
+    ],
+)
+def test_mistakes_are_found_before_a_model_is_loaded(
+    settings: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").touch()
+    out, resume = tmp_path / settings.pop("out", "new"), settings.pop("resume", False)
+    config = Config().replace(name="./gone", constrain=[{"contains": "dog"}]).replace(**settings)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        Trainer.from_config(config, out=out, resume=resume)
+    with pytest.raises(fdpg.ModelError, match="no such folder"):
+        Trainer.from_config(Config().replace(name="./gone", constrain=[{"contains": "dog"}]))
+
+
 def test_a_weight_that_is_not_finite_stops_before_the_model_changes(
     base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
