@@ -408,6 +408,7 @@ def _listed_recipes() -> str:
 def _train_help() -> str:
     from fdpg_fast.baselines import describe_baselines
     from fdpg_fast.divergences import describe_divergences
+    from fdpg_fast.scorers import describe_scorers
 
     return f"""usage: fdpg train RECIPE|FILE.yaml [--part.key value ...] --out DIR [--resume]
 
@@ -426,6 +427,9 @@ divergences (--objective.divergence), between policy pi and target p:
 
 baselines (--objective.baseline):
 {_indent(describe_baselines())}
+
+scorers (in --target.constrain, .moments, .reward, .times), as in "[{{contains: dog, case: true}}]":
+{_indent(describe_scorers())}
 
 keys, with their defaults:
 

@@ -27,6 +27,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -42,6 +43,7 @@ __all__ = [
     "classifier",
     "compiles",
     "contains",
+    "describe_scorers",
     "equation",
     "from_spec",
     "function",
@@ -609,6 +611,29 @@ def load_function(reference: str, folder: Path | None = None) -> Callable[..., A
         raise ScorerError(f"python: {source!r} has no function {name!r}{nearest(name, names)}")
     result: Callable[..., Any] = found
     return result
+
+
+def describe_scorers() -> str:
+    """Every scorer, its options, and what they mean, for ``--help``."""
+    lines = []
+    for name, build in SCORERS.items():
+        first, *options = inspect.signature(build).parameters.values()
+        start = first.name.upper() if first.default is first.empty else first.default
+        lines.append(f"{name}: {start}  {', '.join(o.name for o in options)}")
+        text = re.sub(r":func:|``", "", inspect.cleandoc(str(build.__doc__)))
+        about, _, arguments = text.partition("Args:\n")
+        arguments = re.sub(r"\n {8}\s*", " ", arguments.partition("\n\n")[0])
+        for meaning in (about.partition("\n\n")[0], *map(str.strip, arguments.splitlines())):
+            lines += textwrap.wrap(meaning, 92, initial_indent="  ", subsequent_indent="    ")
+    lines += [
+        "python: FILE.py:FUNCTION  kind, name",
+        "  A function of your own: given texts (and prompts, if it takes two arguments), returns a",
+        "    number for each.",
+        "  kind: what they are: boolean, positive, or real (the default).",
+        "all: [SCORER, ...]  any: [SCORER, ...]  not: SCORER",
+        "  Boolean scorers combined.",
+    ]
+    return "\n".join(lines)
 
 
 def nearest(unknown: str, known: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import inspect
 import json
 import os
 import re
@@ -19,7 +20,7 @@ import torch
 from rich.console import Console
 from tiny import write_tiny_model
 
-from fdpg_fast import checkpoint, cli
+from fdpg_fast import checkpoint, cli, scorers
 from fdpg_fast._version import __version__
 from fdpg_fast.run_directory import RunDirectory
 
@@ -97,7 +98,7 @@ def test_python_m_is_the_same_command() -> None:
     assert done.stdout.strip() == f"fdpg-fast {__version__}"
 
 
-def test_train_help_lists_recipes_divergences_baselines_and_keys(
+def test_train_help_lists_recipes_divergences_baselines_scorers_and_keys(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     from fdpg_fast.baselines import BASELINES
@@ -108,6 +109,10 @@ def test_train_help_lists_recipes_divergences_baselines_and_keys(
     text = capsys.readouterr().out
     for name in (*DIVERGENCES, *BASELINES, *recipes()):
         assert re.search(rf"^  {name}\b", text, flags=re.MULTILINE), name
+    for name, build in scorers.SCORERS.items():
+        listed = text.partition(f"\n  {name}: ")[2].partition("\n  ")[0]
+        for option in list(inspect.signature(build).parameters)[1:]:
+            assert re.search(rf"\b{option}\b", listed), (name, option)
     for part, key, _ in Config()._items():
         assert f"--{part}.{key} [" in text
 
