@@ -131,7 +131,8 @@ def require_finite_at_zero_targets(divergence: Divergence, target_name: str) -> 
     raise ValueError(
         f"divergence: {divergence} is infinite wherever the target is zero, and {target_name} is "
         f"zero for samples that break a constraint. Ways out: smooth the target "
-        f"(target.smooth(1e-6)), write the constraint as a reward (base.reward(scorer, beta=...)), "
+        f"(--target.smooth 1e-6, in Python target.smooth(1e-6)), write the constraint as a reward "
+        f"(--target.reward, base.reward(scorer, beta=...)), "
         f"or take a divergence that stays finite: {', '.join(_finite_names())}"
     )
 

@@ -143,7 +143,7 @@ def fit_moments(
         problems.append(
             f"the target's weights rest on few samples (ESS {fit_ess:.1f} of {len(fit.prompt)} "
             f"fitted on, {ess:.1f} of {len(holdout.prompt)} held out): the lambdas are uncertain. "
-            "Way out: more samples, or a goal nearer to the base"
+            "Way out: more samples (--target.fit_samples), or a goal nearer to the base"
         )
     for moment, its_fit_se in zip(moments, fit_se.tolist(), strict=True):
         # Both samples err: the goal was met exactly on the first, up to that sample's own error.
@@ -151,7 +151,7 @@ def fit_moments(
         if not abs(moment.holdout - moment.goal) <= 4 * error + 1e-12:
             problems.append(
                 f"{moment.name} is {moment.holdout:.4g} ± {moment.holdout_se:.2g} on the held-out "
-                f"samples, not {moment.goal:g}. Way out: fit on more samples"
+                f"samples, not {moment.goal:g}. Way out: fit on more (--target.fit_samples)"
             )
     return FitReport(
         moments=moments,
@@ -219,7 +219,8 @@ class _Support:
 
 
 _WAY_OUT = (
-    "Way out: fit on more samples, prompts that make it likelier, or a goal that the base can show"
+    "Way out: more samples to fit on (--target.fit_samples), prompts that make it likelier, or a "
+    "goal that the base can show"
 )
 
 
@@ -305,5 +306,6 @@ def _unreachable(s: _Support, goals: Mapping[str, float], lambdas: Tensor) -> st
     return (
         f"fit: no lambdas give {'; '.join(involved)}{' at once' if len(involved) > 1 else ''}: no "
         f"mixture of the {len(s.prompt)} samples seen has these means. Way out: goals nearer to "
-        "the base's means, features that do not exclude each other, or more samples"
+        "the base's means, features that do not exclude each other, or more samples "
+        "(--target.fit_samples)"
     )

@@ -365,7 +365,7 @@ def test_a_yaml_file_with_a_python_scorer_beside_it(model: Path, tmp_path: Path)
         (["train", "dog", "--out", "x", "--run.steps", "three"], "a whole number, got three"),
         (["train", "--resume", "--out", "nowhere"], "no folder nowhere"),
         (["train", "dog", "--out", "x", "--objective.divergence", "jsd"], "Did you mean 'js'"),
-        (["train", "dog", "--out", "x", "--objective.divergence", "reverse_kl"], "smooth"),
+        (["train", "dog", "--out", "x", "--objective.divergence", "reverse_kl"], "--target.smooth"),
         (["train", "dog", "--out", "x", "--target.constrain", "[{contain: a}]"], "contains"),
         (["train", "dog", "--out", "x", "--prompts.source", "no.txt"], "cannot read no.txt"),
         (["sample", "nowhere"], "no folder nowhere"),

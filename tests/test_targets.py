@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from fractions import Fraction
 
 import numpy as np
@@ -366,7 +367,7 @@ def test_infeasible_moments_are_named(base, build, message):
     target = build(base)
     with pytest.raises(FitError, match=message) as raised:
         target.fit(base.model.draw(4000, 0), base.model.draw(4000, 1))
-    assert "Way out" in str(raised.value)
+    assert re.search("Way out.*--target.fit_samples", str(raised.value))
     assert target.needs_fit  # and nothing was half-fitted
 
 
