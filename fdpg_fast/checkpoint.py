@@ -139,6 +139,8 @@ def replace_directory(path: Path, fill: Callable[[Path], None]) -> None:
         aside.mkdir()
         fill(aside)
         for file in sorted(aside.rglob("*")):
+            if file.is_file():  # safetensors' are for the owner alone, whatever the umask
+                file.chmod(aside.stat().st_mode & 0o666)
             sync(file)
         sync(aside)
         if path.exists():  # a folder that is not empty cannot be renamed over

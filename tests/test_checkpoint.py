@@ -127,6 +127,17 @@ def test_a_directory_is_replaced_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
 
 
+def test_files_are_for_whom_the_umask_says(tmp_path: Path) -> None:
+    earlier = os.umask(0o027)
+    try:
+        path = checkpoint.save(
+            tmp_path, Checkpoint(1, {"policy": {"x": torch.ones(2)}}, {}), keep=1
+        )
+    finally:
+        os.umask(earlier)
+    assert {file.stat().st_mode & 0o777 for file in path.iterdir()} == {0o640}
+
+
 # ---- run folders ----------------------------------------------------------------------------
 
 
