@@ -185,8 +185,8 @@ class Trainer:
                 before are saved.
         """
         config = self.config.run
+        self.prepare()  # may be left at any time, as nothing is lost
         with Interruption(self.display.note) as interruption:
-            self.prepare()
             self.display.start(
                 self.header(),
                 steps=config.steps,

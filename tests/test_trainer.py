@@ -693,6 +693,22 @@ def test_signals_save_before_they_stop(
         RunDirectory(tmp_path / "run").require_model()
 
 
+def test_ctrl_c_in_the_fit_leaves_at_once(base: Base, tmp_path: Path) -> None:
+    """There is nothing to save yet, and a step may be far away."""
+    display = Listener()
+
+    def note(text: str) -> None:
+        if text.startswith("fitting"):
+            os.kill(os.getpid(), signal.SIGINT)
+        display.notes.append(text)
+
+    display.note = note  # type: ignore[method-assign]
+    target = base.constrain({fdpg.words(["she", "her"]): 0.7})
+    with pytest.raises(KeyboardInterrupt):
+        trainer(target, out=tmp_path / "run", display=display).train()
+    assert display.notes == []
+
+
 def test_lines_after_the_checkpoint_are_written_again(base: Base, tmp_path: Path) -> None:
     """A process that died hard has logged steps that its newest checkpoint does not hold."""
     out = tmp_path / "run"
