@@ -74,9 +74,15 @@ class RunDirectory:
         run = cls(path)
         if not run.path.is_dir():
             raise RunDirectoryError(f"run: no folder {run.path}")
-        if not run._is_run():
+        config = run.path / "config.yaml"
+        if not config.is_file():
             raise RunDirectoryError(
                 f"run: {run.path} expected the folder of a run, found no config.yaml in it"
+            )
+        if not run._is_run():
+            raise RunDirectoryError(
+                f"run: {config} expected the settings of a run, got something else: it is damaged, "
+                "or of another program. Way out: mend it, or start a new run in another --out"
             )
         return run
 
