@@ -290,8 +290,10 @@ def env(known: argparse.Namespace) -> int:
     """`fdpg env`: what is installed, what is used, and why."""
     from fdpg_fast.environment import describe
 
-    for name, value in describe():
-        print(f"{name:<18} {value}")
+    rows = list(describe())
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
     return 0
 
 

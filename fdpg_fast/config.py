@@ -441,7 +441,9 @@ def find(source: str | Path) -> Path:
 
 def nearest(word: str, known: Sequence[str] | Mapping[str, Any]) -> str:
     """Half of an error message: the known word closest to the unknown one, or all of them."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    initials = ["".join(part[0] for part in key.split("_") if part) for key in known]
+    close = [key for key, short in zip(known, initials, strict=True) if short == word]
+    close = close or difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     listed = ", ".join(known)
     return f"Did you mean `{close[0]}`? Known: {listed}" if close else f"Known: {listed}"
 
@@ -465,7 +467,8 @@ def describe_keys() -> str:
         default = kind()
         for key, meaning in re.findall(r"^    (\w+): (.*)$", meanings, flags=re.MULTILINE):
             value = getattr(default, key)
-            shown = yaml.safe_dump(list(value) if isinstance(value, tuple) else value)
+            value = list(value) if isinstance(value, tuple) else value
+            shown = yaml.safe_dump(value, default_flow_style=True)
             shown = shown.removesuffix("...\n").strip().replace("\n", " ")
             lines.append(f"  --{part}.{key} [{shown}]")
             lines += textwrap.wrap(meaning, 88, initial_indent=" " * 6, subsequent_indent=" " * 6)

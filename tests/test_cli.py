@@ -127,6 +127,8 @@ def test_env_says_what_is_used(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for word in ("fdpg_fast", "torch", "CPU instructions", "attention: ", "CUDA"):
         assert word in text
+    values = [re.search(r"(?<=  )(\S|$)", line) for line in text.splitlines()]
+    assert len({value and value.start() for value in values}) == 1  # one column
 
 
 # ---- a whole run ---------------------------------------------------------------------------------
@@ -465,6 +467,8 @@ def test_folders_that_cannot_be_used(
     assert "a file" in train_into(tmp_path / "thesis" / "chapter.tex")
     assert "cannot write" in train_into(Path("/proc/nowhere"))
     assert "no config.yaml" in refused(capsys, "evaluate", str(tmp_path / "thesis"))
+    (tmp_path / "thesis" / "config.yaml").write_text("objective: [\n")
+    assert "it is damaged" in refused(capsys, "evaluate", str(tmp_path / "thesis"))
 
 
 def test_half_a_run_has_no_model_to_sample(

@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-from fdpg_fast.config import Config, ConfigError, RunConfig, argument_parser
+from fdpg_fast.config import Config, ConfigError, RunConfig, argument_parser, describe_keys
 
 
 def test_defaults_are_those_of_the_dog_example() -> None:
@@ -70,6 +70,7 @@ def test_every_key_is_explained_in_the_help() -> None:
     for part, key, _ in Config()._items():
         assert f"--{part}.{key}" in text
         assert f"{key}:" in str(type(getattr(Config(), part)).__doc__)
+    assert "--optimiser.betas [[0.9, 0.999]]\n" in describe_keys()
 
 
 def test_yaml_reads_scientific_numbers_anywhere(tmp_path: Path) -> None:
@@ -224,6 +225,8 @@ def test_bad_input_is_named(content: dict[str, object], overrides: list[str], me
 def test_unknown_key_in_python_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"unknown key `step`\. Did you mean `steps`"):
         Config().replace(step=3)
+    with pytest.raises(ConfigError, match=r"unknown key `lr`\. Did you mean `learning_rate`"):
+        Config().replace(lr=3)
 
 
 @pytest.mark.parametrize(
