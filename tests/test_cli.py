@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import io
 import inspect
+import io
 import json
 import os
 import re
@@ -22,6 +22,7 @@ from tiny import write_tiny_model
 
 from fdpg_fast import checkpoint, cli, scorers
 from fdpg_fast._version import __version__
+from fdpg_fast.progress import show_table
 from fdpg_fast.run_directory import RunDirectory
 
 
@@ -181,14 +182,14 @@ def test_no_number_of_a_table_is_cut_at_80_columns(terminal: bool) -> None:
     header = ["trained on", *["alpha(0.9)"] * (3 if terminal else 8)]
     out = io.StringIO()
     console = Console(file=out, width=80, force_terminal=terminal)
-    cli._show_table(console, "title", header, [[label, *[number] * (len(header) - 1)]])
+    show_table(console, "title", header, [[label, *[number] * (len(header) - 1)]])
     said = out.getvalue()
     assert said.count("alpha(0.9)") == said.count(number) == len(header) - 1
     assert label in said
     if terminal:
         assert max(map(len, said.splitlines())) <= 80
         narrow = Console(file=io.StringIO(), width=40, force_terminal=True)
-        cli._show_table(narrow, "title", header, [[label, *[number] * 3]])
+        show_table(narrow, "title", header, [[label, *[number] * 3]])
         assert narrow.file.getvalue().count(number) == 3  # type: ignore[attr-defined]
 
 
