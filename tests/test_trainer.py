@@ -704,8 +704,13 @@ def test_ctrl_c_in_the_fit_leaves_at_once(base: Base, tmp_path: Path) -> None:
 
     display.note = note  # type: ignore[method-assign]
     target = base.constrain({fdpg.words(["she", "her"]): 0.7})
-    with pytest.raises(KeyboardInterrupt):
-        trainer(target, out=tmp_path / "run", display=display).train()
+    # A job in the background is started with it ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            trainer(target, out=tmp_path / "run", display=display).train()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert display.notes == []
 
 
