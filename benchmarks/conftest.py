@@ -18,6 +18,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+# As libgomp itself has it: nobody else is here, and a thread that sleeps takes as long to wake as
+# the smallest ops take. Before torch loads libgomp, and before fdpg_fast makes it less.
+os.environ.setdefault("GOMP_SPINCOUNT", "300000")
+
 import peers
 import pytest
 import torch
