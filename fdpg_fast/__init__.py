@@ -89,8 +89,8 @@ __all__ = [
     "words",
 ]
 
-# Threads that wait for each other spin for ever by default, and beside one other busy process a
-# step of 1.4 s took 7 to 37 s on 2 cores; with a short spin it takes 4. Read when torch loads.
+# Threads that wait for each other spin 300,000 times by default, and beside one other busy process
+# a step of 1.4 s took 7 to 37 s on 2 cores; with a short spin it takes 4. Read when torch loads.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Imported when first asked for, so that `fdpg --help` does not wait for torch and transformers, and

@@ -204,6 +204,7 @@ int64_t linear_numerators(const LinearNumeratorsParams& p, LinearWalk walk, int6
     return kOk;
   };
   using S = typename M::Simd;
+  // Not with_logits: here one fma takes the temperature and the offset together.
   return p.softcap > 0 ? run(LinearNumerators<M, Logits<S, true>>{})
                        : run(LinearNumerators<M, Logits<S, false>>{});
 }

@@ -132,7 +132,7 @@ struct Distance {
   }
 };
 
-// Calls fn(L{p}) with what the params ask for, and returns what it returns.
+// Calls fn(logits) with those that the params ask for, and returns what it returns.
 template <class S, class Params, class Fn>
 FDPG_ALWAYS_INLINE int64_t with_logits(const Params& p, const Fn& fn) {
   if (p.softcap > 0) return fn(Logits<S, true>(p));

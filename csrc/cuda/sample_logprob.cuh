@@ -6,7 +6,7 @@
 // and descends to a token of it. It is there before the first has ended, and the first before what
 // makes the logits has.
 //   bytes per row:  V * sizeof(T) read, and a span of 512 again; 3 * 8 read for the key,
-//                   8 + 4 + 4 written; per span 8 written and read again
+//                   8 + 4 + 4 written; per span 8 (with entropy 12) written and read again
 //   floor:          1.016 V sizeof(T) / bandwidth in bf16, [256, 50257] is 26 MB, 9 us at 3 TB/s,
 //                   a launch, and what a row waits for once the last of its logits are there
 //

@@ -94,7 +94,8 @@ __global__ void token_logprob_rows(TokenLogprobParams p, int parts,
 template <class L, class A>
 struct RowGradient {
   L logits;
-  A lse, all, entropy_slope, entropy, at_target;  // with what `lse` was rounded by
+  A lse;  // rounded; what it lacks is a factor of `all` and `entropy_slope`, and in `entropy`
+  A all, entropy_slope, entropy, at_target;
 
   // `extra`: `at_target` there, else 0.
   __device__ __forceinline__ A operator()(A u, A extra) const {
