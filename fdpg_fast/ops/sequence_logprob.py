@@ -29,8 +29,14 @@ def sequence_logprob(values: Tensor, lengths: Tensor) -> Tensor:
     Raises:
         RuntimeError: a shape, dtype, device, stride or length that the op cannot take.
     """
-    result: Tensor = torch.ops.fdpg.sequence_logprob(values, lengths)
+    if torch.is_grad_enabled() and values.requires_grad:
+        result: Tensor = _SequenceLogprob.apply(values, lengths)  # type: ignore[no-untyped-call]
+    else:
+        result = _OP(values, lengths)
     return result
+
+
+_OP = torch.ops.fdpg.sequence_logprob.default
 
 
 @torch.library.register_fake("fdpg::sequence_logprob")
@@ -39,17 +45,19 @@ def _fake(values: Tensor, lengths: Tensor) -> Tensor:
     return values.new_empty(values.shape[0], dtype=torch.float64)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
-    values, lengths = inputs
-    ctx.tokens, ctx.dtype = values.shape[1], values.dtype
-    ctx.save_for_backward(lengths)
+class _SequenceLogprob(torch.autograd.Function):
+    """sequence_logprob where a gradient is recorded."""
 
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, lengths: Tensor) -> Tensor:
+        ctx.tokens, ctx.dtype = values.shape[1], values.dtype
+        ctx.save_for_backward(lengths)
+        result: Tensor = _OP(values, lengths)
+        return result
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-    (lengths,) = ctx.saved_tensors
-    column = torch.arange(ctx.tokens, device=lengths.device)
-    inside = column < lengths[:, None]
-    return torch.where(inside, grad[:, None], 0.0).to(ctx.dtype), None
-
-
-torch.library.register_autograd("fdpg::sequence_logprob", _backward, setup_context=_setup_context)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (lengths,) = ctx.saved_tensors
+        column = torch.arange(ctx.tokens, device=lengths.device)
+        inside = column < lengths[:, None]
+        return torch.where(inside, grad[:, None], 0.0).to(ctx.dtype), None

@@ -96,27 +96,33 @@ def token_logprob(
         raise ValueError(
             f"token_logprob: `mask` must have shape {list(target.shape)}, got {list(mask.shape)}"
         )
-    shape = target.shape
-    flat = logits if logits.dim() == 2 else logits.reshape(target.numel(), logits.shape[-1])
-    flat_target = target.reshape(-1)
-    flat_mask = None if mask is None else mask.reshape(-1)
-    if inplace_backward and logits.requires_grad:
-        if logits.is_leaf or not logits.is_contiguous():
+    op: Any = _OP
+    if torch.is_grad_enabled() and logits.requires_grad:
+        if inplace_backward and (logits.is_leaf or not logits.is_contiguous()):
             what = "a leaf" if logits.is_leaf else f"strides {list(logits.stride())}"
             raise ValueError(
                 "token_logprob: `logits` must be a contiguous intermediate result for "
                 f"inplace_backward, got {what}. Leave inplace_backward off"
             )
-        logp, lse, ent, _ = _InplaceBackward.apply(  # type: ignore[no-untyped-call]
-            flat, flat_target, inv_temperature, flat_mask, entropy, softcap or 0.0
-        )
-    else:
-        logp, lse, ent, _ = torch.ops.fdpg.token_logprob(
-            flat, flat_target, inv_temperature, flat_mask, entropy, softcap or 0.0
-        )
+        op = (_InplaceBackward if inplace_backward else _TokenLogprob).apply
+    if logits.dim() == 2:
+        logp, lse, ent, _ = op(logits, target, inv_temperature, mask, entropy, softcap or 0.0)
+        return TokenLogprob(logp, lse, ent if entropy else None)
+    shape = target.shape
+    logp, lse, ent, _ = op(
+        logits.reshape(target.numel(), logits.shape[-1]),
+        target.reshape(-1),
+        inv_temperature,
+        None if mask is None else mask.reshape(-1),
+        entropy,
+        softcap or 0.0,
+    )
     return TokenLogprob(
         logp.reshape(shape), lse.reshape(shape), ent.reshape(shape) if entropy else None
     )
+
+
+_OP = torch.ops.fdpg.token_logprob.default
 
 
 @torch.library.register_fake("fdpg::token_logprob")
@@ -154,36 +160,6 @@ def _fake_numerators_(logits: Tensor, *others: Any) -> tuple[Tensor, Tensor, Ten
     return logits.new_empty(rows), logits.new_empty(rows), logits.new_empty(rows)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, target, ctx.inv_temperature, mask, entropy, ctx.softcap = inputs
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(logits, target, output[3], output[2] if entropy else None, mask)
-
-
-def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_logp, grad_lse, grad_entropy, _ = grads
-    if grad_logp is None and grad_lse is None and grad_entropy is None:
-        return (None,) * 6
-    logits, target, lse_exact, entropy, mask = ctx.saved_tensors
-    grad_entropy = None if entropy is None else grad_entropy
-    grad = torch.ops.fdpg.token_logprob_backward(
-        logits,
-        target,
-        lse_exact,
-        entropy,
-        grad_logp,
-        grad_lse,
-        grad_entropy,
-        ctx.inv_temperature,
-        mask,
-        ctx.softcap,
-    )
-    return grad, None, None, None, None, None
-
-
-torch.library.register_autograd("fdpg::token_logprob", _backward, setup_context=_setup_context)
-
-
 def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
     raise NotImplementedError(
         "token_logprob: second derivatives are not implemented. "
@@ -194,14 +170,44 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
 torch.library.register_autograd("fdpg::token_logprob_backward", _no_second_derivative)
 
 
-class _InplaceBackward(torch.autograd.Function):
-    """token_logprob whose gradient is written over its logits."""
+class _TokenLogprob(torch.autograd.Function):
+    """token_logprob where a gradient is recorded.
+
+    Not by torch.library.register_autograd, which every call would go through, recorded or not: as
+    long again as all else that a call does before its kernel.
+    """
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
-        output: tuple[Tensor, ...] = torch.ops.fdpg.token_logprob(*inputs)
-        _setup_context(ctx, inputs, output)
+        output: tuple[Tensor, ...] = _OP(*inputs)
+        logits, target, ctx.inv_temperature, mask, entropy, ctx.softcap = inputs
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(logits, target, output[3], output[2] if entropy else None, mask)
         return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_logp, grad_lse, grad_entropy, _ = grads
+        if grad_logp is None and grad_lse is None and grad_entropy is None:
+            return (None,) * 6
+        logits, target, lse_exact, entropy, mask = ctx.saved_tensors
+        grad = torch.ops.fdpg.token_logprob_backward(
+            logits,
+            target,
+            lse_exact,
+            entropy,
+            grad_logp,
+            grad_lse,
+            None if entropy is None else grad_entropy,
+            ctx.inv_temperature,
+            mask,
+            ctx.softcap,
+        )
+        return grad, None, None, None, None, None
+
+
+class _InplaceBackward(_TokenLogprob):
+    """The same, with its gradient written over the logits."""
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -48,11 +48,11 @@ def padded(rows: int, columns: int) -> Tensor:
 def token_logprob() -> Iterator[Sample]:
     y, mask = integers(V, N), torch.tensor([True, False, True, True, False])
     for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
-        yield normal(N, V, dtype=dtype, grad=True), y, 1.0, None, False
-    yield normal(N, V, grad=True), y, 0.7, mask, True
-    yield normal(N, V, grad=True), y, 0.7, mask, True, 2.0
-    yield padded(N, V).requires_grad_(), y, 1.0, None, True
-    yield normal(0, V, grad=True), integers(V, 0), 1.0, None, True
+        yield normal(N, V, dtype=dtype), y, 1.0, None, False
+    yield normal(N, V), y, 0.7, mask, True
+    yield normal(N, V), y, 0.7, mask, True, 2.0
+    yield padded(N, V), y, 1.0, None, True
+    yield normal(0, V), integers(V, 0), 1.0, None, True
 
 
 def _backward_samples() -> Iterator[Sample]:
@@ -113,7 +113,7 @@ def matmul_pack_() -> Iterator[Sample]:
 @samples
 def sequence_logprob() -> Iterator[Sample]:
     for dtype in (torch.float32, torch.float64):
-        yield normal(B, T, dtype=dtype, grad=True), integers(T + 1, B)
+        yield normal(B, T, dtype=dtype), integers(T + 1, B)
 
 
 def per_sequence() -> tuple[Tensor, ...]:

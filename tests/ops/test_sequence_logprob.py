@@ -66,7 +66,7 @@ def test_gradient() -> None:
 
 def test_opcheck() -> None:
     values, lengths = ragged(5, 6, torch.float32)
-    torch.library.opcheck(OP, (values.requires_grad_(), lengths))
+    torch.library.opcheck(OP, (values, lengths))
     torch.library.opcheck(OP, (values.detach().double(), lengths))
 
 
@@ -85,3 +85,13 @@ def test_opcheck() -> None:
 def test_messages(values: torch.Tensor, lengths: torch.Tensor, message: str) -> None:
     with pytest.raises(RuntimeError, match=f"sequence_logprob: .*{message}"):
         ops.sequence_logprob(values, lengths)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+def test_compiles_whole() -> None:
+    values, lengths = torch.randn(2, 4, requires_grad=True), torch.tensor([3, 1])
+    compiled = torch.compile(ops.sequence_logprob, fullgraph=True, backend="aot_eager")
+    got = compiled(values, lengths)
+    assert torch.equal(got, ops.sequence_logprob(values, lengths))
+    (grad,) = torch.autograd.grad(got.sum(), values)
+    assert grad.tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]

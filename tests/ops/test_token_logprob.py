@@ -436,13 +436,37 @@ def test_rows_more_than_two_to_the_31_apart() -> None:
 def test_opcheck() -> None:
     logits, target = rows(4, 33, torch.bfloat16)
     mask = torch.tensor([True, False, True, True])
-    torch.library.opcheck(OP, (logits.float().requires_grad_(), target))
-    torch.library.opcheck(OP, (logits.requires_grad_(), target, 0.5, mask, True))
-    logits.requires_grad_(False)
+    torch.library.opcheck(OP, (logits.float(), target))
+    torch.library.opcheck(OP, (logits, target, 0.5, mask, True))
     entropy, lse = OP(logits, target, 1.0, mask, True)[2:]
     g = torch.ones(4)
     for backward in (BACKWARD, BACKWARD_):
         torch.library.opcheck(backward, (logits, target, lse, entropy, g, None, g, 1.0, mask))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+@pytest.mark.parametrize("inplace", [False, True])
+def test_compiles_whole(inplace: bool) -> None:
+    """Without a break of the graph, to the same values and gradients."""
+    logits, target = rows(6, 33)
+    logits, target = logits.view(2, 3, 33), target.view(2, 3)
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+
+    def loss(x: Tensor) -> Tensor:
+        z = x * 1.5
+        r = ops.token_logprob(
+            z, target, mask=mask, entropy=True, softcap=3.0, inplace_backward=inplace
+        )
+        return (r.logp + 0.3 * r.entropy).sum() + r.lse.mean()
+
+    found = []
+    for way in (loss, torch.compile(loss, fullgraph=True, backend="aot_eager")):
+        x = logits.clone().requires_grad_()
+        value = way(x)
+        found.append((value, *torch.autograd.grad(value, x)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert found[0][1].abs().max() > 0.01
 
 
 LOGITS, TARGET = torch.zeros(2, 3), torch.tensor([0, 1])
