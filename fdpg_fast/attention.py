@@ -156,11 +156,12 @@ class SlotCache(Cache):
         moved, into = moved.to(self.positions.device), into.to(self.positions.device)
         cache = SlotCache(len(self.slot_layers), slots, self.length, self.positions.device)
         self.positions[into] = self.positions[moved]
-        cache.positions, cache.reach = self.positions[:slots], self.reach
+        cache.positions = self.positions[:slots]
         for layer, whole in zip(cache.slot_layers, self.slot_layers, strict=True):
             if whole.is_initialized:
                 for states in (whole.keys, whole.values):
-                    states[into, :, : self.reach] = states[moved, :, : self.reach]
+                    # Of all lengths: a step that is replayed does not move the reach.
+                    states[into] = states[moved]
                 layer.keys, layer.values = whole.keys[:slots], whole.values[:slots]
                 layer.is_initialized = True
         return cache

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig
 
 from fdpg_fast import sampler as sampler_module
-from fdpg_fast.attention import SLOT, SLOT_MASKED, SlotCache, SlotDecoder, rounded_reach
+from fdpg_fast.attention import REACH_STEP, SLOT, SLOT_MASKED, SlotCache, SlotDecoder, rounded_reach
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.replay import Replays
 from fdpg_fast.rollout import Finish, Rollout
@@ -440,6 +440,37 @@ def test_samples_do_not_depend_on_how_many_slots_are_left(
         torch.testing.assert_close(
             fewer.token_logprob[same], whole.token_logprob[same], rtol=1e-4, atol=1e-4
         )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_moved_samples_keep_all_their_keys(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a reach that is less was recorded after one that is more, and has come back to
+    the latter by replay, which Python has no part in."""
+    step = REACH_STEP[device]
+    monkeypatch.setitem(sampler_module.LEAST_SAVED, device, 0)
+    sizes = {"max_position_embeddings": 4 * step}
+    model = language_model("llama", eos_ids=(), device=device, changes=sizes)
+
+    def stop(text: str) -> bool:
+        """Not of the first samples, which end together; of the others at times of their own."""
+        words = text.split()
+        return short_ones and len(words) > step + 8 and words[-1] in {"1", "2", "3", "4"}
+
+    short_ones = False
+
+    class Refilled(SlotDecoder):
+        def assign(self, slots: Tensor, prompts: Tensor) -> None:
+            nonlocal short_ones
+            short_ones = bool(prompts.any())
+            super().assign(slots, prompts)
+
+    monkeypatch.setattr("fdpg_fast.models.SlotDecoder", Refilled)
+    monkeypatch.setattr("fdpg_fast.sampler.SlotDecoder", Refilled)
+    prompts = batch([*range(1, 30)] * (2 * step // 29), [5, 6])
+    rollout = Sampler(2 * step, batch_size=16, stop=stop).draw(model, prompts, 16, key=3)
+    assert len(set(rollout.lengths[16:].tolist())) > 4
+    exact = model.token_logprob(rollout)
+    torch.testing.assert_close(rollout.token_logprob, exact, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
