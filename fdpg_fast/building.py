@@ -132,7 +132,12 @@ def sampler_of(
             stop = load_function(sampling.stop, _folder(config))
         except ScorerError as error:
             raise ConfigError(f"config: `sampling.stop`: {error}") from error
-    return Sampler(max_new_tokens or sampling.max_new_tokens, sampling.sampler_batch, stop=stop)
+    return Sampler(
+        max_new_tokens or sampling.max_new_tokens,
+        sampling.sampler_batch,
+        stop=stop,
+        deterministic=sampling.deterministic,
+    )
 
 
 def prompts_of(config: Config, model: LanguageModel) -> Prompts:

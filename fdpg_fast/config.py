@@ -153,6 +153,8 @@ class SamplingConfig:
         max_new_tokens: longest sample, in tokens
         samples_per_prompt: samples of each prompt in each step
         sampler_batch: samples drawn at a time; changes speed and memory, not the samples
+        deterministic: the same bits in any batch, also where rounding decides between two tokens;
+            draws 64 samples at a time
         stop: FILE.py:FUNCTION that ends samples early: given the text sampled so far, is it whole?
         stop_in_python: written by a run whose stop is a Python function: the name of that
         adaptive_proposal: sample from a copy that becomes the policy only when that is closer to
@@ -163,6 +165,7 @@ class SamplingConfig:
     max_new_tokens: int = 40
     samples_per_prompt: int = 256
     sampler_batch: int = 256
+    deterministic: bool = False
     stop: str | None = None
     stop_in_python: str | None = None
     adaptive_proposal: bool = False

@@ -9,7 +9,7 @@ from transformers.activations import GELUTanh, NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
 from fdpg_fast import ops
-from fdpg_fast.ops.matmul import has_rounded_products, library, linear, packed_once
+from fdpg_fast.ops.matmul import has_rounded_products, linear, packed_once
 
 __all__ = ["choose_layers"]
 
@@ -21,7 +21,7 @@ def choose_layers(model: nn.Module, device: torch.device) -> None:
     its own.
     """
     layers = dict(_ACTIVATIONS)
-    if device.type == "cpu" and (library()[0] or has_rounded_products()):
+    if device.type == "cpu":
         layers |= _PRODUCTS
     for module in model.modules():
         if (chosen := layers.get(type(module))) is not None:

@@ -511,6 +511,12 @@ class LanguageModel:
         )
 
     @property
+    def mixes_experts(self) -> bool:
+        """Whether tokens are multiplied in groups that depend on all of a batch."""
+        config = self.model.config.get_text_config(decoder=True)
+        return getattr(config, "num_experts_per_tok", None) is not None
+
+    @property
     def head(self) -> Head | None:
         """The output layer as one formula, or None for a family whose head is not of that form."""
         if self._fused is None:

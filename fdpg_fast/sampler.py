@@ -7,6 +7,12 @@ then to a quarter, and so on. The random number of a token is a function of (key
 in the sample), so samples depend neither on the slot nor on the number of slots, beyond ties that
 floating-point rounding decides.
 
+Samples that are drawn ``deterministic``-ally have the same bits whatever else is drawn with them.
+For that all that is computed has one shape: 64 slots at every step, a row that nobody writes to
+for each that is idle; each prompt is read by itself; and products are those whose rows do not
+depend on one another. 64 divides evenly among threads, so none has a rest at its end, which
+torch's vector loops do by other code.
+
 A step is a function of memory that is there before it, of the number of slots, and of the number of
 keys that it attends to, rounded up: it is recorded once for each, and replayed (replay.py).
 
@@ -20,21 +26,24 @@ Shape legend: B samples, G prompts, P longest prompt, S ``max_new_tokens``, T = 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from fdpg_fast import ops
-from fdpg_fast.attention import Decoder, SlotDecoder
+from fdpg_fast.attention import SLOT, Decoder, SlotDecoder
 from fdpg_fast.models import LanguageModel
+from fdpg_fast.ops.matmul import own_products
 from fdpg_fast.replay import Recorder, Replays, recorder_for
 from fdpg_fast.rollout import Finish, PromptBatch, Rollout, Texts
 
 __all__ = ["Sampler", "SamplingError"]
 
+DETERMINISTIC_SLOTS = 64
 # So many steps, on a CPU, before it pays to record one.
 LEAST_STEPS = 16
 # So many rows, over all steps that may come, must fewer slots save before it pays to record anew.
@@ -60,6 +69,11 @@ class Sampler:
             Asked of each prefix once, shortest first, when the device is; the answer must depend on
             the text alone. So samples are the same whatever the other settings; a slot may write up
             to ``check_every`` tokens past the end, which are dropped.
+        deterministic: whether samples and their log-probs have the same bits on one kind of device
+            whatever is drawn with them: however many samples, of which prompts, by how many
+            processes, refilled or not. Else they are the same but for rounding, which a tie between
+            two tokens turns on once in a great while. It takes 64 slots whatever ``batch_size``,
+            and not every model: none of encoder and decoder, with ALiBi, with experts, or compiled.
     """
 
     def __init__(
@@ -68,6 +82,8 @@ class Sampler:
         batch_size: int = 256,
         check_every: int = 4,
         stop: Callable[[str], bool] | None = None,
+        *,
+        deterministic: bool = False,
     ) -> None:
         for name, value in (
             ("max_new_tokens", max_new_tokens),
@@ -80,6 +96,7 @@ class Sampler:
         self.batch_size = batch_size
         self.check_every = check_every
         self.stop = stop
+        self.deterministic = deterministic
         self._decoder: Decoder | None = None
         self._recorder: Recorder | None = None
 
@@ -104,17 +121,23 @@ class Sampler:
             first_sample_id: samples are numbered from here; a process of many gives its own range.
 
         Raises:
-            ValueError: a prompt is empty, too long for the model, or has ids the model lacks.
+            ValueError: a prompt is empty, too long for the model, or has ids the model lacks; or
+                draws of the model cannot be deterministic.
             SamplingError: logits are NaN or infinite, or ``stop`` raised.
         """
         self._check(model, prompts, samples_per_prompt)
         work = _Work(model, prompts, samples_per_prompt, self.max_new_tokens, key, first_sample_id)
-        slots = min(self.batch_size, work.count)
+        slots = DETERMINISTIC_SLOTS if self.deterministic else min(self.batch_size, work.count)
         # Not kept while in use: after an error its memory may hold NaN, which masks do not hide.
         before, self._decoder = self._decoder, None
         decoder = model.decoder(slots, work.width, reuse=before)
         together = work.count if decoder.refills else slots
-        with model.unchanging():
+        with model.unchanging(), contextlib.ExitStack() as stack:
+            if self.deterministic:
+                assert isinstance(decoder, SlotDecoder)
+                decoder.PREFILL_TOKENS = 1  # each prompt by itself
+                stack.enter_context(own_products())
+                stack.enter_context(_dividing_evenly(slots))
             decoder.prefill(work.distinct)
             for samples in torch.arange(work.count).split(together):
                 self._run(model, work, decoder, samples, _continues(decoder, before))
@@ -129,8 +152,9 @@ class Sampler:
         device, idle, slots = model.device, work.count, len(decoder.positions)
         row = torch.full((slots,), idle, dtype=torch.int64, device=device)  # which sample, or idle
         occupant, position = torch.full((slots,), idle), torch.zeros(slots, dtype=torch.int64)
-        # Another number of slots is another compilation.
-        least = math.inf if model.is_compiled else LEAST_SAVED.get(device.type, 0)
+        # Another number of slots is another compilation, and other bits.
+        keeps = model.is_compiled or self.deterministic
+        least = math.inf if keeps else LEAST_SAVED.get(device.type, 0)
         step: Callable[[int], None] = functools.partial(work.step, decoder, row)
         if _can_be_replayed(decoder, self.max_new_tokens):
             if self._recorder is None or self._recorder.device != device:
@@ -172,6 +196,12 @@ class Sampler:
             raise ValueError(
                 f"draw: `samples_per_prompt` must be at least 1, got {samples_per_prompt}"
             )
+        if self.deterministic and (why := _mixes_rows(model)) is not None:
+            raise ValueError(
+                f"draw: `deterministic` needs a model whose texts do not touch in any product, got "
+                f"{model.name}, which {why}. Leave it off: samples are the same then but for "
+                "rounding."
+            )
         if len(prompts) == 0:
             raise ValueError("draw: `prompts` must hold at least one prompt, got none")
         for text, tokens in zip(prompts.texts, prompts.tokens, strict=True):
@@ -191,6 +221,26 @@ class Sampler:
                     f"draw: prompt {text!r} has token id {outside[0]}, expected "
                     f"0..{model.vocab_size - 1}. Is it encoded with the tokenizer of {model.name}?"
                 )
+
+
+def _mixes_rows(model: LanguageModel) -> str | None:
+    """What lets a text's last bits depend on others, of shapes that are all the same."""
+    if model.attention != SLOT:
+        return f"attends by {model.attention}, not {SLOT}"
+    if model.mixes_experts:
+        return "has experts"
+    return "is compiled" if model.is_compiled else None
+
+
+@contextlib.contextmanager
+def _dividing_evenly(slots: int) -> Iterator[None]:
+    """With as many of torch's threads as divide ``slots``, a power of two, evenly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(math.gcd(1 << (before.bit_length() - 1), slots))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _halved(slots: int, live: int) -> int:

@@ -22,7 +22,6 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def _ours(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "library", lambda: (True, "the test says so"))
     multiply_by(monkeypatch, "ours")
 
 
@@ -132,13 +131,22 @@ def test_small_products_go_the_short_way(
     assert calls == [(10, 10, 10)]
 
 
-def test_nothing_happens_where_torch_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_products_are_torchs_where_those_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not for who asks for ours, whatever they cost."""
     monkeypatch.setattr(matmul, "_OURS_ROUNDS", False)
-    monkeypatch.setattr(layers, "library", lambda: (False, "the test says so"))
-    model = Two()
-    choose_layers(model, CPU)
-    assert type(model.up) is nn.Linear
-    assert type(model.down) is Conv1D
+    multiply_by(monkeypatch, "torch's")
+    plain = Two()
+    chosen = copy.deepcopy(plain)
+    choose_layers(chosen, CPU)
+    x = torch.randn(3, 8)
+    with calls_of_ours() as calls:
+        torch.testing.assert_close(chosen(x), plain(x))
+        assert calls == []
+        with matmul.own_products():
+            torch.testing.assert_close(chosen(x), plain(x))
+        assert calls == [(3, 8, 16), (3, 16, 6)]
+        chosen(x)
+        assert len(calls) == 2
 
 
 @pytest.mark.parametrize("name", ["gelu_new", "gelu_pytorch_tanh", "gelu_python_tanh", "tanh"])

@@ -51,13 +51,17 @@ def assert_same_samples(left: Rollout, right: Rollout) -> None:
     assert different <= 1 + len(left) // 100
 
 
-@pytest.mark.parametrize("slots", [64, 1000, 8000])  # with refill, and at last without
-def test_samples_follow_the_law_of_the_model(slots: int) -> None:
+@pytest.mark.parametrize(
+    ("slots", "deterministic"),
+    [(64, False), (1000, False), (8000, False), (64, True)],  # 8000: without refill
+)
+def test_samples_follow_the_law_of_the_model(slots: int, deterministic: bool) -> None:
     """Chi-squared against every text that a model of five tokens can write."""
     vocab, longest, count = 5, 3, 8000
     model = language_model("gpt2", changes={"vocab": vocab, "seed": 3})
     prompt = [3, 1]
-    rollout = Sampler(longest, batch_size=slots).draw(model, batch(prompt), count, key=11)
+    sampler = Sampler(longest, batch_size=slots, deterministic=deterministic)
+    rollout = sampler.draw(model, batch(prompt), count, key=11)
 
     def next_logprob(text: list[int]) -> Tensor:
         with torch.no_grad():

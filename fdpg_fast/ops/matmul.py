@@ -53,6 +53,7 @@ __all__ = [
     "library",
     "linear",
     "may_round",
+    "own_products",
     "packed_like",
     "packed_once",
     "product",
@@ -82,6 +83,7 @@ _OURS_ROUNDS: bool = load().has_packed_products()
 # rounds; and inside rounding_once, also there, what has been packed and the memory for it.
 _may_round: ContextVar[bool] = ContextVar("may_round", default=False)
 _packed: ContextVar[_Packed | None] = ContextVar("packed", default=None)
+_always_ours: ContextVar[bool] = ContextVar("always_ours", default=False)  # inside own_products
 _PANEL = 64  # kVocabularyTile
 
 
@@ -180,7 +182,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | No
     # len() is a function of Python.
     *outer, k = x.shape
     m = weight.shape[0]
-    if not library()[0] or x.numel() * m < _LEAST or torch.is_autocast_enabled("cpu"):
+    pays = library()[0] and x.numel() * m >= _LEAST
+    if not (pays or _always_ours.get()) or torch.is_autocast_enabled("cpu"):
         return None
     rows, columns = x.reshape(-1, k), weight.t()
     if rows.dtype != torch.float32 or not is_ours(rows, columns):
@@ -218,6 +221,17 @@ def rounded_products(device: torch.device) -> Iterator[None]:
         yield
     finally:
         _may_round.reset(outside)
+
+
+@contextlib.contextmanager
+def own_products() -> Iterator[None]:
+    """While this thread is in here all fp32 products on a CPU are ours, whatever they cost: a row
+    of one has the same bits whatever other rows there are."""
+    outside = _always_ours.set(True)
+    try:
+        yield
+    finally:
+        _always_ours.reset(outside)
 
 
 def may_round() -> bool:
@@ -297,7 +311,8 @@ def is_ours(a: Tensor, b: Tensor, *, fused: bool = False) -> bool:
     # would differ from the trainer's.
     rows, size = a.shape[0], b.numel()
     pays = size >= _LEAST_FACTOR and (fused or (rows >= _LEAST_ROWS and rows * size >= _LEAST))
-    return may_round() or (pays and (library()[0] or (fused and fuses())))
+    pays = pays and (library()[0] or (fused and fuses()))
+    return pays or may_round() or _always_ours.get()
 
 
 class _Linear(torch.autograd.Function):
