@@ -424,8 +424,9 @@ class Decoder(Protocol):
     positions: Tensor
     refills: bool
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        """Read N prompts, once each, all but the last token of each."""
+    def prefill(self, prompts: Sequence[Sequence[int]], uses: Sequence[int]) -> None:
+        """Take N prompts, each of which is read once, all but its last token, and will be assigned
+        ``uses[i]`` times."""
 
     def assign(self, slots: Tensor, prompts: Tensor) -> None:
         """Put prompt ``prompts[i]`` in slot ``slots[i]``, ready for its last token."""
@@ -445,25 +446,36 @@ class Decoder(Protocol):
 class SlotDecoder:
     """Decoding over a :class:`SlotCache`: one token of work per slot and step."""
 
-    PREFILL_TOKENS = 16384  # padded prompt tokens in one forward pass
+    PREFILL_TOKENS = 16384  # prompt tokens that are read at a time, and in one forward pass
     refills = True
 
     def __init__(self, model: _Model, cache: SlotCache) -> None:
         self.model, self.cache = model, cache
         self.positions = cache.positions
         self.positions.zero_()
-        self.prompts: list[tuple[int, SlotCache | None, int]] = []  # length, its bank, row there
+        self.prompts: Sequence[Sequence[int]] = ()
+        self.uses: list[int] = []  # that are to come
+        self.unread: list[int] = []
+        self.found: dict[int, tuple[SlotCache | None, int]] = {}  # of those read: bank, row there
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        found: dict[int, tuple[int, SlotCache | None, int]] = {}
+    def prefill(self, prompts: Sequence[Sequence[int]], uses: Sequence[int]) -> None:
+        self.prompts, self.uses = prompts, list(uses)
+        self.unread = list(range(len(prompts)))
+
+    def _read_next(self) -> None:
+        """Some prompts, in their order: those assigned to the last slots are forgotten by then."""
+        order: list[int] = []
+        tokens = 0
+        while self.unread and (not order or tokens < self.PREFILL_TOKENS):
+            order.append(self.unread.pop(0))
+            tokens += len(self.prompts[order[-1]])
+        order.sort(key=lambda i: len(self.prompts[i]))
         while order:
-            longest = max(1, len(prompts[order[-1]]) - 1)
+            longest = max(1, len(self.prompts[order[-1]]) - 1)
             take = order[-max(1, self.PREFILL_TOKENS // longest) :]
             del order[-len(take) :]
-            bank = self._read([prompts[i][:-1] for i in take])
-            found.update((i, (len(prompts[i]), bank, row)) for row, i in enumerate(take))
-        self.prompts = [found[i] for i in range(len(prompts))]
+            bank = self._read([self.prompts[i][:-1] for i in take])
+            self.found.update((i, (bank, row)) for row, i in enumerate(take))
 
     def _read(self, prompts: Sequence[Sequence[int]]) -> SlotCache | None:
         """Keys and values of prompts padded on the right, which causal attention never sees."""
@@ -477,19 +489,27 @@ class SlotDecoder:
         return bank
 
     def assign(self, slots: Tensor, prompts: Tensor) -> None:
-        wanted = [self.prompts[i] for i in prompts.tolist()]
+        chosen: list[int] = prompts.tolist()
+        while any(i not in self.found for i in chosen):
+            self._read_next()
+        wanted = [self.found[i] for i in chosen]
         device = self.model.device
         slots = slots.to(device)
-        for bank in {id(bank): bank for _, bank, _ in wanted if bank is not None}.values():
-            mine = [i for i, (_, other, _) in enumerate(wanted) if other is bank]
-            rows = torch.tensor([wanted[i][2] for i in mine], device=device)
+        for bank in {id(bank): bank for bank, _ in wanted if bank is not None}.values():
+            mine = [i for i, (other, _) in enumerate(wanted) if other is bank]
+            rows = torch.tensor([wanted[i][1] for i in mine], device=device)
             into = slots[torch.tensor(mine, device=device)]
             for layer, source in zip(self.cache.slot_layers, bank.slot_layers, strict=True):
                 if not layer._fits(source.keys):
                     layer.lazy_initialization(source.keys, source.values)
                 layer.keys[into, :, : bank.length] = source.keys[rows]
                 layer.values[into, :, : bank.length] = source.values[rows]
-        self.positions[slots] = torch.tensor([n - 1 for n, _, _ in wanted], device=device)
+        lengths = [len(self.prompts[i]) for i in chosen]
+        self.positions[slots] = torch.tensor(lengths, device=device) - 1
+        for i in chosen:
+            self.uses[i] -= 1
+            if not self.uses[i]:
+                del self.found[i]
 
     def step(self, tokens: Tensor, reach: int) -> Tensor:
         self.cache.set_reach(reach)
@@ -516,7 +536,7 @@ class RecomputeDecoder:
         self.rows = torch.arange(slots, device=model.device)
         self.prompts: Sequence[Sequence[int]] = ()
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+    def prefill(self, prompts: Sequence[Sequence[int]], uses: Sequence[int]) -> None:
         self.prompts = prompts
 
     def assign(self, slots: Tensor, prompts: Tensor) -> None:

@@ -231,7 +231,9 @@ class EncoderDecoderModel(LanguageModel):
 
     def decoder(self, slots: int, length: int, reuse: Decoder | None = None) -> Decoder:
         """A decoder for ``slots`` texts; ``reuse`` lends its memory."""
-        return StepDecoder(self, slots, reuse.own if isinstance(reuse, StepDecoder) else ())
+        if isinstance(reuse, StepDecoder) and reuse.positions.device == self.device:
+            return StepDecoder(self, slots, reuse.own)
+        return StepDecoder(self, slots)
 
     # --- log-probs ------------------------------------------------------------------------------
 
@@ -316,7 +318,7 @@ class EncoderDecoderModel(LanguageModel):
     def _decoding_error(self, rows: list[list[int]], reference: list[Tensor]) -> float:
         prompts, index = self._prompts(rows)
         decoder = StepDecoder(self, len(rows))
-        decoder.prefill(prompts)
+        decoder.prefill(prompts, index.bincount().tolist())
         decoder.assign(torch.arange(len(rows)), index)
         tokens, worst = self._padded(rows)[0], 0.0
         for place in range(tokens.shape[1]):
@@ -368,6 +370,7 @@ class _StepLayer(CacheLayerMixin):
         if not self.is_initialized or not (
             self.keys.shape[2] >= reach
             and self.keys.shape[:2] == key_states.shape[:2]
+            and self.keys.shape[3] == key_states.shape[3]
             and self.keys.dtype == key_states.dtype
         ):
             self.lazy_initialization(key_states, value_states)
@@ -419,7 +422,7 @@ class StepDecoder:
         self.own = own  # of each layer, once their number is known
         self.fresh = True  # no slot has read a token yet
 
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> None:
+    def prefill(self, prompts: Sequence[Sequence[int]], uses: Sequence[int]) -> None:
         self.lengths = torch.tensor([len(prompt) for prompt in prompts])
         width = int(self.lengths.max())
         size = max(1, SlotDecoder.PREFILL_TOKENS // width)

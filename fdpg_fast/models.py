@@ -1152,7 +1152,7 @@ class LanguageModel:
         longest = max(len(row) for row in rows)
         slots = SlotDecoder(self, SlotCache(self.layers, len(rows), longest, self.device))
         prompts = [row[: 1 + i * len(row) // len(rows)] for i, row in enumerate(rows)]
-        slots.prefill(prompts)
+        slots.prefill(prompts, [1] * len(prompts))
         index = torch.arange(len(rows))
         slots.assign(index, index)
         place = [len(prompt) - 1 for prompt in prompts]

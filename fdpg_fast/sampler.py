@@ -138,11 +138,11 @@ class Sampler:
                 decoder.PREFILL_TOKENS = 1  # each prompt by itself
                 stack.enter_context(own_products())
                 stack.enter_context(_dividing_evenly(slots))
-            decoder.prefill(work.distinct)
+            decoder.prefill(work.distinct, work.distinct_index.bincount().tolist())
             for samples in torch.arange(work.count).split(together):
                 self._run(model, work, decoder, samples, _continues(decoder, before))
         rollout = work.rollout(model)
-        self._decoder = decoder
+        self._decoder = model.decoder(slots, work.width, reuse=decoder)  # its memory, no prompts
         return rollout
 
     def _run(

@@ -172,6 +172,20 @@ def test_each_prompt_is_read_once(family: str) -> None:
     assert encoder.rows == [1, 2, 1, 1, 1]
 
 
+def test_a_sampler_keeps_memory_that_fits_and_no_prompts() -> None:
+    """Also from a model to another whose heads have another size."""
+    sampler, fresh = Sampler(12, batch_size=8), Sampler(12, batch_size=8)
+    for size in (8, 16):
+        model = language_model("t5", eos_ids=EOS, changes={"d_kv": size})
+        drawn = sampler.draw(model, PROMPTS, 4, key=1)
+        assert torch.equal(drawn.tokens, fresh.draw(model, PROMPTS, 4, key=1).tokens)
+        fresh = Sampler(12, batch_size=8)
+        decoder = sampler._decoder
+        assert isinstance(decoder, StepDecoder)
+        assert decoder.own[0].is_initialized
+        assert not hasattr(decoder, "states")
+
+
 def test_micro_batches_hold_every_sample_once(model: EncoderDecoderModel) -> None:
     """And no more tokens than they should, those of the prompts included, unless one sample has."""
     rollout = draw(model)

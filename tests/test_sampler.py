@@ -158,6 +158,29 @@ def test_each_distinct_prompt_is_read_once(family: str, monkeypatch: pytest.Monk
     assert sum(a != b for a, b in pairs) <= 1
 
 
+def test_keys_of_prompts_are_held_while_they_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read some at a time, forgotten when their last sample has begun; and none after the draw."""
+    model = language_model("gpt2", eos_ids=EOS)
+    prompts = batch(*[[1 + i % 50, 2, 3 + i // 9] for i in range(60)], [1, 2, 3])  # one once more
+    whole = Sampler(6, batch_size=8).draw(model, prompts, 2, 3)
+    held = []
+
+    class Watched(SlotDecoder):
+        PREFILL_TOKENS = 30
+
+        def step(self, tokens: Tensor, reach: int) -> Tensor:
+            held.append(len(self.found))
+            return super().step(tokens, reach)
+
+    monkeypatch.setattr("fdpg_fast.models.SlotDecoder", Watched)
+    sampler = Sampler(6, batch_size=8)
+    few = sampler.draw(model, prompts, 2, 3)
+    assert_same_samples(whole, few)
+    assert max(held) <= 10 + 1
+    assert sampler._decoder is not None
+    assert not sampler._decoder.found  # type: ignore[attr-defined]
+
+
 def test_memory_is_kept_from_draw_to_draw(model: LanguageModel) -> None:
     sampler = Sampler(12, batch_size=8)
     places = []
