@@ -6,9 +6,11 @@ becomes a CUDA graph; on a CPU a list of the operations that PyTorch was asked f
 function, which is worth most in small models: what transformers does around them takes there as
 long as they do.
 
-Each draw records anew, at the first steps of a shape, and nothing is recorded or probed before: a
-recording names the weights as autocast has rounded them for one draw, and the memory of the samples
-that the draw returns. What there is no memory for is done as usual, with a warning. The steps of
+It is recorded at the first steps of a shape; nothing is recorded or probed before. What there is no
+memory for is done as usual, with a warning. Each draw records anew: a recording names the weights
+as autocast has rounded them for one draw. Where it rounds none, on a CPU, a draw from the same
+model into the same memory goes on with what the last has recorded, once a step of its own has come
+to what is recorded of it. The steps of
 encoder-decoder models are not recorded (their cache counts its tokens in Python), nor those of
 families without a slot cache, nor on a CPU those of compiled models and of short draws.
 """
@@ -31,9 +33,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdpg_fast.attention import rounded_reach
 
-__all__ = ["Recorder", "Replays", "Tape", "recorder_for"]
+__all__ = ["Recorder", "Recordings", "Replays", "Tape", "recorder_for"]
 
 Step = Callable[[], None]
+Recordings = dict[int, dict[int, Step]]  # by the number of slots, and the reach
 
 
 class NotRecordedError(RuntimeError):
@@ -57,12 +60,14 @@ class Recorder(Protocol):
         verifies: whether the first replays of a model are to be compared with its steps.
         every_draw: whether the first step of every draw makes what must outlive it (weights that
             are rounded for a draw), rather than the first of a reach in the first draw.
+        keeps: whether a recording serves later draws, too, if no weight is rounded for one.
     """
 
     device: torch.device
     refused: bool
     verifies: bool
     every_draw: bool
+    keeps: bool
 
     def record(self, step: Step) -> Step:
         """Does ``step``, and returns what does it again.
@@ -80,22 +85,32 @@ class Replays:
     """A step on some slots, recorded for each number of keys that it attends to, and replayed.
 
     The first step of a reach runs as usual and makes what must outlive it (buffers, handles of
-    libraries), unless an earlier draw or step has; the next is recorded. Recordings live as long as
-    a draw does, because the memory they name does.
+    libraries), unless an earlier draw or step has; the next is recorded.
 
     Args:
         step: of a reach.
-        memory: what it writes, and the next one and whoever comes after the last reads.
+        memory: what it writes, and the next one and whoever comes after the last reads; of the
+            first, one entry for each slot.
+        recorder: what makes recordings.
+        recordings: of an earlier draw in the same memory; those of this one are added.
         warm: whether an earlier draw was of the same model, and on the same memory.
     """
 
     def __init__(
-        self, step: Callable[[int], None], memory: Sequence[Tensor], recorder: Recorder, warm: bool
+        self,
+        step: Callable[[int], None],
+        memory: Sequence[Tensor],
+        recorder: Recorder,
+        recordings: Recordings,
+        warm: bool,
     ) -> None:
         self.step, self.memory, self.recorder = step, memory, recorder
+        self.recordings = recordings
         self.ready = warm and not recorder.every_draw
         self.verifies = recorder.verifies and not warm
-        self.replays: dict[int, Step | None] = {}
+        # The weights have changed since, and perhaps how they are used: one step tells.
+        self.doubtful = bool(recordings)
+        self.usual: set[int] = set()  # reaches of steps done as usual
         self.unverified: set[int] = set()
         recorder.refused &= warm  # by another model: this one may do better
         self.refused = recorder.refused
@@ -104,7 +119,7 @@ class Replays:
         """The same of the step that follows: on fewer slots, and not recorded yet."""
         other = copy.copy(self)
         other.step, other.memory = step, memory
-        other.replays, other.unverified = {}, set()
+        other.usual, other.unverified = set(), set()
         return other
 
     def __call__(self, reach: int) -> None:
@@ -112,44 +127,66 @@ class Replays:
         replay = self.replays.get(reach)
         if replay is not None:
             self._again(reach, replay)
-        elif (self.ready or reach in self.replays) and not self.refused:
-            self.replays[reach] = self._recorded(reach)
-            if self.verifies:
-                self.unverified.add(reach)
+        elif (self.ready or reach in self.usual) and not self.refused:
+            self._record(reach)
         else:
-            self.replays[reach] = None
             self.step(reach)
+            self.usual.add(reach)
             self.ready |= self.recorder.every_draw
 
-    def _recorded(self, reach: int) -> Step | None:
+    @property
+    def replays(self) -> dict[int, Step]:
+        return self.recordings.setdefault(len(self.memory[0]), {})
+
+    def _record(self, reach: int) -> None:
         step = functools.partial(self.step, reach)
         try:
-            return self.recorder.record(step)
+            self.replays[reach] = self.recorder.record(step)
         except NotRecordedError as error:
             self.refused, self.recorder.refused = True, error.final
             if not error.done:
                 self._warn(f"sampling without CUDA graphs, which is right but slower: {error}")
                 step()
-        return None
+            return
+        if self.verifies:
+            self.unverified.add(reach)
 
     def _again(self, reach: int, replay: Step) -> None:
-        if reach not in self.unverified:
+        if not self.doubtful and reach not in self.unverified:
             return replay()
-        self.unverified.remove(reach)
-        before = [tensor.clone() for tensor in self.memory]
-        replay()
-        replayed = [tensor.clone() for tensor in self.memory]
-        for tensor, value in zip(self.memory, before, strict=True):
-            tensor.copy_(value)
-        self.step(reach)
-        if not all(map(_same, self.memory, replayed)):
-            self.refused = self.recorder.refused = True
-            self.replays.clear()
-            self._warn(
-                "sampling by the model's own steps, which is right but slower: a step that was "
-                "recorded and replayed gave other tokens. Does the model keep numbers in Python?"
-            )
+        kept, self.doubtful = self.doubtful, False
+        self.unverified.discard(reach)
+        if self._repeats(reach, replay):
+            self.ready |= self.recorder.every_draw
+            return None
+        self.recordings.clear()
+        self.unverified.clear()
+        if kept:  # by what is not of the past it may be recorded as well
+            self.verifies = self.recorder.verifies
+            return None
+        self.refused = self.recorder.refused = True
+        self._warn(
+            "sampling by the model's own steps, which is right but slower: a step that was "
+            "recorded and replayed gave other tokens. Does the model keep numbers in Python?"
+        )
         return None
+
+    def _repeats(self, reach: int, replay: Step) -> bool:
+        """Does a step, and whether ``replay`` comes to the same."""
+        before = [tensor.clone() for tensor in self.memory]
+        self.step(reach)
+        usual = [tensor.clone() for tensor in self.memory]
+        self._restore(before)
+        replay()
+        if all(map(_same, self.memory, usual)):
+            return True
+        self._restore(before)
+        self.step(reach)  # which writes keys and values again
+        return False
+
+    def _restore(self, values: Sequence[Tensor]) -> None:
+        for tensor, value in zip(self.memory, values, strict=True):
+            tensor.copy_(value)
 
     def _warn(self, what: str) -> None:
         warnings.warn(what, RuntimeWarning, stacklevel=8)  # who asked for the draw
@@ -171,7 +208,7 @@ class CudaRecorder:
     """
 
     verifies = False  # CUDA refuses what a graph cannot hold
-    every_draw = False
+    every_draw = keeps = False
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.refused = device, False
@@ -238,7 +275,7 @@ class TapeRecorder:
     """Has a :class:`Tape` of each step. What bypasses PyTorch's dispatcher is not on it, hence the
     comparison."""
 
-    verifies = every_draw = True
+    verifies = every_draw = keeps = True
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.refused = device, False

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator
 
@@ -35,10 +36,10 @@ import torch
 from torch import Tensor
 
 from fdpg_fast import ops
-from fdpg_fast.attention import SLOT, Decoder, SlotDecoder
+from fdpg_fast.attention import SLOT, Decoder, SlotDecoder, rounded_reach
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.ops.matmul import own_products
-from fdpg_fast.replay import Recorder, Replays, recorder_for
+from fdpg_fast.replay import Recorder, Recordings, Replays, recorder_for
 from fdpg_fast.rollout import Finish, PromptBatch, Rollout, Texts
 
 __all__ = ["Sampler", "SamplingError"]
@@ -98,7 +99,10 @@ class Sampler:
         self.stop = stop
         self.deterministic = deterministic
         self._decoder: Decoder | None = None
+        self._work: _Work | None = None
         self._recorder: Recorder | None = None
+        self._recordings: Recordings = {}
+        self._weights: list[int] = []  # ids of those that the recordings name, and so keep
 
     @torch.inference_mode(False)  # memory that is kept must serve a draw outside of the caller's
     @torch.no_grad()
@@ -126,11 +130,13 @@ class Sampler:
             SamplingError: logits are NaN or infinite, or ``stop`` raised.
         """
         self._check(model, prompts, samples_per_prompt)
-        work = _Work(model, prompts, samples_per_prompt, self.max_new_tokens, key, first_sample_id)
-        slots = DETERMINISTIC_SLOTS if self.deterministic else min(self.batch_size, work.count)
         # Not kept while in use: after an error its memory may hold NaN, which masks do not hide.
-        before, self._decoder = self._decoder, None
+        (before, self._decoder), (written, self._work) = (self._decoder, None), (self._work, None)
+        of_samples = (samples_per_prompt, self.max_new_tokens, key, first_sample_id)
+        work = _Work(model, prompts, *of_samples, reuse=written)
+        slots = DETERMINISTIC_SLOTS if self.deterministic else min(self.batch_size, work.count)
         decoder = model.decoder(slots, work.width, reuse=before)
+        warm = _continues(decoder, before)
         together = work.count if decoder.refills else slots
         with model.unchanging(), contextlib.ExitStack() as stack:
             if self.deterministic:
@@ -140,9 +146,10 @@ class Sampler:
                 stack.enter_context(_dividing_evenly(slots))
             decoder.prefill(work.distinct, work.distinct_index.bincount().tolist())
             for samples in torch.arange(work.count).split(together):
-                self._run(model, work, decoder, samples, _continues(decoder, before))
+                self._run(model, work, decoder, samples, warm)
         rollout = work.rollout(model)
         self._decoder = model.decoder(slots, work.width, reuse=decoder)  # its memory, no prompts
+        self._work = work
         return rollout
 
     def _run(
@@ -150,7 +157,7 @@ class Sampler:
     ) -> None:
         """Fill these rows of ``work``; ``warm``: not the first to do so in this memory."""
         device, idle, slots = model.device, work.count, len(decoder.positions)
-        row = torch.full((slots,), idle, dtype=torch.int64, device=device)  # which sample, or idle
+        row = work.slots(slots)
         occupant, position = torch.full((slots,), idle), torch.zeros(slots, dtype=torch.int64)
         # Another number of slots is another compilation, and other bits.
         keeps = model.is_compiled or self.deterministic
@@ -159,7 +166,13 @@ class Sampler:
         if _can_be_replayed(decoder, self.max_new_tokens):
             if self._recorder is None or self._recorder.device != device:
                 self._recorder = recorder_for(device)
-            step = Replays(step, work.memory(decoder, row), self._recorder, warm)
+            keeps = self._recorder.keeps and model.compute == "fp32"
+            recordings = self._recordings if keeps else {}
+            weights = itertools.chain(model.model.parameters(), model.model.buffers())
+            known, self._weights = self._weights, [id(x) for x in weights]
+            if not (warm and work.in_place and self._weights == known):
+                recordings.clear()
+            step = Replays(step, work.memory(decoder, row), self._recorder, recordings, warm)
         while True:
             free = (occupant == idle).nonzero()[:, 0]
             fresh, samples = samples[: len(free)], samples[len(free) :]
@@ -285,7 +298,10 @@ class _Work:
     """The samples of one draw while they are written, on the device.
 
     One row more than there are samples: idle slots write to the last row, which is thrown away, so
-    that a step has one shape whoever has finished.
+    that a step has one shape whoever has finished. ``reuse`` lends what memory is of the same size.
+
+    Attributes:
+        in_place: whether all that a step reads and writes is where it was in ``reuse``.
     """
 
     def __init__(
@@ -296,10 +312,13 @@ class _Work:
         max_new_tokens: int,
         key: int,
         first_sample_id: int,
+        *,
+        reuse: _Work | None,
     ) -> None:
+        self.in_place, self._reuse = reuse is not None, reuse
         device = model.device
         self.prompts = prompts
-        self.key = torch.tensor([key], dtype=torch.int64, device=device)
+        self.key = self._placed("key", torch.tensor([key], device=device))
         self.prompt_index = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
         # What is read: equal prompts once.
         places = {tokens: i for i, tokens in enumerate(dict.fromkeys(prompts.tokens))}
@@ -313,21 +332,39 @@ class _Work:
         # The last token that is read stands here: the one after it predicts nothing.
         self.last_position = lengths[self.prompt_index] + max_new_tokens - 2
 
-        padded = torch.zeros(len(prompts), self.width, dtype=torch.int64)
+        # Rounded up: the same for prompts of nearly the same length.
+        padded = torch.zeros(len(prompts), rounded_reach(self.width, device), dtype=torch.int64)
         for g, tokens in enumerate(prompts.tokens):
             padded[g, : len(tokens)] = torch.tensor(tokens)
         rows = self.count + 1
         idle_index = torch.cat((self.prompt_index, self.prompt_index[:1]))
-        self.tokens = padded[idle_index].to(device)
-        self.start = lengths[idle_index].to(device)  # position of the first sampled token
-        self.sample_id = torch.arange(first_sample_id, first_sample_id + rows, device=device)
-        self.logp = torch.zeros(rows, max_new_tokens, dtype=torch.float32, device=device)
-        self.lse = torch.zeros_like(self.logp)
-        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.finish = torch.zeros(rows, dtype=torch.int8, device=device)
+        self.tokens = self._placed("tokens", padded[idle_index].to(device))
+        # Position of the first sampled token.
+        self.start = self._placed("start", lengths[idle_index].to(device))
+        ids = torch.arange(first_sample_id, first_sample_id + rows, device=device)
+        self.sample_id = self._placed("sample_id", ids)
+        zeros = torch.zeros(rows, max_new_tokens, dtype=torch.float32, device=device)
+        self.logp, self.lse = self._placed("logp", zeros), self._placed("lse", zeros.clone())
+        self.lengths = self._placed("lengths", torch.zeros_like(ids))
+        self.finish = self._placed("finish", torch.zeros(rows, dtype=torch.int8, device=device))
         self.judged = [0] * self.count  # tokens of each sample that the stop function has seen
         self.softcap = model.softcap
-        self.eos = torch.tensor(model.eos_ids, dtype=torch.int64, device=device)
+        eos = torch.tensor(model.eos_ids, dtype=torch.int64, device=device)
+        self.eos = self._placed("eos", eos)
+
+    def _placed(self, name: str, values: Tensor) -> Tensor:
+        """These values, in the memory of that name if there is one that fits."""
+        before: Tensor | None = getattr(self._reuse, name, None)
+        if before is not None and before.shape == values.shape and before.device == values.device:
+            return before.copy_(values)
+        self.in_place = False
+        return values
+
+    def slots(self, count: int) -> Tensor:
+        """``(count,)``: which sample each slot writes, or ``self.count``: it is idle."""
+        values = torch.full((count,), self.count, dtype=torch.int64, device=self.tokens.device)
+        self.row = self._placed("row", values)
+        return self.row
 
     def memory(self, decoder: Decoder, row: Tensor) -> list[Tensor]:
         """What a step writes that is read after it, but for keys and values."""
@@ -390,17 +427,19 @@ class _Work:
                 f"{int(self.sample_id[sample])}, token {place}. The weights have diverged or are "
                 "corrupt: go back to an earlier checkpoint and lower the learning rate."
             )
-        tokens, start, lengths = self.tokens[:n], self.start[:n], self.lengths[:n]
+        # Copies: the next draw writes where this one did.
+        tokens = self.tokens[:n, : self.width].clone()
+        start, lengths, logp = (x[:n].clone() for x in (self.start, self.lengths, self.logp))
         return Rollout(
             tokens=tokens,
             prompt_lengths=start,
             lengths=lengths,
             prompt_index=self.prompt_index.to(model.device),
-            sample_ids=self.sample_id[:n],
-            token_logprob=self.logp[:n],
-            lse=self.lse[:n],
-            log_q=ops.sequence_logprob(self.logp[:n], lengths),
-            finish=self.finish[:n],
+            sample_ids=self.sample_id[:n].clone(),
+            token_logprob=logp,
+            lse=self.lse[:n].clone(),
+            log_q=ops.sequence_logprob(logp, lengths),
+            finish=self.finish[:n].clone(),
             prompts=self.prompts,
             texts=Texts(model.decode, tokens, start, lengths),
         )

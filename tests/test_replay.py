@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdpg_fast import sampler as sampler_module
 from fdpg_fast.models import LanguageModel
-from fdpg_fast.replay import CudaRecorder, NotRecordedError, Replays, Tape
+from fdpg_fast.replay import CudaRecorder, NotRecordedError, Replays, Tape, TapeRecorder
 from fdpg_fast.rollout import Rollout
-from fdpg_fast.sampler import LEAST_STEPS, Sampler
+from fdpg_fast.sampler import LEAST_STEPS, Sampler, SamplingError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -180,6 +180,79 @@ def test_a_family_draws_the_same_by_replays(
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(0.9)
+
+
+def recorded_by(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The steps that are recorded from now on."""
+    record, found = TapeRecorder.record, []
+
+    def counted(self: TapeRecorder, step: Callable[[], None]) -> Any:
+        found.append(step)
+        return record(self, step)
+
+    monkeypatch.setattr(TapeRecorder, "record", counted)
+    return found
+
+
+def test_recordings_serve_the_next_draw_in_the_same_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of another key, from weights that have moved; but not of other shapes, nor from another
+    model, nor after an error. And what was drawn before stays what it was."""
+    model, recorded = language_model("gpt2"), recorded_by(monkeypatch)
+    sampler, prompts = Sampler(LONG, batch_size=8), batch(*PROMPTS)
+    first = sampler.draw(model, prompts, 8, key=7)
+    tokens, logp = first.tokens.clone(), first.token_logprob.clone()
+    assert recorded
+    recorded.clear()
+    for key in (8, 9):
+        with torch.no_grad():
+            for weight in model.parameters():
+                weight.mul_(1.1)
+        again = sampler.draw(model, prompts, 8, key=key)
+        assert not recorded
+        assert_equal(again, Sampler(LONG, batch_size=8).draw(model, prompts, 8, key=key))
+        recorded.clear()
+        assert torch.equal(first.tokens, tokens)
+        assert torch.equal(first.token_logprob, logp)
+    for other, count in ((model, 7), (language_model("gpt2"), 7)):
+        sampler.draw(other, prompts, count, key=7)
+        assert recorded
+        recorded.clear()
+    with torch.no_grad():
+        other.parameters()[0].fill_(torch.nan)
+    with pytest.raises(SamplingError):
+        sampler.draw(other, prompts, 7, key=7)
+    recorded.clear()
+    assert_equal(draw(sampler, model), plain(model, monkeypatch))
+    assert recorded
+
+
+@pytest.mark.parametrize("change", ["a hook", "a parameter", "an embedding", "a layer"])
+def test_recordings_of_a_model_that_has_changed_since_are_made_anew(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a warning: the first step of the draw tells, or other parameters do."""
+    model, recorded = language_model("gpt2"), recorded_by(monkeypatch)
+    sampler = Sampler(LONG, batch_size=8)
+    draw(sampler, model)
+    norm = model.model.transformer.ln_f
+    if change == "a hook":
+        norm.register_forward_hook(lambda module, args, out: out * 1.5)
+    elif change == "a parameter":
+        norm.weight = nn.Parameter(norm.weight * 1.5)
+    elif change == "an embedding":  # of tokens that the first step does not read
+        embedding = model.model.transformer.wte
+        embedding.weight = nn.Parameter(embedding.weight.clone())
+        with torch.no_grad():
+            embedding.weight[10:] *= 1.5
+    else:
+        model.model.transformer.h[0].mlp = nn.Identity()
+    expected = plain(model, monkeypatch)
+    for again in (True, False):
+        recorded.clear()
+        assert_equal(draw(sampler, model), expected)
+        assert bool(recorded) == again
 
 
 @pytest.mark.parametrize("how", ["counts its calls", "bypasses the dispatcher"])
