@@ -43,8 +43,6 @@ struct Logits {
   }
   // e^z is power(u rate).
   __device__ __forceinline__ A rate() const { return scale * kPowerRate<A>; }
-  // z - offset in one rounding.
-  __device__ __forceinline__ A relative(A u, A offset) const { return std::fma(u, scale, -offset); }
   // How far z lies from an anchor's, and e to that. Taken in u, where it is exact near the anchor:
   // large logits, or a temperature near 0, make a z that is not.
   __device__ __forceinline__ A distance(A u, A anchor) const { return (u - anchor) * scale; }

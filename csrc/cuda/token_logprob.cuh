@@ -94,14 +94,14 @@ __global__ void token_logprob_rows(TokenLogprobParams p, int parts,
 template <class L, class A>
 struct RowGradient {
   L logits;
-  A lse;  // rounded; what it lacks is a factor of `all` and `entropy_slope`, and in `entropy`
+  A anchor;  // a u, z there is about the log-sum-exp; the rest is in the numbers below
   A all, entropy_slope, entropy, at_target;
 
   // `extra`: `at_target` there, else 0.
   __device__ __forceinline__ A operator()(A u, A extra) const {
-    const A near_log_p = logits.relative(u, lse), near_p = exponential(near_log_p);
+    const A near_p = logits.power_from(u, anchor);
     A slope = all;
-    if (entropy_slope != 0) slope -= entropy_slope * (near_log_p + entropy);
+    if (entropy_slope != 0) slope -= entropy_slope * (logits.distance(u, anchor) + entropy);
     // 0 * inf where a logit is -inf; NaN stays NaN
     return logits.back((near_p == 0 ? A{0} : near_p * slope) + extra, u);
   }
@@ -140,15 +140,17 @@ __global__ void __launch_bounds__(kBackwardThreads)
   const bool zero = g_logp == 0 && g_lse == 0 && g_entropy == 0;
 
   using L = Logits<A, kCapped>;
-  RowGradient<L, A> gradient{L(p), 0, 0, 0, 0, 0};
+  const L logits(p);
+  RowGradient<L, A> gradient{logits, 0, 0, 0, 0, 0};
   int target = -1;  // its place in this part, or anything outside [0, n)
   if (!zero) {
     const A c = static_cast<A>(p.inv_temperature);
-    // p = e^(z - lse) e^rest: the rounding of a log-sum-exp of 50 to fp32 alone would make every
+    // p = e^distance e^rest: the rounding of a log-sum-exp of 50 to fp32 alone would make every
     // probability wrong by up to 2e-6, in the same direction.
     const double lse = p.lse_exact[row];
-    gradient.lse = static_cast<A>(lse);
-    const A rest = static_cast<A>(gradient.lse - lse), weight = c * std::exp(rest);
+    gradient.anchor = static_cast<A>(lse / logits.scale);
+    const A rest = static_cast<A>(static_cast<double>(gradient.anchor) * logits.scale - lse);
+    const A weight = c * std::exp(rest);
     gradient.all = weight * (g_lse - g_logp);
     gradient.entropy_slope = weight * g_entropy;
     gradient.entropy = or_zero<A>(p.entropy, row) + rest;
@@ -160,8 +162,7 @@ __global__ void __launch_bounds__(kBackwardThreads)
     if (zero) {
       to[i] = narrow<T>(A{0});
     } else {
-      to[i] =
-          narrow<T>(gradient(gradient.logits.u(from[i]), i == target ? gradient.at_target : A{0}));
+      to[i] = narrow<T>(gradient(logits.u(from[i]), i == target ? gradient.at_target : A{0}));
     }
   };
 
@@ -183,15 +184,14 @@ __global__ void __launch_bounds__(kBackwardThreads)
       const Vector<T> x = vectors[k];
 #pragma unroll
       for (int e = 0; e < kPerVector<T>; ++e) {
-        vectors[k].element[e] = narrow<T>(gradient(gradient.logits.u(x.element[e]), 0));
+        vectors[k].element[e] = narrow<T>(gradient(logits.u(x.element[e]), 0));
       }
       const int here = target - place(k);
       if (here < 0 || here >= kPerVector<T>) continue;  // one vector of the row has the target
 #pragma unroll
       for (int e = 0; e < kPerVector<T>; ++e) {  // unrolled: registers have no addresses
         if (e != here) continue;
-        vectors[k].element[e] =
-            narrow<T>(gradient(gradient.logits.u(x.element[e]), gradient.at_target));
+        vectors[k].element[e] = narrow<T>(gradient(logits.u(x.element[e]), gradient.at_target));
       }
     }
   }

@@ -170,6 +170,27 @@ struct Case {
     Buffer<unsigned char> workspace(static_cast<int64_t>(cuda::token_logprob_workspace(p)));
     run_on_device([&] { return cuda::token_logprob(p, workspace.data(), nullptr); });
   }
+
+  // Of the sum of log-probs and entropies; from what forward has left in `out`.
+  void backward(Results& out, bool entropy, Buffer<T>& grad) {
+    Buffer<A> ones(std::vector<A>(shape.rows, 1));
+    TokenLogprobBackwardParams p{};
+    p.logits = logits.data();
+    p.grad_logits = grad.data();
+    p.dtype = dtype<T>();
+    p.rows = shape.rows;
+    p.vocab = shape.vocab;
+    p.row_stride = p.grad_row_stride = stride;
+    p.target = target.data();
+    p.mask = mask.data();
+    p.inv_temperature = shape.inv_temperature;
+    p.softcap = shape.softcap;
+    p.lse_exact = out.lse_exact.data();
+    p.entropy = out.entropy.data();
+    p.grad_logp = ones.data();
+    p.grad_entropy = entropy ? ones.data() : nullptr;
+    run_on_device([&] { return cuda::token_logprob_backward(p, nullptr); });
+  }
 };
 
 template <class T>
@@ -315,7 +336,6 @@ void backward(const Shape& shape, bool entropy, Place place) {
 // What the results say of rows that have no answer, and that the row beside them is not disturbed.
 template <class T>
 void rows_without_an_answer() {
-  using A = accumulate_t<T>;
   constexpr int64_t kVocab = 40000;  // several parts
   Case<T> c({6, kVocab});
   c.logits.allow(0, c.logits.size());
@@ -339,19 +359,8 @@ void rows_without_an_answer() {
   }
 
   // NaN in, NaN out, in that row alone.
-  Buffer<A> grad(std::vector<A>(6, 1));
   Buffer<T> grad_logits(6 * kVocab);
-  TokenLogprobBackwardParams p{};
-  p.logits = c.logits.data();
-  p.grad_logits = grad_logits.data();
-  p.dtype = dtype<T>();
-  p.rows = 6;
-  p.vocab = p.row_stride = p.grad_row_stride = kVocab;
-  p.target = c.target.data();
-  p.inv_temperature = 1;
-  p.lse_exact = out.lse_exact.data();
-  p.grad_logp = grad.data();
-  run_on_device([&] { return cuda::token_logprob_backward(p, nullptr); });
+  c.backward(out, false, grad_logits);
   for (int64_t row = 1; row < 5; ++row) CHECK(std::isnan(load(grad_logits[row * kVocab + 777])));
   double sum = 0;
   for (int64_t j = 0; j < kVocab; ++j) sum += load(grad_logits[5 * kVocab + j]);
@@ -395,6 +404,50 @@ void extremes(double inv_temperature) {
     }
     CHECK(std::isnan(out.logp[3]) && std::isnan(out.lse[3]));
     if (entropy) CHECK(std::isnan(out.entropy[3]));
+
+    Buffer<T> grad(5 * kVocab);
+    c.backward(out, entropy, grad);
+    for (int64_t j = 0; j < kVocab; ++j) {
+      // The log of V is lost in a log-sum-exp of -6e24.
+      const double one = j == 12345, of_row_0 = inv_temperature * (one - 1 / 40000.0);
+      if (inv_temperature < 2) CHECK_NEAR(load(grad[j]), of_row_0, 0x1p-8 * std::fabs(of_row_0));
+      CHECK(load(grad[2 * kVocab + j]) == 0 && load(grad[4 * kVocab + j]) == 0);
+      CHECK(std::isnan(load(grad[3 * kVocab + j])));
+      if (g_failures > 20) return;
+    }
+  }
+}
+
+// Temperature near 0: the largest logit has all, and no gradient; two of them share.
+template <class T>
+void no_temperature(double softcap) {
+  constexpr int64_t kVocab = 1000;
+  for (const double inv_temperature : {1e9, 1e10, 1e12, 1e20, 1e30}) {
+    Case<T> c({2, kVocab, 0, 0, inv_temperature, softcap});
+    for (int64_t row : {0, 1}) {
+      for (int64_t j = 0; j < kVocab; ++j) c.logits[row * kVocab + j] = store<T>(j % 7 - 3);
+      c.logits[row * kVocab + 700] = store<T>(20.3f);
+      c.target[row] = 700;
+    }
+    c.logits[kVocab + 7] = c.logits[700];
+    typename Case<T>::Results out(2);
+    for (const bool entropy : {false, true}) {
+      c.forward(out, entropy);
+      CHECK(out.logp[0] == 0);
+      CHECK_NEAR(out.logp[1], -std::log(2.0), 1e-6);
+      Buffer<T> grad(2 * kVocab);
+      c.backward(out, entropy, grad);
+      for (int64_t j = 0; j < kVocab; ++j) {
+        CHECK(load(grad[j]) == 0);
+        const double half = j == 700 ? 0.5 : j == 7 ? -0.5 : 0;
+        const double slope =
+            softcap > 0 ? 1 - std::pow(std::tanh(load(c.logits[700]) / softcap), 2) : 1;
+        const double expected = half * slope * inv_temperature;
+        // The log of 2 is in a log-sum-exp of 2e13 to two digits, in one of 2e21 not at all.
+        if (inv_temperature < 1e13)
+          CHECK_NEAR(load(grad[kVocab + j]), expected, 0.01 * std::fabs(expected));
+      }
+    }
   }
 }
 
@@ -488,6 +541,10 @@ int main() {
     for (const double inv_temperature : {1.0, 0.7, 1.3, 1e20}) {
       extremes<float>(inv_temperature);
       extremes<BFloat16>(inv_temperature);
+    }
+    for (const double softcap : {0.0, 30.0}) {
+      no_temperature<float>(softcap);
+      no_temperature<BFloat16>(softcap);
     }
   });
 }
