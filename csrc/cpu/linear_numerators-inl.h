@@ -169,8 +169,6 @@ struct LinearNumerators {
       q.logits = one.out;
       q.vocab = vocab;
       q.target = p.target + i;
-      q.inv_temperature = p.inv_temperature;
-      q.softcap = p.softcap;
       q.logp = static_cast<Real*>(p.logp) + i;
       q.lse = static_cast<Real*>(p.lse) + i;
       double unused;
@@ -185,7 +183,6 @@ struct LinearNumerators {
     q.target = p.target + i;
     q.coefficient = static_cast<const Real*>(p.coefficient) + i;
     q.inv_temperature = p.inv_temperature;
-    q.softcap = p.softcap;
     q.logp = static_cast<Real*>(p.logp) + i;
     q.lse = static_cast<Real*>(p.lse) + i;
     q.row_scale = static_cast<Real*>(p.row_scale) + i;
