@@ -43,8 +43,8 @@ struct TokenLogprob {
     params.row_stride = z.row_stride;
     params.target = args.vector<int64_t>("target", target, z.rows);
     params.mask = args.optional_vector<bool>("mask", mask, z.rows);
-    params.inv_temperature = args.positive("inv_temperature", inv_temperature);
-    params.softcap = args.softcap(softcap);
+    params.inv_temperature = args.factor_of_logits("inv_temperature", inv_temperature, z.type);
+    params.softcap = args.softcap(softcap, z.type);
     params.logp = logp.data_ptr();
     params.lse = lse.data_ptr();
     params.entropy = want_entropy ? entropy.data_ptr() : nullptr;
@@ -77,8 +77,8 @@ struct TokenLogprobBackward {
     params.grad_row_stride = in_place ? z.row_stride : z.columns;
     params.target = args.vector<int64_t>("target", target, z.rows);
     params.mask = args.optional_vector<bool>("mask", mask, z.rows);
-    params.inv_temperature = args.positive("inv_temperature", inv_temperature);
-    params.softcap = args.softcap(softcap);
+    params.inv_temperature = args.factor_of_logits("inv_temperature", inv_temperature, z.type);
+    params.softcap = args.softcap(softcap, z.type);
     params.lse_exact = args.vector<double>("lse_exact", lse_exact, z.rows);
     params.grad_logp = args.optional_vector("grad_logp", grad_logp, z.rows, type);
     params.grad_lse = args.optional_vector("grad_lse", grad_lse, z.rows, type);
@@ -135,8 +135,8 @@ struct TokenLogprobNumerators {
     params.mask = args.optional_vector<bool>("mask", mask, z.rows);
     params.coefficient = args.vector("coefficient", coefficient, z.rows, z.type);
     params.lse_hint = args.optional_vector("lse_hint", lse_hint, z.rows, z.type);
-    params.inv_temperature = args.positive("inv_temperature", inv_temperature);
-    params.softcap = args.softcap(softcap);
+    params.inv_temperature = args.factor_of_logits("inv_temperature", inv_temperature, z.type);
+    params.softcap = args.softcap(softcap, z.type);
     params.logp = logp.data_ptr();
     params.lse = lse.data_ptr();
     params.row_scale = row_scale.data_ptr();
@@ -163,8 +163,8 @@ struct SampleLogprob {
     params.rows = z.rows;
     params.vocab = z.columns;
     params.row_stride = z.row_stride;
-    params.inv_temperature = args.positive("inv_temperature", inv_temperature);
-    params.softcap = args.softcap(softcap);
+    params.inv_temperature = args.factor_of_logits("inv_temperature", inv_temperature, z.type);
+    params.softcap = args.softcap(softcap, z.type);
     params.seed = args.vector<int64_t>("seed", seed, 1);
     params.sample_id = args.vector<int64_t>("sample_id", sample_id, z.rows);
     params.position = args.vector<int64_t>("position", position, z.rows);
@@ -403,8 +403,8 @@ struct LinearNumerators {
 
     params.target = args.vector<int64_t>("target", target, rows);
     params.lse_hint = args.optional_vector("lse_hint", lse_hint, rows, sum_type);
-    params.inv_temperature = args.positive("inv_temperature", inv_temperature);
-    params.softcap = args.softcap(softcap);
+    params.inv_temperature = args.factor_of_logits("inv_temperature", inv_temperature, type);
+    params.softcap = args.softcap(softcap, type);
     params.logp = logp.data_ptr();
     params.lse = lse.data_ptr();
     params.row_scale = row_scale.data_ptr();

@@ -209,15 +209,23 @@ class Arguments {
     fail(op_, ": `", name, "` must be ", names, ", got ", name_of(got));
   }
 
-  double positive(const char* name, double value) const {
+  // What logits of this type are multiplied by. Kernels multiply two such numbers, and that by
+  // log2 e, and divide by them: fp32 has room for it all.
+  double factor_of_logits(const char* name, double value, ScalarType type) const {
     if (!(value > 0) || value == std::numeric_limits<double>::infinity()) {
       fail(op_, ": `", name, "` must be positive and finite, got ", value);
+    }
+    if (type != ScalarType::Double && !(value >= 1e-18 && value <= 1e18)) {
+      fail(op_, ": `", name, "` must be in [1e-18, 1e+18] where `", lead_name_,
+           "` is not float64, got ", value, ". Convert `", lead_name_, "` to float64");
     }
     return value;
   }
 
   // 0: none.
-  double softcap(double value) const { return value == 0 ? 0 : positive("softcap", value); }
+  double softcap(double value, ScalarType type) const {
+    return value == 0 ? 0 : factor_of_logits("softcap", value, type);
+  }
 
   void dimensions(const char* name, const Tensor& t, int64_t expected) const {
     if (t.dim() == expected) return;

@@ -63,6 +63,8 @@ _LEAST_ROWS, _LEAST_ROWS_OF_16_BITS = 320, 512
 _GRANULE = {"cuda": 16}
 # Rows of the logits buffer start at multiples of this many bytes: one cache line, one AVX-512 load.
 _ALIGNMENT = 64
+# What logits are multiplied by in fp32: csrc/torch/check.h, Arguments::factor_of_logits.
+_LEAST_FACTOR, _MOST_FACTOR = 1e-18, 1e18
 # How much of the vocabulary is in fp32 at a time where numerators are in 16 bits.
 _TILE = 4096
 
@@ -114,6 +116,12 @@ def check_head(
         refuse("softcap", "be positive and finite, or None for no bound", softcap)
     if not 0 < inv_temperature < math.inf:
         refuse("inv_temperature", "be positive and finite", inv_temperature)
+    dtype = result_dtype(hidden.dtype, weight.dtype)
+    if dtype == torch.float32:
+        for name, factor in (("softcap", softcap or 1.0), ("inv_temperature", inv_temperature)):
+            if not _LEAST_FACTOR <= factor <= _MOST_FACTOR:
+                must = f"be in [{_LEAST_FACTOR}, {_MOST_FACTOR}] unless an input is fp64"
+                refuse(name, must, factor)
     if chunk is not None and chunk < 1:
         refuse("chunk", "be at least 1", chunk)
     device = hidden.device
@@ -122,7 +130,7 @@ def check_head(
             refuse(name, f"be on the device of `hidden` ({device})", other.device)
     if chunk is not None:
         return chunk
-    width, least = result_dtype(hidden.dtype, weight.dtype).itemsize * vocab, _LEAST_ROWS
+    width, least = dtype.itemsize * vocab, _LEAST_ROWS
     if device.type == "cpu" and multiplies_as_they_are(hidden, weight):  # there are no logits
         width, least = hidden.dtype.itemsize * vocab, _LEAST_ROWS_OF_16_BITS
     wanted = max(least, _chunk_bytes(device) // width)

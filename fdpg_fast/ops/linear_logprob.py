@@ -80,7 +80,8 @@ def linear_logprob(
         bias: ``[V]``.
         scale: multiplies the logits (Cohere; muP).
         softcap: bounds them smoothly (Gemma 2); None for no bound.
-        inv_temperature: 1 / temperature, after the softcap.
+        inv_temperature: 1 / temperature, after the softcap. In [1e-18, 1e18], as a softcap, unless
+            an input is fp64.
         mask: ``[N]`` bool; rows where it is False give zeros and no gradient. On the CPU they cost
             nothing.
         entropy: whether to return the entropy too.

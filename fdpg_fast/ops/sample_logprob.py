@@ -51,7 +51,7 @@ def sample_logprob(
         seed: an int (see :func:`random_key`), or ``[1]`` int64 on the device of the logits.
         sample_id: ``[N]`` int64, which sample a row belongs to.
         position: ``[N]`` int64, how many tokens of that sample have been drawn.
-        inv_temperature: 1 / temperature.
+        inv_temperature: 1 / temperature, in [1e-18, 1e18] unless logits are fp64.
         softcap: softcap tanh(logits / softcap) takes the place of the logits, as for
             :func:`token_logprob`. None or 0 for no bound.
         entropy: whether to return the entropy too.

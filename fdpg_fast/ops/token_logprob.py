@@ -70,7 +70,8 @@ def token_logprob(
         logits: ``[..., V]`` fp32, bf16, fp16 or fp64; contiguous along the vocabulary. Entries
             may be -inf. Leading dimensions that do not flatten to one stride are copied.
         target: ``[...]`` int64, in [0, V).
-        inv_temperature: 1 / temperature; not differentiated.
+        inv_temperature: 1 / temperature; not differentiated. In [1e-18, 1e18], as a softcap, unless
+            logits are fp64.
         mask: ``[...]`` bool; where False, nothing is read, all results are 0 and so is the
             gradient (the target there may be anything).
         entropy: whether to return the entropy too.

@@ -315,6 +315,15 @@ MESSAGES: list[tuple[Call, str]] = [
         "linear_logprob: `softcap` must be positive and finite, or None for no bound, got 0.0",
     ),
     (lambda: head(softcap=math.inf), "linear_logprob: `softcap` must be positive and finite"),
+    (
+        lambda: head(softcap=1e-46),
+        "linear_logprob: `softcap` must be in [1e-18, 1e+18] unless an input is fp64, got 1e-46",
+    ),
+    (
+        lambda: head(inv_temperature=1e39),
+        "linear_logprob: `inv_temperature` must be in [1e-18, 1e+18] unless an input is fp64, got "
+        "1e+39",
+    ),
     (lambda: head(scale=math.nan), "linear_logprob: `scale` must be finite, got nan"),
     (
         lambda: head(inv_temperature=0.0),

@@ -6,6 +6,7 @@ Sizes: 1, below one vector, ragged, the story models' vocabulary, GPT-2's.
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
@@ -503,6 +504,32 @@ def test_softcap_messages(softcap: float) -> None:
         ops.token_logprob(LOGITS, TARGET, softcap=softcap)
     with pytest.raises(RuntimeError, match="sample_logprob: " + message):
         ops.sample_logprob(LOGITS, 0, TARGET, TARGET, softcap=softcap)
+
+
+@pytest.mark.parametrize("name", ["inv_temperature", "softcap"])
+@pytest.mark.parametrize("factor", [1e39, 1.1e18, 0.9e-18, 1e-46])
+def test_factors_that_fp32_has_no_room_for(name: str, factor: float) -> None:
+    must = f"`{name}` must be in [1e-18, 1e+18] where `logits` is not float64, got {factor:g}"
+    message = re.escape(must)
+    with pytest.raises(RuntimeError, match="token_logprob: " + message):
+        ops.token_logprob(LOGITS.bfloat16(), TARGET, **{name: factor})
+    with pytest.raises(RuntimeError, match="sample_logprob: " + message):
+        ops.sample_logprob(LOGITS, 0, TARGET, TARGET, **{name: factor})
+    assert ops.token_logprob(LOGITS.double(), TARGET, **{name: factor}).logp.isfinite().all()
+
+
+@pytest.mark.parametrize("inv_temperature", [1e18, 1e-18])
+@pytest.mark.parametrize("softcap", [None, 1e18, 1e-18])
+def test_room_for_the_others(inv_temperature: float, softcap: float | None, cpu_isa: str) -> None:
+    logits = torch.tensor([[1e19, -2.0, 20.3, -3e38], [1.0, -2.0, 20.3, -1e19]])
+    logits, target = logits.requires_grad_(), torch.tensor([0, 2])
+    options = {"inv_temperature": inv_temperature, "softcap": softcap}
+    found = ops.token_logprob(logits, target, entropy=True, **options)
+    assert all(t is not None and t.isfinite().all() for t in found)
+    (grad,) = torch.autograd.grad(found.logp.sum() + found.entropy.sum(), logits)
+    assert grad.isfinite().all()
+    drawn = ops.sample_logprob(logits, 0, target, target, **options)
+    assert drawn.lse.isfinite().all()
 
 
 def test_shape_messages() -> None:
