@@ -252,7 +252,10 @@ def _linear_logprob_backward(
     has_logits = kept.shape[0] > 0 and row_scale.shape[0] == 0
     for c in head.chunks():
         if from_numerators:
-            head.backward(c, kept[c], row_scale[c] * grad_logp, *grads, new=True)
+            row = row_scale[c] * grad_logp
+            if mask is not None:  # whatever the upstream gradient is of a row that is left out
+                row = row.masked_fill(~mask, 0.0)
+            head.backward(c, kept[c], row, *grads, new=True)
             continue
         g0, y, g1, g2, m = (None if t is None else t[c] for t in (grad_logp, *per_row, mask))
         z = head.recall(kept[c]) if has_logits else head.logits(c)

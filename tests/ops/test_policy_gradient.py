@@ -254,10 +254,10 @@ def test_coefficient_zero_gives_values_and_no_gradient() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("where", ["cpu", "gpu"])
-def test_what_masked_hidden_states_hold_is_nowhere(
+def test_what_masked_rows_hold_is_nowhere(
     where: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of padding, that is: NaN and infinity too."""
+    """Of padding, that is: NaN and infinity too, in hidden states and in gradients from above."""
     case = Case(33, 16, 257, mask=True, bias=True, chunk=8)
     x, c = make(case, dtype), torch.randn(33)
     if dtype == torch.bfloat16:
@@ -270,7 +270,7 @@ def test_what_masked_hidden_states_hold_is_nowhere(
         found = [*policy_gradient(case, x, c)]
         for keep_bytes in (None, 0):
             logp, lse, _ = linear_logprob(case, x, keep_bytes=keep_bytes)
-            for loss in ((c * logp).sum(), (c * logp).sum() + lse.sum()):
+            for loss in ((c * logp).sum(), (c * logp).sum() + (c * lse).sum()):
                 found += torch.autograd.grad(loss, x.leaves(), retain_graph=True)
         return found
 
@@ -278,6 +278,7 @@ def test_what_masked_hidden_states_hold_is_nowhere(
     bad = (~x.mask).nonzero()[:, 0]
     with torch.no_grad():
         x.hidden[bad[::2]], x.hidden[bad[1::2]] = torch.nan, torch.inf
+        c[bad[::2]], c[bad[1::2]] = torch.inf, torch.nan
     for got, clean in zip(every(), expected, strict=True):
         assert torch.equal(got, clean)
 
