@@ -405,7 +405,7 @@ def is_traced(*tensors: Tensor | None) -> bool:
 def joined(chunks: Sequence[Sequence[Tensor]], like: Tensor, results: int) -> list[Tensor]:
     """Each of the results of consecutive chunks of rows, for all rows; of none as ``like``."""
     if not chunks:
-        return [like.new_empty(0)] * results
+        return [like.new_empty(0) for _ in range(results)]  # torch.library refuses aliases
     return [torch.cat(parts) if len(parts) > 1 else parts[0] for parts in zip(*chunks, strict=True)]
 
 

@@ -202,6 +202,9 @@ def linear_logprob() -> Iterator[Sample]:
         hidden, weight, target, bias = head(dtype)
         yield hidden, weight, target, None, 1.0, None, 1.0, None, False, False, 2
         yield hidden, weight, target, bias, 0.5, 3.0, 1.3, MASK, True, True, 2
+    nobody = normal(0, D, grad=True), weight.float(), integers(V, 0)
+    for entropy in (False, True):
+        yield *nobody, None, 1.0, None, 1.0, None, entropy, True, 2
 
 
 @samples
@@ -230,6 +233,8 @@ def policy_gradient() -> Iterator[Sample]:
             yield hidden, weight, target, c, bias, 0.5, 3.0, 1.3, MASK, hint, 2, True, adds, *sums
         frozen = (hidden, weight, target, c, None, 1.0, None, 1.0, None, None, 2, False, True)
         yield *frozen, none, none
+        nobody = hidden[:0], weight, target[:0], c[:0], None, 1.0, None, 1.0, None, None, 2
+        yield *nobody, True, False, normal(V, D, dtype=wide), none
 
 
 # A GPU has torch's own.
