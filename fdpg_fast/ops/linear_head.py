@@ -98,8 +98,10 @@ def check_head(
             refuse(name, "be floating point", matrix.dtype)
     rows, size = hidden.shape
     vocab = weight.shape[0]
-    if weight.shape[1] != size or vocab == 0:
+    if weight.shape[1] != size:
         refuse("weight", f"have shape [V, {size}]", list(weight.shape))
+    if vocab == 0:
+        refuse("weight", f"have shape [V, {size}] with V at least 1", list(weight.shape))
     if bias is not None and bias.shape != (vocab,):
         refuse("bias", f"have shape [{vocab}]", list(bias.shape))
     vectors = {"target": target, "mask": mask, **per_row}

@@ -104,8 +104,9 @@ def policy_gradient(
             offset of exponentials, which saves a GPU one read of the logits: the results are exact
             whatever its error.
         need_hidden, need_weight, need_bias: which gradients are wanted.
-        add_to_weight, add_to_bias: accumulators, such as ``weight.grad``, in the dtype of the
-            results: the gradients are added to them, and returned as ``weight`` and ``bias``.
+        add_to_weight, add_to_bias: accumulators, such as ``weight.grad``, contiguous and in the
+            dtype of the results: where that gradient is wanted, and there is such a thing, it is
+            added to them, and they are returned as ``weight`` and ``bias``.
         chunk: rows of logits held at a time; None: as many as suit the device.
 
     Raises:
@@ -118,6 +119,8 @@ def policy_gradient(
         coefficient=coefficient,
         lse_hint=lse_hint,
     )
+    if coefficient is None:  # of vectors in general check_head allows it
+        raise ValueError(f"{op}: `coefficient` must have shape [{hidden.shape[0]}], got None")
     dtype = result_dtype(hidden.dtype, weight.dtype)
     grads = []  # in which the first chunk of rows writes that of the weight, if there is none yet
     for name, given, like in (
@@ -133,6 +136,11 @@ def policy_gradient(
             raise ValueError(
                 f"{op}: `{name}` must be {dtype} of shape {list(like.shape)} on {like.device}, got "
                 f"{given.dtype} of shape {list(given.shape)} on {given.device}"
+            )
+        if not given.is_contiguous():
+            raise ValueError(
+                f"{op}: `{name}` must be contiguous, got strides {list(given.stride())}. "
+                "Leave it out, and add what is returned"
             )
         grads.append(given)
     traced = is_traced(hidden, weight, target, coefficient, bias, mask)

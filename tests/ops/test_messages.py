@@ -324,6 +324,10 @@ MESSAGES: list[tuple[Call, str]] = [
         "linear_logprob: `inv_temperature` must be in [1e-18, 1e+18] unless an input is fp64, got "
         "1e+39",
     ),
+    (
+        lambda: head(weight=torch.zeros(0, D)),
+        "linear_logprob: `weight` must have shape [V, 4] with V at least 1, got [0, 4]",
+    ),
     (lambda: head(scale=math.nan), "linear_logprob: `scale` must be finite, got nan"),
     (
         lambda: head(inv_temperature=0.0),

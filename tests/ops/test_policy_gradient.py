@@ -337,6 +337,22 @@ def test_bf16_as_it_is(case: Case, where: str, monkeypatch: pytest.MonkeyPatch) 
 REFUSED: list[tuple[Callable[[], object], str]] = [
     (
         lambda: ops.policy_gradient(
+            torch.zeros(3, 4),
+            torch.zeros(5, 4),
+            torch.zeros(3).long(),
+            None,  # type: ignore[arg-type]
+        ),
+        "policy_gradient: `coefficient` must have shape [3], got None",
+    ),
+    (
+        lambda: ops.policy_gradient(
+            *(torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3).long(), torch.zeros(3)),
+            add_to_weight=torch.zeros(4, 5).t(),
+        ),
+        "policy_gradient: `add_to_weight` must be contiguous, got strides [1, 5]",
+    ),
+    (
+        lambda: ops.policy_gradient(
             torch.zeros(3, 4), torch.zeros(5, 4), torch.zeros(3).long(), torch.zeros(2)
         ),
         "policy_gradient: `coefficient` must have shape [3], got [2]",
