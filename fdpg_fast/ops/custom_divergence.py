@@ -115,6 +115,8 @@ def terms(
 
 
 _PANELS, _ORDER = 64, 16
+# Here, for torch.compile does not look into numpy's polynomials.
+_NODES, _NODE_WEIGHTS = map(torch.from_numpy, np.polynomial.legendre.leggauss(_ORDER))
 
 
 def _integrate(
@@ -125,10 +127,9 @@ def _integrate(
     Gauss-Legendre on panels of equal width; a kink or jump of f' at 0 (total variation) falls on
     an end. Relative error below 1e-8 for the built-in divergences up to abs(log_t) = 700.
     """
-    nodes, node_weights = np.polynomial.legendre.leggauss(_ORDER)
     start = torch.arange(_PANELS, dtype=torch.float64)[:, None]
-    x = (start + (torch.from_numpy(nodes) + 1.0) / 2.0).flatten() / _PANELS  # in (0, 1)
-    dx = torch.from_numpy(node_weights).repeat(_PANELS) / (2.0 * _PANELS)
+    x = (start + (_NODES + 1.0) / 2.0).flatten() / _PANELS  # in (0, 1)
+    dx = _NODE_WEIGHTS.repeat(_PANELS) / (2.0 * _PANELS)
     u = log_t[:, None] * x.to(log_t.device)
     integrand = (f_prime(u) - slope[:, None]) * (u + log_s[:, None]).exp()
     return log_t * (integrand * dx.to(log_t.device)).sum(1)

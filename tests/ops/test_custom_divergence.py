@@ -114,3 +114,17 @@ def test_empty_batch() -> None:
     )
     assert result.weights.shape == (0,)
     assert torch.equal(result.statistics, torch.zeros(len(ops.STATISTICS), dtype=F64))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's
+@pytest.mark.parametrize("which", ["built-in", "own"])
+def test_compiles_whole(which: str) -> None:
+    divergence = pair("js")[which == "own"]
+
+    def call(*inputs: Tensor) -> tuple[Tensor, ...]:
+        weights = ops.fdiv_weights(*inputs, divergence=divergence, baseline=Baseline.parse("loo"))
+        return *weights, ops.fdiv_terms(*inputs, divergence=divergence)
+
+    inputs = batch(divergence, 1.0)
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), call(*inputs), equal_nan=True)
