@@ -26,6 +26,7 @@ from torch.utils import cpp_extension
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 CONFIG_DIR = ROOT / "build" / "config"
+CUDA_HOME = Path(cpp_extension.CUDA_HOME or "/nonexistent")
 DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 # The stable ABI of torch 2.11: what was compiled against one torch >= 2.11 loads in another.
@@ -61,18 +62,27 @@ def max_jobs() -> int:
 
 
 def toolkit_version() -> str | None:
-    """Such as 13.0, of the toolkit torch would use, None if there is none, or but its compiler."""
-    home = Path(cpp_extension.CUDA_HOME or "/nonexistent")
-    nvcc = home / "bin" / "nvcc"
-    if not nvcc.exists() or not (home / "include" / "cuda_runtime_api.h").exists():
+    """Such as 13.0, of the compiler of the toolkit torch would use, None if there is none."""
+    nvcc = CUDA_HOME / "bin" / "nvcc"
+    if not nvcc.exists():
         return None
     out = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     found = re.search(r"release (\d+\.\d+)", out)
     return found[1] if found else None
 
 
+def conda_includes() -> list[Path]:
+    """Where a toolkit of conda's has its headers; nvcc knows, torch does not."""
+    return sorted(CUDA_HOME.glob("targets/*/include"))
+
+
+def has_cuda_headers() -> bool:
+    folders = [CUDA_HOME / "include", Path(os.environ.get("CUDA_INC_PATH", "")), *conda_includes()]
+    return any((folder / "cuda_runtime_api.h").exists() for folder in folders)
+
+
 def cuda_archs() -> str:
-    nvcc = Path(cpp_extension.CUDA_HOME) / "bin" / "nvcc"
+    nvcc = CUDA_HOME / "bin" / "nvcc"
     out = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, check=True).stdout
     known = set(re.findall(r"compute_(\d+)", out.decode()))
     archs = [a for a in DEFAULT_CUDA_ARCHS if a.replace(".", "") in known]
@@ -96,11 +106,15 @@ def decide_cuda() -> tuple[bool, str]:
     toolkit = toolkit_version()
     if toolkit is None:
         if wish == "1":
+            sys.exit("fdpg_fast: FDPG_CUDA=1, but no nvcc was found. Set CUDA_HOME to the toolkit.")
+        return False, "no CUDA toolkit found"
+    if not has_cuda_headers():
+        if wish == "1":
             sys.exit(
-                "fdpg_fast: FDPG_CUDA=1, but no nvcc with its headers was found. Set CUDA_HOME to "
-                "the toolkit."
+                f"fdpg_fast: FDPG_CUDA=1, but the toolkit in {CUDA_HOME} has nvcc and no headers "
+                "(cuda_runtime_api.h). Install them, or set CUDA_INC_PATH to their folder."
             )
-        return False, "no CUDA toolkit (nvcc and its headers) found"
+        return False, f"nvcc found in {CUDA_HOME}, but not CUDA's headers"
     if toolkit.split(".")[0] != torch.version.cuda.split(".")[0]:
         sys.exit(
             f"fdpg_fast: nvcc is {toolkit}, torch was built with CUDA {torch.version.cuda}: "
@@ -139,6 +153,7 @@ def extension(name: str, files: list[str], libraries: list[str], cuda: bool = Fa
             str(CSRC / "include"),
             str(CONFIG_DIR),
             *cpp_extension.include_paths(device_type="cuda" if cuda else "cpu"),  # and pybind11
+            *(map(str, conda_includes()) if cuda else []),
         ],
         library_dirs=cpp_extension.library_paths(device_type="cuda" if cuda else "cpu"),
         libraries=libraries,
