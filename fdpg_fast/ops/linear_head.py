@@ -283,7 +283,7 @@ class LinearHead:
 
         Args:
             rows: the chunk.
-            numerators: ``[n, V]``, overwritten.
+            numerators: ``[n, V]``.
             row_scale: ``[n]``; None: ones.
             grads: as :meth:`gradients` makes them; those of size 0 are skipped.
             new: there is nothing yet to add to; but for the bias, whose gradient is zeros.

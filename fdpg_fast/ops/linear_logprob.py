@@ -69,9 +69,9 @@ def linear_logprob(
     hardware can. Log-probs are as exact then; gradients are of softmax numerators in 16 bits.
 
     Without ``entropy`` a row's log-prob has the same bits, whatever other rows, chunks and threads
-    there are, on a CPU that makes it in one with its product: all with AVX-512, AMD's with AVX2 for
-    a head that leaves the caches, those with instructions for bf16 in bf16. Elsewhere, and for
-    gradients, that holds to the rounding of a matrix product, as it does for torch's.
+    there are, on a CPU that makes it in one with its product: in fp32 all with AVX-512, AMD's with
+    AVX2 for a head that leaves the caches; in bf16 those with instructions for it. Elsewhere, and
+    for gradients, that holds to the rounding of a matrix product, as it does for torch's.
 
     Args:
         hidden: ``[N, D]`` floating point.
@@ -259,7 +259,8 @@ def _linear_logprob_backward(
             continue
         g0, y, g1, g2, m = (None if t is None else t[c] for t in (grad_logp, *per_row, mask))
         z = head.recall(kept[c]) if has_logits else head.logits(c)
-        # Of these logits, not of forward's, whose product may have added up in another order.
+        # Of these logits: unless they were kept they are not forward's, whose product may have
+        # added up in another order.
         *_, h, s = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, g2 is not None, cap)
         torch.ops.fdpg.token_logprob_backward_(z, y, s, h, g0, g1, g2, inv_temperature, m, cap)
         head.backward(c, z, None, *grads, new=c.start == 0)

@@ -94,9 +94,10 @@ def policy_gradient(
         hidden: ``[N, D]`` floating point.
         weight: ``[V, D]``.
         target: ``[N]`` int64, in [0, V).
-        coefficient: ``[N]``. Where it is 0, logp is computed and nothing else. With fp16 hidden
-            states on a GPU their product is rounded to fp16, of which little is left below 6e-5:
-            scale coefficients up, and the gradients down again, by a power of two.
+        coefficient: ``[N]``. Where it is 0, logp is computed and nothing else; but 0 times a hidden
+            state of NaN or infinity is NaN, as in plain PyTorch: leave such rows out by the mask.
+            With fp16 hidden states on a GPU their product is rounded to fp16, of which little is
+            left below 6e-5: scale coefficients up, and the gradients down again, by a power of two.
         bias: ``[V]``.
         scale, softcap, inv_temperature: as for :func:`linear_logprob`.
         mask: ``[N]`` bool; rows where it is False give zeros and no gradient.
