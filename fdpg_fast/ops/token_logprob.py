@@ -123,7 +123,10 @@ def token_logprob(
     )
 
 
+# Not the packets torch.ops.fdpg.X, which look for an overload in every call.
 _OP = torch.ops.fdpg.token_logprob.default
+_BACKWARD_OP = torch.ops.fdpg.token_logprob_backward.default
+_INPLACE_BACKWARD_OP = torch.ops.fdpg.token_logprob_backward_.default
 
 
 @torch.library.register_fake("fdpg::token_logprob")
@@ -171,6 +174,14 @@ def _no_second_derivative(ctx: Any, *grads: Tensor | None) -> None:
 torch.library.register_autograd("fdpg::token_logprob_backward", _no_second_derivative)
 
 
+def _backward_arguments(ctx: Any, grads: tuple[Tensor | None, ...]) -> tuple[Any, ...]:
+    """Of either backward op."""
+    logits, target, lse_exact, entropy, mask = ctx.saved_tensors
+    grad_logp, grad_lse, grad_entropy, _ = grads
+    wanted = grad_logp, grad_lse, None if entropy is None else grad_entropy
+    return logits, target, lse_exact, entropy, *wanted, ctx.inv_temperature, mask, ctx.softcap
+
+
 class _TokenLogprob(torch.autograd.Function):
     """token_logprob where a gradient is recorded.
 
@@ -188,23 +199,9 @@ class _TokenLogprob(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_logp, grad_lse, grad_entropy, _ = grads
-        if grad_logp is None and grad_lse is None and grad_entropy is None:
+        if all(grad is None for grad in grads[:3]):
             return (None,) * 6
-        logits, target, lse_exact, entropy, mask = ctx.saved_tensors
-        grad = torch.ops.fdpg.token_logprob_backward(
-            logits,
-            target,
-            lse_exact,
-            entropy,
-            grad_logp,
-            grad_lse,
-            None if entropy is None else grad_entropy,
-            ctx.inv_temperature,
-            mask,
-            ctx.softcap,
-        )
-        return grad, None, None, None, None, None
+        return _BACKWARD_OP(*_backward_arguments(ctx, grads)), None, None, None, None, None
 
 
 class _InplaceBackward(_TokenLogprob):
@@ -213,22 +210,9 @@ class _InplaceBackward(_TokenLogprob):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        grad_logp, grad_lse, grad_entropy, _ = grads
         # A second pass would find gradients where logits were: the version counter, which the
         # next line reads and increment_version moves, makes that an error.
-        logits, target, lse_exact, entropy, mask = ctx.saved_tensors
-        grad_entropy = None if entropy is None else grad_entropy
-        torch.ops.fdpg.token_logprob_backward_(
-            logits,
-            target,
-            lse_exact,
-            entropy,
-            grad_logp,
-            grad_lse,
-            grad_entropy,
-            ctx.inv_temperature,
-            mask,
-            ctx.softcap,
-        )
+        logits, *others = _backward_arguments(ctx, grads)
+        _INPLACE_BACKWARD_OP(logits, *others)
         torch.autograd.graph.increment_version(logits)
         return logits.detach(), None, None, None, None, None
