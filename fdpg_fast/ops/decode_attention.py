@@ -38,7 +38,7 @@ def cache_append_(
     if torch.is_grad_enabled():
         states = {"keys": keys, "values": values, "new_keys": new_keys, "new_values": new_values}
         refuse_gradient("cache_append_", "Use torch.cat, or torch.no_grad()", **states)
-    torch.ops.fdpg.cache_append_(keys, values, new_keys, new_values, position)
+    _APPEND_OP(keys, values, new_keys, new_values, position)
 
 
 def decode_attention(
@@ -85,10 +85,12 @@ def decode_attention(
     if sinks is not None:
         sinks = sinks.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = torch.ops.fdpg.decode_attention(
-        query, keys, values, end, begin, sinks, scale, softcap
-    )
+    out: Tensor = _OP(query, keys, values, end, begin, sinks, scale, softcap)
     return out
+
+
+_OP = torch.ops.fdpg.decode_attention.default
+_APPEND_OP = torch.ops.fdpg.cache_append_.default
 
 
 @torch.library.register_fake("fdpg::decode_attention")

@@ -53,10 +53,13 @@ def fdiv_terms(
         refuse_gradient("fdiv_terms", "Weigh log-probs by fdiv_weights, or .detach() it", **logs)
     if divergence.is_custom:
         return custom_divergence.terms(log_pi, log_q, log_score, log_z, prompt, divergence)
-    result: Tensor = torch.ops.fdpg.fdiv_terms(
+    result: Tensor = _OP(
         log_pi, log_q, log_score, log_z, prompt, divergence.id, divergence.param or 0.0
     )
     return result
+
+
+_OP = torch.ops.fdpg.fdiv_terms.default
 
 
 @torch.library.register_fake("fdpg::fdiv_terms")

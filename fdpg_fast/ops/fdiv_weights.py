@@ -90,7 +90,7 @@ def fdiv_weights(
         named = custom_divergence.order(values[1], STATISTICS)
         return Weights(values[0], named)
     return Weights(
-        *torch.ops.fdpg.fdiv_weights(
+        *_OP(
             log_pi,
             log_q,
             log_score,
@@ -105,6 +105,9 @@ def fdiv_weights(
             reward_clip,
         )
     )
+
+
+_OP = torch.ops.fdpg.fdiv_weights.default
 
 
 @torch.library.register_fake("fdpg::fdiv_weights")

@@ -31,8 +31,11 @@ def gelu_tanh(x: Tensor) -> Tensor:
     """
     if torch.is_grad_enabled():
         refuse_gradient("gelu_tanh", "Use torch.nn.functional.gelu, or torch.no_grad()", x=x)
-    result: Tensor = torch.ops.fdpg.gelu_tanh(x)
+    result: Tensor = _OP(x)
     return result
+
+
+_OP = torch.ops.fdpg.gelu_tanh.default
 
 
 @torch.library.register_fake("fdpg::gelu_tanh")

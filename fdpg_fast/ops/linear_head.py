@@ -201,9 +201,7 @@ class LinearHead:
         if self._is_fused(rows):
             return self._fused(None, rows, target, None, None, inv_temperature, softcap)[:2]
         z = self.logits(rows)
-        logp, lse, *_ = torch.ops.fdpg.token_logprob(
-            z, target, inv_temperature, mask, False, softcap
-        )
+        logp, lse, *_ = _LOGPROB_OP(z, target, inv_temperature, mask, False, softcap)
         return logp, lse
 
     def new_numerators(self, rows: int) -> Tensor:
@@ -227,7 +225,7 @@ class LinearHead:
             return self._fused(out, rows, target, coefficient, lse_hint, inv_temperature, softcap)
         in_place = out.dtype == self.dtype
         z = self.logits(rows, out if in_place else None)
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.fdpg.token_logprob_numerators_(
+        found: tuple[Tensor, Tensor, Tensor] = _NUMERATORS_OP(
             z,
             None if in_place else out,
             target,
@@ -252,7 +250,7 @@ class LinearHead:
         inv_temperature: float,
         softcap: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        found: tuple[Tensor, Tensor, Tensor] = torch.ops.fdpg.linear_numerators_(
+        found: tuple[Tensor, Tensor, Tensor] = _FUSED_OP(
             out,
             self.hidden[rows],
             self.weight,
@@ -346,6 +344,12 @@ class LinearHead:
         return found
 
 
+_LOGPROB_OP = torch.ops.fdpg.token_logprob.default
+_NUMERATORS_OP = torch.ops.fdpg.token_logprob_numerators_.default
+_FUSED_OP = torch.ops.fdpg.linear_numerators_.default
+_MATMUL_OP = torch.ops.fdpg.matmul_.default
+
+
 @torch.library.register_fake("fdpg::linear_numerators_")
 def _fake(
     numerators: Tensor | None, hidden: Tensor, weight: Tensor, *others: Any
@@ -363,7 +367,7 @@ def project(
 ) -> Tensor:
     """``scale * (hidden W^T + bias)``, ``[n, V]`` in ``out``; one dtype, no gradient."""
     if (packed := packed_once(weight)) is not None:
-        torch.ops.fdpg.matmul_(out, hidden.to(packed.dtype), packed, bias, scale)
+        _MATMUL_OP(out, hidden.to(packed.dtype), packed, bias, scale)
         return out
     for span in _spans(weight.shape[0], weight.device.type):
         part = None if bias is None else bias[span]
@@ -429,7 +433,7 @@ def require_in_range(op: str, target: Tensor, mask: Tensor | None, vocab: int) -
     """On the CPU, where asking is free; on a GPU the row's results are NaN."""
     if target.device.type != "cpu":
         return
-    bad = (target < 0) | (target >= vocab)
+    bad = target != target.clamp(0, vocab - 1)
     if mask is not None:
         bad &= mask
     if bad.any():

@@ -185,7 +185,7 @@ def _linear_logprob(
             )
         elif entropy:
             z = head.logits(c, out=kept[c] if kept.shape[0] else None)
-            values = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, True, cap)[:3]
+            values = _LOGPROB_OP(z, y, inv_temperature, m, True, cap)[:3]
         else:
             values = [*head.logprob(c, y, inv_temperature, m, cap)]
         results.append(values)
@@ -193,6 +193,8 @@ def _linear_logprob(
     return logp, lse, ent[0] if entropy else logp.new_empty(0), kept, row_scale
 
 
+_LOGPROB_OP = torch.ops.fdpg.token_logprob.default
+_GRADIENT_OP = torch.ops.fdpg.token_logprob_backward_.default
 _OP = torch.library.custom_op("fdpg::linear_logprob", _linear_logprob, mutates_args=())
 
 
@@ -261,8 +263,8 @@ def _linear_logprob_backward(
         z = head.recall(kept[c]) if has_logits else head.logits(c)
         # Of these logits: unless they were kept they are not forward's, whose product may have
         # added up in another order.
-        *_, h, s = torch.ops.fdpg.token_logprob(z, y, inv_temperature, m, g2 is not None, cap)
-        torch.ops.fdpg.token_logprob_backward_(z, y, s, h, g0, g1, g2, inv_temperature, m, cap)
+        *_, h, s = _LOGPROB_OP(z, y, inv_temperature, m, g2 is not None, cap)
+        _GRADIENT_OP(z, y, s, h, g0, g1, g2, inv_temperature, m, cap)
         head.backward(c, z, None, *grads, new=c.start == 0)
     if of_hidden:
         grads[0] = spread(rows, grads[0], n)

@@ -40,7 +40,10 @@ def log_partition_(state: Tensor, log_weight: Tensor, prompt: Tensor) -> None:
     Raises:
         RuntimeError: a shape, dtype, device or prompt that the op cannot take.
     """
-    torch.ops.fdpg.log_partition_(state, log_weight, prompt)
+    _OP(state, log_weight, prompt)
+
+
+_OP = torch.ops.fdpg.log_partition_.default
 
 
 @torch.library.register_fake("fdpg::log_partition_")

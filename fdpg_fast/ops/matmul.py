@@ -152,7 +152,7 @@ def product(
     if out is None:
         out = a.new_empty(a.shape[0], b.shape[1], dtype=result_dtype(a.dtype, b.dtype))
     if is_ours(a, b):
-        torch.ops.fdpg.matmul_(out, a, b, bias, scale, False, may_round())
+        _OP(out, a, b, bias, scale, False, may_round())
     elif a.dtype != out.dtype:
         if bias is not None:
             out.copy_(bias)
@@ -168,7 +168,7 @@ def product(
 def add_product_(to: Tensor, a: Tensor, b: Tensor, scale: float = 1.0) -> None:
     """Adds ``scale a b`` to ``to``, which is as a result of :func:`product`."""
     if is_ours(a, b):
-        torch.ops.fdpg.matmul_(to, a, b, None, scale, True, may_round())
+        _OP(to, a, b, None, scale, True, may_round())
     elif a.dtype != to.dtype:
         torch.addmm(to, a, b, out_dtype=to.dtype, alpha=scale, out=to)
     else:
@@ -195,7 +195,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | No
         learnt: Tensor = apply(rows, weight, bias)
         return learnt.view(*outer, m)
     y = rows.new_empty(rows.shape[0], m)
-    torch.ops.fdpg.matmul_(y, rows, columns, bias, 1.0, False, may_round())
+    _OP(y, rows, columns, bias, 1.0, False, may_round())
     return y.view(*outer, m)
 
 
@@ -237,6 +237,10 @@ def own_products() -> Iterator[None]:
 def may_round() -> bool:
     """Whether ours round fp32 factors, here and now."""
     return _may_round.get()
+
+
+_OP = torch.ops.fdpg.matmul_.default
+_PACK_OP = torch.ops.fdpg.matmul_pack_.default
 
 
 @torch.library.register_fake("fdpg::matmul_")
@@ -294,7 +298,7 @@ def packed_once(weight: Tensor) -> Tensor | None:
         packed, kept = packed_like(columns), known[1].get(key)
         if kept is not None and kept.shape == packed.shape:
             packed = kept
-        torch.ops.fdpg.matmul_pack_(packed, columns)
+        _PACK_OP(packed, columns)
         found = known[0][key] = weight, packed
     return found[1]
 

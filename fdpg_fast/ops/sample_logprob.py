@@ -66,10 +66,13 @@ def sample_logprob(
     """
     if not isinstance(seed, Tensor):
         seed = torch.full((1,), seed, dtype=torch.int64, device=logits.device)
-    token, logp, lse, ent = torch.ops.fdpg.sample_logprob(
+    token, logp, lse, ent = _OP(
         logits.detach(), seed, sample_id, position, inv_temperature, softcap or 0.0, entropy
     )
     return Sampled(token, logp, lse, ent if entropy else None)
+
+
+_OP = torch.ops.fdpg.sample_logprob.default
 
 
 @torch.library.register_fake("fdpg::sample_logprob")
