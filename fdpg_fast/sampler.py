@@ -42,7 +42,7 @@ from fdpg_fast.ops.matmul import own_products
 from fdpg_fast.replay import Recorder, Recordings, Replays, recorder_for
 from fdpg_fast.rollout import Finish, PromptBatch, Rollout, Texts
 
-__all__ = ["Sampler", "SamplingError"]
+__all__ = ["LogitsError", "Sampler", "SamplingError"]
 
 DETERMINISTIC_SLOTS = 64
 # So many steps, on a CPU, before it pays to record one.
@@ -55,6 +55,10 @@ LEAST_SAVED = {"cpu": 256, "cuda": 16384}
 
 class SamplingError(RuntimeError):
     """No sample can be drawn; the message names the prompt and the way out."""
+
+
+class LogitsError(SamplingError):
+    """Logits that are not finite: it is the weights that are wrong."""
 
 
 class Sampler:
@@ -127,7 +131,8 @@ class Sampler:
         Raises:
             ValueError: a prompt is empty, too long for the model, or has ids the model lacks; or
                 draws of the model cannot be deterministic.
-            SamplingError: logits are NaN or infinite, or ``stop`` raised.
+            SamplingError: ``stop`` raised.
+            LogitsError: logits are NaN or infinite.
         """
         self._check(model, prompts, samples_per_prompt)
         # Not kept while in use: after an error its memory may hold NaN, which masks do not hide.
@@ -422,10 +427,11 @@ class _Work:
         if bool(bad.any()):
             sample, place = bad.nonzero()[0].tolist()
             text = self.prompts.texts[int(self.prompt_index[sample])]
-            raise SamplingError(
+            raise LogitsError(
                 f"draw: the logits of {model.name} are not finite: prompt {text!r}, sample "
                 f"{int(self.sample_id[sample])}, token {place}. The weights have diverged or are "
-                "corrupt: go back to an earlier checkpoint and lower the learning rate."
+                "corrupt. Way out: a new run with a lower learning rate; of weights as loaded, "
+                "intact files and compute fp32."
             )
         # Copies: the next draw writes where this one did.
         tokens = self.tokens[:n, : self.width].clone()

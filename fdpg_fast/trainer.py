@@ -48,7 +48,7 @@ from fdpg_fast.prompts import as_setting
 from fdpg_fast.report import write_card, write_report
 from fdpg_fast.rollout import PromptBatch, Rollout
 from fdpg_fast.run_directory import RunDirectory
-from fdpg_fast.sampler import SamplingError
+from fdpg_fast.sampler import LogitsError, SamplingError
 from fdpg_fast.scorers import ScorerError
 from fdpg_fast.targets import Scores, Target, TargetError
 from fdpg_fast.watch import Watch
@@ -183,6 +183,8 @@ class Trainer:
                 the weights are those of the step before.
             SamplingError, ScorerError, TargetError: a function of the user misbehaved; the steps
                 before are saved.
+            LogitsError: the weights have diverged; they are not saved, so that no checkpoint from
+                before makes room for them.
         """
         config = self.config.run
         self.prepare()  # may be left at any time, as nothing is lost
@@ -202,6 +204,8 @@ class Trainer:
                     if self.steps_done % config.checkpoint_every == 0:
                         self.save_checkpoint()
                 self._save_if_behind()
+            except LogitsError:
+                raise
             except (SamplingError, ScorerError, TargetError):
                 self._save_if_behind()  # drawing and scoring come before anything changes
                 raise

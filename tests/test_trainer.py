@@ -579,6 +579,25 @@ def test_a_scorer_that_raises_costs_no_step(base: Base, tmp_path: Path) -> None:
     assert content(tmp_path / "whole") == content(tmp_path / "parts")
 
 
+def test_weights_that_have_diverged_do_not_evict_a_checkpoint(base: Base, tmp_path: Path) -> None:
+    def diverge(record: Mapping[str, Any]) -> None:
+        if record["step"] == 3:
+            next(iter(run.parameters.values())).detach().fill_(math.nan)
+
+    run = trainer(
+        dogs(base),
+        out=tmp_path,
+        checkpoint_every=2,
+        keep_checkpoints=1,
+        display=Listener(diverge),
+    )
+    with pytest.raises(fdpg.SamplingError, match=r"not finite.*Way out: a new run with a lower"):
+        run.train()
+    kept = checkpoint.latest(tmp_path / "checkpoints")
+    assert kept is not None
+    assert kept.name == "step-000002"
+
+
 @pytest.mark.parametrize("resume", [False, True])
 def test_what_failed_before_its_first_step_is_mended_in_its_folder(
     base: Base, tmp_path: Path, resume: bool
