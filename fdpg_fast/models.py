@@ -65,6 +65,9 @@ EMBEDDED = {"default": "model", "embedded:arithmetic": "arithmetic"}
 # Most tokens that a model can read, if nothing in it says how many.
 UNLIMITED = 1 << 30
 
+# Who made a saved model, in its generation config: the ids there that end a sample are all.
+MADE_BY = "fdpg_fast"
+
 # Tokens in one forward pass, padding included, without and with a gradient to keep activations for.
 SCORE_TOKENS = 8192
 GRADIENT_TOKENS = 4096
@@ -135,6 +138,7 @@ class LanguageModel:
         attention: the attention function in use.
         name: what it was loaded from.
         eos_ids: the ids that end a sample (may be set; empty: only the length ends it).
+        trust_remote_code: whether it was loaded with Python code of its checkpoint allowed.
         context_length: most tokens it can read.
         vocab_size: V.
         checks: what the self-test at load found, in nats per token.
@@ -159,6 +163,7 @@ class LanguageModel:
         eos_ids: Sequence[int] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self.trust_remote_code = False
         self.name = name or type(model).__name__
         self.device = _device(device)
         self.compute = _compute(compute, self.device)
@@ -275,6 +280,7 @@ class LanguageModel:
             activation_checkpointing=activation_checkpointing,
             eos_ids=eos_ids,
         )
+        loaded.trust_remote_code = trust_remote_code
         return loaded if adapter == source else loaded.with_saved_adapter(adapter)
 
     @classmethod
@@ -411,10 +417,12 @@ class LanguageModel:
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write model and tokenizer for ``from_pretrained``: fp32 safetensors and JSON.
 
-        The generation config says temperature 1 and no truncation, so that ``generate`` of the
-        saved model samples from the distribution that was trained. Of a model with an adapter the
-        adapter alone is written, never merged; transformers loads it where peft is installed.
+        The generation config says temperature 1, no truncation, and ``eos_ids``, so that
+        ``generate`` of the saved model samples from the distribution that was trained, and
+        :meth:`load` gives the same again. Of a model with an adapter the adapter alone is written,
+        never merged; transformers loads it where peft is installed.
         """
+        self._replace_generation_config()  # `eos_ids` may have been set since
         with _no_progress_bar():
             if self._adapter is None:
                 self.model.save_pretrained(folder)
@@ -1185,6 +1193,7 @@ class LanguageModel:
             eos_token_id=list(self.eos_ids) or None,
             pad_token_id=old.pad_token_id,
             decoder_start_token_id=old.decoder_start_token_id,
+            made_by=MADE_BY,
         )
 
 
@@ -1301,10 +1310,13 @@ def _rope_limit(config: Any) -> int | None:
 
 
 def _eos_ids(model: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """All ids that anything in the checkpoint calls end-of-text. Each source may name one or many,
-    or (a config's default) one that the vocabulary does not have."""
+    """The ids that :meth:`LanguageModel.save` has written, or all that anything in the checkpoint
+    calls end-of-text. Each source may name one or many, or (a config's default) one that the
+    vocabulary does not have."""
+    generation = getattr(model, "generation_config", None)
+    saved_by_us = getattr(generation, "made_by", None) == MADE_BY
     ids: list[int] = []
-    for source in (getattr(model, "generation_config", None), model.config, tokenizer):
+    for source in (generation,) if saved_by_us else (generation, model.config, tokenizer):
         named = getattr(source, "eos_token_id", None)
         ids += named if isinstance(named, (list, tuple)) else [named] if named is not None else []
     return tuple(dict.fromkeys(i for i in ids if 0 <= i < vocab_size))

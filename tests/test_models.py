@@ -597,6 +597,18 @@ def test_load_save_load(tmp_path: Path) -> None:
     assert (again.eos_ids, again.bos_prompt) == (model.eos_ids, model.bos_prompt)
 
 
+def test_what_ends_a_sample_is_saved(tmp_path: Path) -> None:
+    model = LanguageModel.load(write_tiny_model(tmp_path / "one"), eos_ids=[3])
+    model.save(tmp_path / "two")
+    assert LanguageModel.load(tmp_path / "two").eos_ids == (3,), "not the tokenizer's 0 as well"
+    for ids in ((5, 4), ()):
+        model.eos_ids = ids
+        model.save(tmp_path / "two")
+        assert LanguageModel.load(tmp_path / "two").eos_ids == ids
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+        assert plain.generation_config.eos_token_id == (list(ids) or None)
+
+
 def test_what_cannot_be_loaded_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
