@@ -34,7 +34,7 @@ def load(name_or_path: str = "", **settings: Any) -> Base:
         name_or_path: Hugging Face name or local folder; empty: the small story model inside the
             package.
         settings: of :meth:`LanguageModel.load`: device, compute, attention, trust_remote_code,
-            activation_checkpointing.
+            activation_checkpointing, eos_ids.
 
     Raises:
         ModelError: it cannot be found or used; the message says what to do.

@@ -66,6 +66,7 @@ class ModelConfig:
         attention: auto, or the name of one of the attention functions that `fdpg env` lists
         trust_remote_code: allow the checkpoint to bring Python code of its own
         activation_checkpointing: recompute activations in the backward pass: slower, less memory
+        eos_ids: tokens that end a sample, by their ids; null: what the checkpoint says
     """
 
     name: str = ""
@@ -74,6 +75,7 @@ class ModelConfig:
     attention: str = "auto"
     trust_remote_code: bool = False
     activation_checkpointing: bool = False
+    eos_ids: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -632,6 +634,7 @@ def _type_name(key: str) -> str:
         "float | None": "a number or null",
         "int | None": "a whole number or null",
         "str | None": "text or null",
+        "list[int] | None": "a list of whole numbers or null",
         "tuple[float, float]": "a list of two numbers",
         "list[dict[str, Value]]": "a list of `{scorer: argument}`, as in [{contains: dog}]",
         "dict[str, Value]": "`{setting: value}`",

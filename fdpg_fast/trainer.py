@@ -726,6 +726,9 @@ def _configured(
         config = Config()
         model = target.base.model
         settings |= {"name": model.name, "device": str(model.device), "compute": model.compute}
+        # What the base was loaded with, and what evaluates the run will load it with.
+        for key in ("trust_remote_code", "activation_checkpointing", "eos_ids"):
+            settings[key] = getattr(model, key)
     if not config.target.spec():
         settings["built_in_python"] = str(target)
     return config.replace(**settings) if settings else config

@@ -19,7 +19,7 @@ from tiny import write_tiny_model
 import fdpg_fast as fdpg
 from fdpg_fast import checkpoint, evaluation, ops
 from fdpg_fast import trainer as training
-from fdpg_fast.building import sampler_of
+from fdpg_fast.building import model_of, sampler_of, tuned_of
 from fdpg_fast.config import Config, ConfigError
 from fdpg_fast.evaluation import draw_texts, evaluate_run
 from fdpg_fast.metrics import PAPER
@@ -822,6 +822,21 @@ def test_a_stop_function_in_python_is_missed_where_it_is_not(base: Base, tmp_pat
         trainer(dogs(base), out=out, steps=2, resume=True)
     more = trainer(dogs(base), out=out, steps=2, resume=True, stop=ran)
     assert (more.steps_done, more.sampler.stop) == (1, ran)
+
+
+@pytest.mark.parametrize("peft", ["none", "lora"])
+def test_a_run_in_python_knows_how_its_base_was_loaded(
+    folder: Path, tmp_path: Path, peft: str
+) -> None:
+    """What samples or measures it later loads a model as the run did."""
+    base = fdpg.load(str(folder), trust_remote_code=True, activation_checkpointing=True)
+    base.model.eos_ids = (3, 5)
+    run = trainer(base.reward(fdpg.length(), beta=1.0), out=tmp_path, steps=1, peft=peft)
+    run.train()
+    found = RunDirectory(tmp_path).config().model
+    assert (found.trust_remote_code, found.activation_checkpointing) == (True, True)
+    tuned = tuned_of(run.config, RunDirectory(tmp_path).model)
+    assert tuned.eos_ids == model_of(run.config, found.name).eos_ids == (3, 5)
 
 
 def test_another_models_checkpoint_is_refused(base: Base, tmp_path: Path) -> None:
