@@ -570,6 +570,7 @@ class Trainer:
             for one, row in zip(pending, values, strict=True)
         ]
         if self.run is not None:
+            self.run.evaluation.unlink(missing_ok=True)  # of the model before these steps
             self.run.append("metrics.jsonl", records)
             self.run.append("timing.jsonl", [one.timing for one in pending])
             self.run.append("samples.jsonl", [row for one in pending for row in one.rows])

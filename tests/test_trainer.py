@@ -763,6 +763,18 @@ def test_resume_can_add_steps_and_refuses_other_changes(base: Base, tmp_path: Pa
         trainer(dogs(base), out=tmp_path / "run")
 
 
+def test_what_was_measured_before_more_steps_is_forgotten(base: Base, tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    trainer(dogs(base), out=tmp_path, steps=1, evaluation_samples=16).train()
+    assert "Measured on 16" in run.card.read_text()
+    trainer(dogs(base), out=tmp_path, steps=1, resume=True).train()
+    assert "Measured on 16" in run.card.read_text(), "it is the same model"
+    trainer(dogs(base), out=tmp_path, steps=2, resume=True).train()
+    assert run.read_json(run.evaluation) is None
+    assert "Measured on" not in run.card.read_text()
+    assert "Measured on" not in (run.model / "README.md").read_text()
+
+
 def test_a_stop_function_that_the_config_names_ends_samples_everywhere(
     base: Base, tmp_path: Path
 ) -> None:
