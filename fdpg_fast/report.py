@@ -365,13 +365,16 @@ def _comparison(runs: Sequence[_Run]) -> str:
 def _groups(runs: Sequence[_Run]) -> list[list[_Run]]:
     """Runs from one base to one target on the same prompts, which can share a column of the base's.
 
-    Any other base, or the same with another target or other prompts, has other numbers.
+    Any other base, or the same with another target, other prompts or other ends of samples, has
+    other numbers.
     """
     groups: dict[Any, list[_Run]] = {}
     for run in runs:
         facts, config = run.facts, run.config
         same = (facts.get("model"), facts.get("target"), str(config.prompts.source))
-        groups.setdefault((*same, config.sampling.max_new_tokens), []).append(run)
+        sampling, eos_ids = config.sampling, str(config.model.eos_ids)
+        ends = (sampling.max_new_tokens, sampling.stop, sampling.stop_in_python, eos_ids)
+        groups.setdefault((same, ends), []).append(run)
     return list(groups.values())
 
 

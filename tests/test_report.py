@@ -213,6 +213,19 @@ def test_runs_from_different_bases_are_each_beside_their_own(tmp_path: Path) -> 
     assert samples[0] == ["base", "dog", "again"]
 
 
+@pytest.mark.parametrize(
+    "ends",
+    [{"max_new_tokens": 7}, {"stop": "mine.py:f"}, {"stop_in_python": "f"}, {"eos_ids": [3]}],
+)
+def test_runs_whose_samples_end_elsewhere_share_no_base(
+    tmp_path: Path, ends: dict[str, Any]
+) -> None:
+    runs = [make_run(tmp_path / "as", **ends), make_run(tmp_path / "usual")]
+    path = write_report(runs, tmp_path / "both.html")
+    header = Cells(path.read_text(encoding="utf-8")).tables[1][0]
+    assert header[1::3] == ["base of as", "base of usual"]
+
+
 def test_a_run_without_steps_or_evaluation(tmp_path: Path) -> None:
     empty = RunDirectory.create(tmp_path / "empty", Config())
     with pytest.raises(RunDirectoryError, match="no step yet"):
