@@ -317,8 +317,11 @@ class Target:
 
     @property
     def moments(self) -> dict[str, float]:
-        """Feature name -> its mean under the target, where the target fixes one."""
-        return {s.name: goal for s, goal in {**self._conditions, **self.goals}.items()}
+        """Feature name -> its mean under the target, where the target fixes one: a condition does,
+        until it is smoothed."""
+        strict = {scorer for f in self.factors if f.can_be_zero for scorer in f.scorers}
+        conditions = {s: goal for s, goal in self._conditions.items() if s in strict}
+        return {s.name: goal for s, goal in {**conditions, **self.goals}.items()}
 
     @property
     def verdicts(self) -> tuple[str, ...]:

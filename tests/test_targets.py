@@ -104,9 +104,12 @@ def test_smooth_floors_the_conditions_only(base):
     expected = torch.where(allowed, reward, reward + math.log(1e-3))
     torch.testing.assert_close(soft.log_score(rollout), expected)
     assert not soft.can_be_zero
-    assert soft.moments == {"contains 'dog'": 1.0, "she": 1.0}
+    assert hard.moments == {"contains 'dog'": 1.0, "she": 1.0}
+    assert soft.moments == {}, "some of its samples violate the conditions"
+    assert soft.verdicts == hard.verdicts
     assert "max([contains 'dog'] · [she], 0.001)" in str(soft)
     assert (soft * HE).can_be_zero  # a new condition is not smoothed by an old floor
+    assert (soft * HE).moments == {"he": 1.0}
 
 
 def test_smooth_share_of_violations_is_the_stated_one(base):
@@ -452,7 +455,7 @@ def test_spec_builds_the_same_target(base, tmp_path):
     fit_exactly(expected)
     rollout = base.model.everything()
     torch.testing.assert_close(target.log_score(rollout), expected.log_score(rollout))
-    assert target.moments == {"contains 'dog'": 1.0, "female": 0.5}
+    assert target.moments == {"female": 0.5}
     assert target.state_dict().keys() == {"female"}
 
 
