@@ -338,12 +338,15 @@ class Target:
         """Whether there are moments without lambdas."""
         return bool(self.goals) and not self.lambdas
 
-    def describe(self) -> str:
-        """``a(x) · [contains 'dog'] · exp(0.83 · female)``."""
+    def describe(self, *, fitted: bool = True) -> str:
+        """``a(x) · [contains 'dog'] · exp(0.83 · female)``; not ``fitted``: ``λ`` for every lambda.
+
+        The latter stays as it is when the target is fitted.
+        """
         start = "a(x)" if self._log_score is None else f"exp({self._log_score.name}(x))"
         parts = [start, *(factor.text for factor in self.factors)]
         for scorer in self.goals:
-            number = f"{self.lambdas[scorer.name]:.3g}" if self.lambdas else "λ"
+            number = f"{self.lambdas[scorer.name]:.3g}" if fitted and self.lambdas else "λ"
             parts.append(f"exp({number} · {scorer.name})")
         return " · ".join(parts)
 

@@ -731,7 +731,7 @@ def _configured(
         for key in ("trust_remote_code", "activation_checkpointing", "eos_ids"):
             settings[key] = getattr(model, key)
     if not config.target.spec():
-        settings["built_in_python"] = str(target)
+        settings["built_in_python"] = target.describe(fitted=False)  # it may be given again
     return config.replace(**settings) if settings else config
 
 

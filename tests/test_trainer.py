@@ -763,6 +763,16 @@ def test_resume_can_add_steps_and_refuses_other_changes(base: Base, tmp_path: Pa
         trainer(dogs(base), out=tmp_path / "run")
 
 
+def test_resume_takes_the_target_that_the_run_has_fitted(base: Base, tmp_path: Path) -> None:
+    target = base.constrain({fdpg.contains("dog"): 0.5})
+    trainer(target, out=tmp_path, steps=1, fit_samples=256).train()
+    assert not target.needs_fit
+    more = trainer(target, out=tmp_path, steps=2, fit_samples=256, resume=True)
+    assert more.steps_done == 1
+    with pytest.raises(RunDirectoryError, match=r"another target\.built_in_python"):
+        trainer(target * fdpg.contains("cat"), out=tmp_path, steps=2, resume=True, fit_samples=256)
+
+
 def test_what_was_measured_before_more_steps_is_forgotten(base: Base, tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     trainer(dogs(base), out=tmp_path, steps=1, evaluation_samples=16).train()
