@@ -33,7 +33,7 @@ from fdpg_fast.rollout import Rollout
 from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
 from fdpg_fast.sweep_report import write_sweep_report
 from fdpg_fast.targets import Target
-from fdpg_fast.trainer import Trainer
+from fdpg_fast.trainer import Trainer, require_trainable
 
 __all__ = ["Sweep"]
 
@@ -50,7 +50,7 @@ class Sweep:
         seeds: how many.
 
     Raises:
-        ConfigError: a divergence that cannot be.
+        ConfigError: a divergence that cannot be, or cannot with the baseline or on the target.
         RunDirectoryError: the folder holds something else, or runs with other settings.
     """
 
@@ -65,15 +65,7 @@ class Sweep:
         self.config = config
         self.seeds = range(config.run.seed, config.run.seed + seeds)
         self.folder = RunDirectory(out)  # for its way of writing files; it is not a run
-        asked = _parsed(divergences)  # before a model is loaded
-        self.target = target_of(config)
-        self.divergences = _finite(asked, self.target)
-        self.runs = {
-            (str(f), seed): RunDirectory(self.folder.path / _folder_name(f) / str(seed))
-            for seed in self.seeds
-            for f in self.divergences
-        }
-        self._require_same_settings()
+        self.target = target_of(config, partial(self._lay_out, _parsed(divergences)))
 
     @property
     def plan(self) -> Path:
@@ -188,6 +180,19 @@ class Sweep:
 
     # --------------------------------------------------------------------------------------------
 
+    def _lay_out(self, asked: Sequence[Divergence], target: Target) -> None:
+        """Which runs there are; refuses what can be refused before a model is loaded."""
+        self.divergences = _finite(asked, target)
+        self.runs = {
+            (str(f), seed): RunDirectory(self.folder.path / _folder_name(f) / str(seed))
+            for seed in self.seeds
+            for f in self.divergences
+        }
+        for f in self.divergences:
+            require_trainable(self._config(str(f), self.config.run.seed), target)
+        self._require_own_folder()
+        self._require_same_settings()
+
     def _config(self, divergence: str, seed: int) -> Config:
         # Comparing it with the base is not the run's own job here: that is done for all at once.
         return self.config.replace(divergence=divergence, seed=seed, evaluation_samples=0)
@@ -201,13 +206,15 @@ class Sweep:
         return to_yaml(plan)
 
     def _write_plan(self) -> None:
+        self.folder.require_writable()
+        self.folder.write_text(self.plan, self._plan())
+
+    def _require_own_folder(self) -> None:
         path = self.folder.path
         if path.is_dir() and any(path.iterdir()) and not self.plan.is_file():
             raise RunDirectoryError(
                 f"sweep: {path} holds files of something else. Way out: another --out"
             )
-        self.folder.require_writable()
-        self.folder.write_text(self.plan, self._plan())
 
     def _require_same_settings(self) -> None:
         """What is there already must be of this sweep, all of it, before any of it goes on."""

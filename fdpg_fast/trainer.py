@@ -26,6 +26,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ from fdpg_fast.scorers import ScorerError
 from fdpg_fast.targets import Scores, Target, TargetError
 from fdpg_fast.watch import Watch
 
-__all__ = ["Trainer", "TrainingError"]
+__all__ = ["Trainer", "TrainingError", "require_trainable"]
 
 # Streams of random numbers, so that no two uses share any (ops.random_key).
 TRAINING, FIT, HOLDOUT, NORMALISER = range(4)
@@ -161,11 +162,7 @@ class Trainer:
         elif out is not None:
             RunDirectory(out).require_free()
 
-        def accept(target: Target) -> None:
-            _objective(config, target)
-            require_possible(config)
-
-        target = target_of(config, accept)
+        target = target_of(config, partial(require_trainable, config))
         return cls(target, config=config, out=out, resume=resume, display=display)
 
     # ---- the walk ---------------------------------------------------------------------------
@@ -750,6 +747,17 @@ def _objective(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return divergence, baseline
+
+
+def require_trainable(config: Config, target: Target) -> None:
+    """Refuses what can be refused without the model, which may take minutes to load.
+
+    Raises:
+        ConfigError: the target does not allow the divergence, or that the baseline.
+        AdapterError, PromptError: as the part itself would.
+    """
+    _objective(config, target)
+    require_possible(config)
 
 
 def _goes_on(out: str | Path, resume: bool) -> bool:

@@ -313,6 +313,30 @@ def test_what_is_infinite_on_the_target_is_refused_before_anything(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--objective.baseline", "analytic", "--divergences", "kl,tv"], "kl only"),
+        (["--prompts.source", "gone.txt"], "cannot read gone.txt"),
+        (["--adapter.peft", "lroa"], "peft has no such kind"),
+        (["--out", "taken"], "holds files of something else"),
+    ],
+)
+def test_a_mistake_is_found_before_a_model_is_loaded(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "thesis.tex").touch()
+    assert sweep(tmp_path / "gone", tmp_path / "out", *words) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
         (["sweep"], "expected --out DIR"),
         (["sweep", "--out", "nowhere"], "no sweep.yaml"),
         (["sweep", "dgo", "--out", "x"], "Did you mean `dog`"),
