@@ -113,7 +113,7 @@ class Sweep:
     def train(self) -> int:
         """Trains the runs that are not finished; says how many those were."""
         for run in self.runs.values():  # the moments that an earlier call has fitted
-            if self.target.needs_fit:
+            if self.target.needs_fit and not run.never_began():
                 self.target.load_state_dict(run.read_facts().get("lambdas", {}))
         waiting = {key: run for key, run in self.runs.items() if not run.has_model}
         for number, (key, run) in enumerate(waiting.items(), start=1):
@@ -219,7 +219,7 @@ class Sweep:
     def _require_same_settings(self) -> None:
         """What is there already must be of this sweep, all of it, before any of it goes on."""
         for key, run in self.runs.items():
-            if not run.path.is_dir() or not any(run.path.iterdir()):
+            if run.never_began():
                 continue
             other = self._config(*key).difference(RunDirectory.open(run.path).config())
             if other:

@@ -26,7 +26,7 @@ from fdpg_fast.evaluation import STREAM
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.rollout import PromptBatch, Rollout
 from fdpg_fast.run_directory import RunDirectory
-from fdpg_fast.sampler import Sampler
+from fdpg_fast.sampler import Sampler, SamplingError
 from fdpg_fast.trainer import Trainer
 
 STEPS, SAMPLES = 3, 64
@@ -278,6 +278,32 @@ def test_other_settings_are_refused_by_name(
     assert "kl/0 was started with another optimiser.learning_rate." in said
     assert weights(swept) == before
     assert not (swept / "kl" / "2").exists()
+
+
+def test_a_first_run_that_never_began_is_mended_in_its_folder(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        "fdpg_fast.sweep.write_sweep_report", lambda *what: None
+    )  # seconds of plots
+    recipe, run = tmp_path / "mine.yaml", RunDirectory(tmp_path / "out" / "js" / "0")
+
+    def swept(moment: float) -> int:
+        recipe.write_text(f"target: {{moments: [{{contains: dog, moment: {moment}}}]}}")
+        return sweep(model, tmp_path / "out", "--divergences", "js", recipe=str(recipe))
+
+    def fail(trainer: Trainer) -> None:
+        raise SamplingError("stop: raised")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "step", fail)
+        assert swept(0.4) == 2
+    fitted = run.read_facts()["lambdas"]["contains 'dog'"]
+    assert swept(0.6) == 0
+    assert run.read_facts()["lambdas"]["contains 'dog'"] > fitted + 0.5
+    capsys.readouterr()
+    assert swept(0.4) == 2
+    assert "js/0 was started with another target.moments" in capsys.readouterr().err
 
 
 def test_it_goes_on_where_its_recipe_has_moved_to(
