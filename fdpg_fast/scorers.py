@@ -20,6 +20,7 @@ bone" but not in "dogs" or "dogma". Upper and lower case are the same unless ask
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -31,6 +32,7 @@ import textwrap
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -571,7 +573,8 @@ def from_spec(spec: Any, folder: Path | None = None) -> Scorer:
 def load_function(reference: str, folder: Path | None = None) -> Callable[..., Any]:
     """The function that ``file.py:name`` or ``package.module:name`` names.
 
-    This runs the file: it is called only on what a user's configuration spells out.
+    This runs the file, once until it changes, so that a function named twice is one: it is called
+    only on what a user's configuration spells out.
     """
     source, colon, name = str(reference).rpartition(":")
     if not colon or not source or not name.isidentifier():
@@ -585,14 +588,8 @@ def load_function(reference: str, folder: Path | None = None) -> Callable[..., A
             raise ScorerError(
                 f"python: no file {source!r} {where}. Way out: another name or folder"
             )
-        module_name = f"fdpg_user_{path.stem}"
-        spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[module_name] = module  # dataclasses and pickling look their module up
         try:
-            spec.loader.exec_module(module)
+            module = _run_file(path.resolve(), path.stat().st_mtime_ns)
         except Exception as error:
             raise ScorerError(
                 f"python: running {source!r} raised {type(error).__name__}: {error}"
@@ -713,6 +710,19 @@ def _read_words(path: Path) -> list[str]:
         return listed
     lines = (line.strip() for line in text.splitlines())
     return [line for line in lines if line and line[0] not in "#;"]
+
+
+@functools.cache
+def _run_file(path: Path, changed: int) -> ModuleType:
+    """The module of a user's file as it was last ``changed``."""
+    name = f"fdpg_user_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling look their module up
+    spec.loader.exec_module(module)
+    return module
 
 
 def _takes_prompts(fn: Callable[..., Any]) -> bool:

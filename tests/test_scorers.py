@@ -334,6 +334,16 @@ def test_python_spec_runs_the_named_file_only(tmp_path):
         from_spec({"python": "broken.py:f"}, tmp_path)
 
 
+def test_a_function_named_twice_is_one_scorer_until_its_file_changes(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def count(texts):\n    return [len(x) for x in texts]\n")
+    one, again = (from_spec({"python": "mine.py:count"}, tmp_path) for _ in range(2))
+    assert one == again
+    file.write_text("def count(texts):\n    return [-len(x) for x in texts]\n")
+    other = from_spec({"python": "mine.py:count"}, tmp_path)
+    assert (values(one, "four"), values(other, "four")) == ([4], [-4])
+
+
 def test_files_are_found_beside_the_configuration(tmp_path):
     (tmp_path / "female.txt").write_text("she\n")
     scorer = from_spec({"words": "female.txt", "name": "female"}, tmp_path)

@@ -459,6 +459,15 @@ def test_spec_builds_the_same_target(base, tmp_path):
     assert target.state_dict().keys() == {"female"}
 
 
+def test_a_python_scorer_may_be_in_two_parts_of_a_spec(base, tmp_path):
+    (tmp_path / "mine.py").write_text("def f(texts):\n    return [len(x) for x in texts]\n")
+    spec = {
+        "moments": [{"python": "mine.py:f", "moment": 15}],
+        "reward": {"python": "mine.py:f", "beta": 2.0},
+    }
+    assert str(from_spec(spec, base, tmp_path)) == "a(x) · exp(f / 2) · exp(λ · f)"
+
+
 def test_spec_of_a_log_score(base, tmp_path):
     (tmp_path / "mine.py").write_text("def score(rollout):\n    return rollout.lengths.double()\n")
     target = from_spec({"python": "mine.py:score"}, base, tmp_path)
