@@ -319,6 +319,11 @@ class Config:
         """Samples drawn in each step, over all its prompts."""
         return self.prompts.prompts_per_step * self.sampling.samples_per_prompt
 
+    @property
+    def samples_to_measure(self) -> int:
+        """Fresh samples of each model for who asks, where the run itself may want none."""
+        return self.run.evaluation_samples or RunConfig.evaluation_samples
+
     @classmethod
     def read(cls, source: str | Path | Mapping[str, Any], overrides: Sequence[str] = ()) -> Config:
         """Reads a recipe's name, a YAML file or a mapping, then overrides.

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fdpg_fast import metrics, ops
 from fdpg_fast.building import prompts_of, sampler_of, target_of, tuned_of
-from fdpg_fast.config import RunConfig
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.pool import Pool
@@ -184,7 +183,7 @@ def evaluate_run(run: RunDirectory, *, samples: int | None, seed: int | None) ->
         target,
         prompts_of(config, target.base.model),
         sampler_of(config),
-        samples=samples or config.run.evaluation_samples or RunConfig().evaluation_samples,
+        samples=samples or config.samples_to_measure,
         seed=seed,
     )
     run.write_json(run.evaluation, evaluation)

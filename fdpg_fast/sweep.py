@@ -23,7 +23,7 @@ import yaml
 from fdpg_fast import metrics, ops
 from fdpg_fast.baselines import Baseline
 from fdpg_fast.building import prompts_of, sampler_of, target_of, tuned_of
-from fdpg_fast.config import Config, ConfigError, RunConfig, to_yaml
+from fdpg_fast.config import Config, ConfigError, to_yaml
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.evaluation import draw_pool, measure_model, texts_of, with_errors
 from fdpg_fast.pool import Pool
@@ -142,7 +142,7 @@ class Sweep:
             self.target,
             prompts_of(self.config, base),
             sampler_of(self.config),
-            samples=self.config.run.evaluation_samples or RunConfig().evaluation_samples,
+            samples=self.config.samples_to_measure,
             seed=self.config.run.seed,
             note=for_this_terminal().note,
         )

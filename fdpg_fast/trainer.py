@@ -465,7 +465,8 @@ class Trainer:
         """Measures base and policy on fresh samples, drawn with the same random numbers.
 
         Args:
-            samples: of each, over all prompts; by default ``evaluation_samples``.
+            samples: of each, over all prompts; by default ``evaluation_samples``, or what that is
+                by default.
 
         Returns:
             What evaluation.json holds.
@@ -476,7 +477,7 @@ class Trainer:
             self.target,
             self.prompts,
             self.sampler,
-            samples=samples or self.config.run.evaluation_samples,
+            samples=samples or self.config.samples_to_measure,
             seed=self.config.run.seed,
         )
 

@@ -846,6 +846,12 @@ def test_a_stop_function_in_python_is_missed_where_it_is_not(base: Base, tmp_pat
     assert (more.steps_done, more.sampler.stop) == (1, ran)
 
 
+def test_a_comparison_may_be_asked_of_a_run_without_one(base: Base) -> None:
+    run = trainer(dogs(base), evaluation_samples=0)
+    assert run.evaluate()["samples"] == Config().run.evaluation_samples
+    assert trainer(dogs(base), evaluation_samples=8).evaluate()["samples"] == 8
+
+
 @pytest.mark.parametrize("peft", ["none", "lora"])
 def test_a_run_in_python_knows_how_its_base_was_loaded(
     folder: Path, tmp_path: Path, peft: str
