@@ -61,7 +61,7 @@ class RunDirectory:
         run = cls(path)
         run.require_free()
         run.require_writable()
-        run._write_text(run.path / "config.yaml", config.located().dump())
+        run.write_text(run.path / "config.yaml", config.located().dump())
         return run
 
     @classmethod
@@ -101,7 +101,7 @@ class RunDirectory:
         run.require_writable()
         if config is not None:
             run.require_same(config)
-            run._write_text(run.path / "config.yaml", config.located().dump())
+            run.write_text(run.path / "config.yaml", config.located().dump())
         return run, latest(run.checkpoints)
 
     def require_free(self) -> None:
@@ -231,15 +231,23 @@ class RunDirectory:
             path = self.path / log
             if path.is_file():
                 kept = [record for record in self.read(log) if record["step"] <= step]
-                self._write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+                self.write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def write_json(self, path: Path, content: Mapping[str, Any]) -> None:
         """Replaces a JSON file."""
-        self._write_text(path, json.dumps(_plain(content), indent=1) + "\n")
+        self.write_text(path, json.dumps(_plain(content), indent=1) + "\n")
 
     def write_text(self, path: Path, content: str) -> None:
-        """Replaces a text file."""
-        self._write_text(path, content)
+        """Replaces a file in one step, so that a reader finds the old text or the new."""
+        aside = path.with_name(f".writing-{path.name}")
+        try:
+            with aside.open("w", encoding="utf-8") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+            aside.replace(path)
+        except OSError as error:
+            raise RunDirectoryError(f"run: cannot write {path}: {error}") from error
 
     def _is_run(self) -> bool:
         config = self.path / "config.yaml"
@@ -258,18 +266,6 @@ class RunDirectory:
             raise RunDirectoryError(
                 f"run: cannot write in {self.path}: {error.strerror}. Way out: another --out"
             ) from error
-
-    def _write_text(self, path: Path, content: str) -> None:
-        """Replaces a file in one step, so that a reader finds the old text or the new."""
-        aside = path.with_name(f".writing-{path.name}")
-        try:
-            with aside.open("w", encoding="utf-8") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
-            aside.replace(path)
-        except OSError as error:
-            raise RunDirectoryError(f"run: cannot write {path}: {error}") from error
 
 
 def _plain(value: Any) -> Any:
