@@ -28,6 +28,7 @@ import yaml
 
 from fdpg_fast.checkpoint import CheckpointError, latest, sync
 from fdpg_fast.config import Config
+from fdpg_fast.divergences import Divergence
 
 __all__ = ["RunDirectory", "RunDirectoryError"]
 
@@ -153,9 +154,14 @@ class RunDirectory:
     def way_on(self) -> str:
         """What resumes the run: a command, or Python where its config alone cannot."""
         config = self.config()
-        if config.target.built_in_python is None and config.sampling.stop_in_python is None:
-            return f"fdpg train --resume --out {self.path}"
-        return f"in Python, Trainer(..., out={str(self.path)!r}, resume=True)"
+        in_python = config.target.built_in_python or config.sampling.stop_in_python
+        try:
+            Divergence.parse(config.objective.divergence)
+        except ValueError:  # a custom one, whose name is all that the config has
+            in_python = in_python or config.objective.divergence
+        if in_python:
+            return f"in Python, Trainer(..., out={str(self.path)!r}, resume=True)"
+        return f"fdpg train --resume --out {self.path}"
 
     def read_facts(self) -> dict[str, Any]:
         """What run.json holds; nothing for a run that never got to its first step."""

@@ -332,6 +332,18 @@ def test_a_users_own_divergence(base: Base) -> None:
     assert run.config.objective.divergence == "tanh"
 
 
+def test_the_way_on_is_python_where_a_config_cannot_hold_a_part(tmp_path: Path) -> None:
+    config = Config().replace(constrain=[{"contains": "dog"}])
+    for name, part in {
+        "whole": {"divergence": "alpha(0.5)"},
+        "divergence": {"divergence": "tanh"},
+        "stop": {"stop_in_python": "ran"},
+        "target": {"built_in_python": "a(x)"},
+    }.items():
+        way_on = RunDirectory.create(tmp_path / name, config.replace(**part)).way_on()
+        assert way_on.startswith("fdpg train" if name == "whole" else "in Python"), name
+
+
 def test_the_learning_rate_is_a_function_of_the_step(base: Base) -> None:
     def rates(**settings: Any) -> list[float]:
         run = trainer(dogs(base), steps=6, learning_rate=1.0, **settings)
