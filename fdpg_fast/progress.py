@@ -32,6 +32,8 @@ from rich.table import Table
 from rich.text import Text
 
 __all__ = [
+    "MOMENT",
+    "PARTS",
     "Display",
     "PlainDisplay",
     "SilentDisplay",
@@ -39,12 +41,17 @@ __all__ = [
     "acceptance_bar",
     "for_this_terminal",
     "joined",
+    "moments_of",
     "one_line",
+    "seconds_of",
     "show_evaluation",
     "show_table",
 ]
 
 Record = Mapping[str, Any]
+
+PARTS = ("sample", "score", "train")  # of a step, whose seconds a line of timing.jsonl has
+MOMENT = "moment: "  # before the name of a feature: its mean
 
 
 class Display(Protocol):
@@ -314,9 +321,19 @@ def show_table(
 
 def speed_of(timing: Record) -> str:
     """Samples per second, and where the time went."""
-    total = timing["sample"] + timing["score"] + timing["train"]
-    shares = " ".join(f"{part} {timing[part] / total:.0%}" for part in ("sample", "score", "train"))
+    total = seconds_of(timing)
+    shares = " ".join(f"{part} {timing[part] / total:.0%}" for part in PARTS)
     return f"{timing['samples'] / total:.1f} samples/s ({shares})"
+
+
+def seconds_of(timing: Record) -> float:
+    """What a step took."""
+    return float(sum(timing[part] for part in PARTS))
+
+
+def moments_of(record: Record) -> list[str]:
+    """The features whose means are in a record."""
+    return [key.removeprefix(MOMENT) for key in record if key.startswith(MOMENT)]
 
 
 def plus_minus(record: Record, value: str, error: str) -> str:
@@ -346,11 +363,6 @@ def _whole(row: Record) -> str:
     return joined(prompt, one_line(row["text"]))
 
 
-def _moments(record: Record) -> list[str]:
-    prefix = "moment: "
-    return [key.removeprefix(prefix) for key in record if key.startswith(prefix)]
-
-
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
@@ -377,9 +389,9 @@ class _Numbers:
 
     def __call__(self, record: Record) -> list[tuple[str, str]]:
         shown = [(self._divergence, plus_minus(record, "divergence", "divergence_se"))]
-        for name in _moments(record):
+        for name in moments_of(record):
             goal = f" (goal {self._goals[name]:.3g})" if name in self._goals else ""
-            shown.append((name, plus_minus(record, f"moment: {name}", f"moment_se: {name}") + goal))
+            shown.append((name, plus_minus(record, MOMENT + name, f"moment_se: {name}") + goal))
         expected = record["kl_target_base"]
         goal = f" (target {expected:.2f})" if _finite(expected) else ""
         shown.append(("KL to base", _number(record["kl_to_base"], ".2f") + goal))

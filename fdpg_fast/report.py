@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from fdpg_fast import page
 from fdpg_fast.config import Config
 from fdpg_fast.page import show
+from fdpg_fast.progress import MOMENT, PARTS, moments_of, seconds_of
 from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
 
 if TYPE_CHECKING:
@@ -50,8 +51,8 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str,
     goals = evaluation["goals"]
     table = []
     for key in after:
-        if key.startswith("moment: "):
-            name = key.removeprefix("moment: ")
+        if key.startswith(MOMENT):
+            name = key.removeprefix(MOMENT)
             goal = f"{goals[name]:.3g}" if name in goals else show(evaluation["target"].get(key))
             table.append((name, show(before.get(key)), show(after[key]), goal))
         elif key.startswith("pass@"):
@@ -219,7 +220,7 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _plots(runs: Sequence[_Run]) -> list[str]:
-    features = list(dict.fromkeys(name for run in runs for name in _moments(run)))
+    features = list(dict.fromkeys(name for run in runs for name in moments_of(run.metrics[0])))
     lines = partial(partial, _draw_lines, runs=runs)
     figures = [page.plot(name, partial(_draw_moment, runs=runs, name=name)) for name in features]
     figures += [
@@ -281,7 +282,7 @@ def _infinite(runs: Sequence[_Run], key: str) -> bool:
 
 
 def _draw_moment(axes: Axes, runs: Sequence[_Run], name: str) -> None:
-    _draw_lines(axes, runs, f"moment: {name}", error=f"moment_se: {name}")
+    _draw_lines(axes, runs, MOMENT + name, error=f"moment_se: {name}")
     for goal in {run.goals[name] for run in runs if name in run.goals}:
         axes.axhline(goal, color="black", linestyle="--", linewidth=1, label="goal")
 
@@ -302,11 +303,10 @@ def _draw_gap(axes: Axes, runs: Sequence[_Run], key: str) -> None:
 
 
 def _draw_seconds(axes: Axes, run: _Run) -> None:
-    parts = ("sample", "score", "train")
     axes.stackplot(
         [record["step"] for record in run.timing],
-        *[[record[part] for record in run.timing] for part in parts],
-        labels=parts,
+        *[[record[part] for record in run.timing] for part in PARTS],
+        labels=PARTS,
         alpha=0.8,
     )
     axes.set_ylim(bottom=0)
@@ -336,7 +336,7 @@ def _summary(runs: Sequence[_Run]) -> str:
 
 
 def _throughput(run: _Run) -> str:
-    seconds = sum(t["sample"] + t["score"] + t["train"] for t in run.timing)
+    seconds = sum(map(seconds_of, run.timing))
     return f"{sum(t['samples'] for t in run.timing) / seconds:.1f}" if seconds else "?"
 
 
@@ -422,8 +422,3 @@ def _settings(runs: Sequence[_Run]) -> str:
         f"<pre>{html.escape(run.config.dump())}</pre></details>"
         for run in runs
     )
-
-
-def _moments(run: _Run) -> list[str]:
-    prefix = "moment: "
-    return [key.removeprefix(prefix) for key in run.metrics[0] if key.startswith(prefix)]

@@ -27,7 +27,7 @@ from fdpg_fast.config import Config, ConfigError, to_yaml
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.evaluation import draw_pool, measure_model, texts_of, with_errors
 from fdpg_fast.pool import Pool
-from fdpg_fast.progress import for_this_terminal
+from fdpg_fast.progress import for_this_terminal, seconds_of
 from fdpg_fast.report import write_card, write_report
 from fdpg_fast.rollout import Rollout
 from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
@@ -153,12 +153,10 @@ class Sweep:
         ]
         runs: dict[str, dict[str, Any]] = {}
         for at, ((divergence, seed), run) in enumerate(self.runs.items(), start=1):
-            timing = run.read("timing.jsonl")
-            seconds = sum(step["sample"] + step["score"] + step["train"] for step in timing)
             runs.setdefault(divergence, {})[str(seed)] = {
                 **of_models[at],
                 "reward_std": [_reward_std(pool, at, divergence), None],
-                "seconds": [seconds, None],
+                "seconds": [sum(map(seconds_of, run.read("timing.jsonl"))), None],
             }
         measured = {
             "plan": self._plan(),

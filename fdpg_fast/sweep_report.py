@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from fdpg_fast import page
 from fdpg_fast.page import number, show
+from fdpg_fast.progress import MOMENT
 from fdpg_fast.report import FOUR, ROWS
 from fdpg_fast.run_directory import RunDirectory
 
@@ -40,7 +41,6 @@ CURVES = {
     "reward_std": "standard deviation of the pseudo-reward",
     "length": "length, tokens",
 }
-MOMENT = "moment: "
 
 
 def write_sweep_report(
