@@ -126,10 +126,17 @@ def _over_seeds(measured: Mapping[str, Any], name: str, key: str) -> Pair:
     pairs: list[Pair] = [model[key] for model in models if key in model]
     if len(pairs) < 2:
         return pairs[0] if pairs else (None, None)
-    values = [math.nan if value is None else float(value) for value, _ in pairs]
-    mean = sum(values) / len(values)
+    mean, error = _mean([math.nan if value is None else float(value) for value, _ in pairs])
     if not math.isfinite(mean):
         return None if math.isnan(mean) else mean, None
+    return mean, error
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and its standard error, which one value alone does not tell: NaN."""
+    mean = sum(values) / len(values)
+    if len(values) < 2:
+        return mean, math.nan
     variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
     return mean, math.sqrt(variance / len(values))
 
@@ -393,11 +400,7 @@ def _draw_curve(
             known = [v for v in (number(record.get(key)) for record in records) if v == v]
             if not known:  # a step without an allowed sample of any seed
                 continue
-            mean = sum(known) / len(known)
-            error = math.nan  # of one seed there is no telling, and no band
-            if len(known) > 1:
-                spread = sum((value - mean) ** 2 for value in known) / (len(known) - 1)
-                error = math.sqrt(spread / len(known))
+            mean, error = _mean(known)  # of one seed no error, and no band
             steps.append(records[0]["step"])
             means.append(mean)
             low.append(mean - error)
