@@ -341,7 +341,10 @@ def _parser() -> argparse.ArgumentParser:
     part = _command(commands, "sample", sample, "draw texts from the tuned model of a run")
     part.add_argument("folder", metavar="DIR", type=Path)
     part.add_argument("-n", type=_positive, default=3, help="texts (default: 3)")
-    part.add_argument("--prompt", help="what they continue (default: the run's own prompts)")
+    part.add_argument(
+        "--prompt",
+        help="what they continue: a text, or a .txt or .jsonl file (default: the run's own)",
+    )
     part.add_argument("--tokens", type=_positive, help="longest text (default: the run's)")
     part.add_argument("--seed", type=int, help="for the same texts again (default: new ones)")
     part.add_argument("--jsonl", action="store_true", help="one JSON object per text")

@@ -209,8 +209,9 @@ def _known_kind(source: str | os.PathLike[str]) -> Path:
     path = Path(source)
     if path.suffix not in READERS:
         raise PromptError(
-            f"prompts: {path}: expected one of {', '.join(READERS)}. For the name itself as a "
-            f"prompt, give a list: [{os.fspath(source)!r}]"
+            f"prompts: {path}: expected a text, or one of {', '.join(READERS)}. For the name as a "
+            "prompt, make it a line of a .txt file; a config or Python may have it in a list: "
+            f"[{os.fspath(source)!r}]"
         )
     return path
 

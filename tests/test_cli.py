@@ -163,6 +163,8 @@ def test_sample_draws_new_texts_or_the_same(run: Path, capsys: pytest.CaptureFix
     assert [text["prompt"] for text in texts()] == ["once there"] * 4
     assert texts("--seed", "1") == texts("--seed", "1") != texts("--seed", "2")
     assert texts("--prompt", "the cat")[0]["prompt"] == "the cat"
+    said = refused(capsys, "sample", str(run), "--prompt", "a.csv")
+    assert "a text, or one of .txt, .jsonl. For the name as a prompt, make it a line" in said
     assert cli.main(["sample", str(run)]) == 0
     assert capsys.readouterr().out.count("once there") >= 3
 

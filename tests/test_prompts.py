@@ -104,14 +104,16 @@ def test_a_file_of_another_kind_is_not_taken_for_a_text(
     model: LanguageModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(PromptError, match=r"p\.csv: expected one of .*list: \['p\.csv'\]"):
+    with pytest.raises(
+        PromptError, match=r"p\.csv: expected a text, or one of .*list: \['p\.csv'\]"
+    ):
         Prompts.load("p.csv", model)  # there is no such file
     for text in ("a dog.", "a.", "2.5=", "see p.csv", "a . dog"):
         assert Prompts.load(text, model).texts == (text,)
     (tmp_path / "p.csv").write_text("prompt\na dog\n")
     for source in ("p.csv", Path("p.csv"), str(tmp_path / "p.csv")):
         with pytest.raises(
-            PromptError, match=r"p\.csv: expected .*one of \.txt, \.jsonl\. .*list: \["
+            PromptError, match=r"p\.csv: expected a text, or one of \.txt, \.jsonl\. .*list: \["
         ):
             Prompts.load(source, model)
     assert Prompts.load(["p.csv"], model).texts == ("p.csv",)
@@ -133,7 +135,7 @@ def test_bad_sources_are_named(model: LanguageModel, tmp_path: Path) -> None:
         load("d.jsonl", '{"prompt": "a"}\n{"text": "b"}\n')
     with pytest.raises(PromptError, match=r"cannot read .*nowhere\.txt"):
         Prompts.load(tmp_path / "nowhere.txt", model)
-    with pytest.raises(PromptError, match=r"expected one of \.txt, \.jsonl"):
+    with pytest.raises(PromptError, match=r"expected a text, or one of \.txt, \.jsonl"):
         Prompts.load(tmp_path / "prompts.csv", model)
     with pytest.raises(PromptError, match="prompt 1 of the list must be a text, got ''"):
         Prompts.load(["a dog", ""], model)

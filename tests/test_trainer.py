@@ -638,7 +638,7 @@ def test_prompts_may_be_a_path(base: Base, tmp_path: Path) -> None:
     assert run.prompts.texts == ("once there",)
     assert run.config.prompts.source == str(path)
     for name in ("prompts.csv", "prompts"):  # whose names would be prompts
-        with pytest.raises(fdpg.PromptError, match=r"expected one of \.txt, \.jsonl"):
+        with pytest.raises(fdpg.PromptError, match=r"expected a text, or one of \.txt, \.jsonl"):
             trainer(dogs(base), prompts=tmp_path / name)
 
 
