@@ -16,7 +16,7 @@ from torch import Tensor
 from versions import TRANSFORMERS, UNFIT
 
 from fdpg_fast import attention, models
-from fdpg_fast.attention import SLOT
+from fdpg_fast.attention import FLASH_ATTN, PACKED_KERNELS, SLOT, VARLEN_ATTN
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.prompts import Prompts
 from fdpg_fast.rollout import Rollout
@@ -195,51 +195,142 @@ def test_every_way_of_scoring_agrees(
         model._use_attention(own)
 
 
+def compiled(model: LanguageModel, what: str = "whole", **options: Any) -> None:
+    """Has ``torch.compile`` take what draws and scores, or its layers, for all shapes."""
+    plain = model.model
+    parts = [plain.base_model]
+    if model.name in ENCODER_DECODER:
+        parts = [plain.get_encoder(), plain.get_decoder()]
+    if what == "layers":
+        parts = next(part for part in plain.modules() if isinstance(part, torch.nn.ModuleList))
+    for part in parts:
+        part.compile(dynamic=True, **options)
+
+
+class Traced:
+    """A backend that keeps what dynamo traced, and runs it as it is."""
+
+    def __init__(self) -> None:
+        self.graphs: list[Any] = []
+
+    def __call__(self, graph: Any, inputs: Any) -> Any:
+        self.graphs.append(graph)
+        return graph
+
+
 # Dynamo looks at `.grad` of the encoder's states, which the decoder is given.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_compiled_model_agrees(family: str) -> None:
     """Traced by dynamo, which is where masks and positions could be taken for constants; what a
     compiler then makes of the graph is its own affair, and takes it ten seconds a family."""
+    model, traced = language_model(family), Traced()
+    cases = [drawn(model, name) for name in CASES]
     torch._dynamo.reset()  # models share code, of which dynamo keeps only so many graphs
-    case = drawn(language_model(family), "padding ends")
-    traced = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        traced.append(graph)
-        return graph
-
-    plain = case.model.model
-    two = family in ENCODER_DECODER
-    parts = (plain.get_encoder(), plain.get_decoder()) if two else (plain.base_model,)
-    for part in parts:
-        part.compile(backend=backend, dynamic=True, fullgraph=True)
-    for micro_batch in (None, 12):  # with 5, some of one prompt: a one is a constant to dynamo
+    compiled(model, backend=traced, fullgraph=True)
+    for case, micro_batch in itertools.product(cases, (None, 12)):
         case.check(accumulate(case, micro_batch), micro_batch)
-    assert len(traced) == len(parts)  # for all shapes
+    # One for all shapes; but a one is a constant to dynamo, and an encoder may read one prompt.
+    assert len(traced.graphs) == (4 if family in ENCODER_DECODER else 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "what", "most"),
+    [
+        ("gpt2", "whole", 2),  # prompts, and a step
+        ("llama", "layers", 4),
+        ("mistral", "whole", 2),
+        pytest.param("bart", "whole", 5, marks=pytest.mark.slow),  # the first step is another
+    ],
+)
+def test_a_compiled_model_draws(family: str, what: str, most: int) -> None:
+    """The same samples as it does uncompiled, by one graph of a step however many keys it attends
+    to, and the next draw has nothing to trace."""
+    model, traced = language_model(family, eos_ids=PADDING_ENDS), Traced()
+    prompts, sampler = UNEQUAL, Sampler(30, batch_size=10, check_every=3)
+    before = [sampler.draw(model, prompts, 8, key) for key in (5, 6)]
+    torch._dynamo.reset()
+    compiled(model, what, backend=traced)
+    for rollout, key in zip(before, (5, 6), strict=True):
+        warm = len(traced.graphs)
+        again = sampler.draw(model, prompts, 8, key)
+        assert torch.equal(again.tokens, rollout.tokens)
+        torch.testing.assert_close(again.token_logprob, rollout.token_logprob, rtol=0, atol=1e-5)
+        assert (len(traced.graphs) > warm) == (key == 5)
+        assert len(traced.graphs) <= most
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings(
+    "ignore:.*torch.jit.*:DeprecationWarning"
+)  # torch.compile's own imports
+@pytest.mark.parametrize(
+    ("family", "one_layer"), [("gpt2", {"n_layer": 1}), ("llama", {"num_hidden_layers": 1})]
+)
+def test_what_inductor_makes_of_a_model_agrees(family: str, one_layer: dict[str, int]) -> None:
+    """With the compiler that ``torch.compile`` has by default: scoring, training and drawing."""
+    model = language_model(family, changes=one_layer)
+    case = drawn(model, "padding ends")
+    torch._dynamo.reset()
+    compiled(model)
+    scored = model.token_logprob(case.rollout)
+    torch.testing.assert_close(scored.double(), case.logp, rtol=0, atol=TOLERANCE)
+    for micro_batch in (None, 12, 1):
+        case.check(accumulate(case, micro_batch), micro_batch)
+    case.check(padded_on_the_left(case), "left")
+    again = Sampler(12, batch_size=10, check_every=3).draw(model, UNEQUAL, 8, 5)
+    assert torch.equal(again.tokens, case.rollout.tokens)
+    torch.testing.assert_close(again.token_logprob.double(), case.logp, rtol=0, atol=TOLERANCE)
+
+
+# What kernels for packed sequences do not have.
+REFUSED = {
+    ("gemma2", VARLEN_ATTN): "has no soft cap",
+    ("gpt_oss", VARLEN_ATTN): "has no attention sinks",
+    ("gpt_oss", FLASH_ATTN): "has no attention sinks",
+}
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen3", "gpt_neox"])
-def test_packed_kernels_agree_with_padded_ones(family: str) -> None:
-    """On a GPU, in half precision: the same samples, and the same gradient, within its rounding."""
-    model = language_model(family, device="cuda", compute="bf16")
-    assert model.packs, model.checks
-    prompts, model.eos_ids = CASES["padding ends"]
-    rollout = Sampler(12, batch_size=10, check_every=3).draw(model, prompts, 8, 5)
-    weights = torch.randn(len(rollout), dtype=torch.float64).to(model.device)
-    logp, gradients = [], []
-    for packs in (True, False):
-        model.packs = packs
-        logp.append(model.token_logprob(rollout))
-        model.accumulate_gradient(rollout, weights, denominator=DENOMINATOR)
-        found = [p.grad.flatten() for p in model.model.parameters() if p.grad is not None]
-        gradients.append(torch.cat(found).double())
+@pytest.mark.parametrize("kernel", PACKED_KERNELS)
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ENCODER_DECODER])
+def test_packed_kernels_agree_with_fp64(
+    family: str, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU, in half precision, as well as padded rows do; or the model says why not packed."""
+    if family in UNFIT:
+        pytest.skip(f"{family} is not packed in transformers {TRANSFORMERS}")
+    monkeypatch.setattr(models, "PACKED_KERNELS", (kernel,))
+    refusal = REFUSED.get((family, kernel))
+    if kernel == FLASH_ATTN and not (known := attention._flash_attn())[0]:
+        refusal = known[1]
+    loud = pytest.warns(RuntimeWarning, match=f"scoring padded rows.*{kernel}")
+    with loud if refusal else contextlib.nullcontext():
+        model = language_model(family, device="cuda", compute="bf16")
+    if refusal:
+        assert (model.packs, model.scoring) == (False, f"padded: {kernel}: {refusal}")
+        return
+    assert (model.packs, model.scoring) == (True, f"packed, by {kernel}")
+    case = drawn(model, "padding ends")
+    truth = torch.cat([gradient.flatten() for gradient in case.gradient.values()])
+
+    def errors() -> tuple[float, float]:
+        """Of a token's log-prob, the mean; of the gradient, a share of it."""
+        off = model.token_logprob(case.rollout) - case.logp
+        accumulate(case)
+        named = dict(model.model.named_parameters())
+        found = torch.cat([named[name].grad.flatten() for name in case.gradient]).double()
         model.model.zero_grad()
-    bound = models.PACKING_TOLERANCE["bf16"]
-    torch.testing.assert_close(logp[0], logp[1], rtol=0, atol=bound)
-    torch.testing.assert_close(rollout.token_logprob, logp[1], rtol=0, atol=2 * bound)
-    assert float((gradients[0] - gradients[1]).norm() / gradients[1].norm()) < bound
+        mean = off.abs().sum() / case.rollout.lengths.sum()
+        return float(mean), float((found - truth).norm() / truth.norm())
+
+    seen = list(model._micro_batches(case.rollout, None, 7, 4096))
+    assert all(one.packing is not None and one.packing.kernel == kernel for one in seen)
+    packed = errors()
+    model.packs = False
+    padded = errors()
+    for ours, theirs, most in zip(packed, padded, (2e-2, 0.2), strict=True):
+        assert ours <= min(2 * theirs, most), (packed, padded)
 
 
 def test_packing_that_does_not_keep_sequences_apart_is_found(
