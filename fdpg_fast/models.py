@@ -289,7 +289,8 @@ class LanguageModel:
 
         The model is changed in place: moved, cast to fp32, its dropout set to zero; it does not
         warn of texts without a mask; layers for which there are faster kernels, on a CPU our own,
-        compute by them.
+        compute by them. To have it compiled, let ``torch.compile`` have its ``base_model`` or its
+        layers: the output layer is computed here, and the whole is not called.
         """
         if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise ModelError(
@@ -509,13 +510,15 @@ class LanguageModel:
 
     @property
     def is_compiled(self) -> bool:
-        """Whether ``torch.compile`` has had a part of the model, whose operations nobody sees."""
+        """Whether ``torch.compile`` has had a part of what :meth:`hidden` calls, whose operations
+        nobody sees."""
         dynamo = sys.modules.get("torch._dynamo")  # whose import takes a second
+        called = self.model if self._fused is None else self.model.base_model
         return dynamo is not None and any(
             isinstance(module, dynamo.OptimizedModule)
             or module._compiled_call_impl is not None
             or hasattr(module.forward, "_torchdynamo_orig_callable")
-            for module in self.model.modules()
+            for module in called.modules()
         )
 
     @property

@@ -519,6 +519,20 @@ def test_the_self_test_finds_a_wrong_path() -> None:
         model.self_test()
 
 
+def test_a_model_is_compiled_if_what_is_called_of_it_is() -> None:
+    """Else its steps would be neither compiled nor recorded: as a whole it is not called."""
+    for part in ("", "transformer", "transformer.h.0"):
+        model = language_model("gpt2")
+        assert not model.is_compiled
+        model.model.get_submodule(part).compile(backend="eager")
+        assert model.is_compiled == (part != "")
+    strange = _strange()
+    with pytest.warns(RuntimeWarning, match="its output layer is not a known formula"):
+        model = LanguageModel.from_model(strange, eos_ids=EOS)
+    strange.compile(backend="eager")
+    assert model.is_compiled  # its logits are its own
+
+
 def test_padding_ids_at_the_ends_of_texts_are_no_reason_to_warn(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
