@@ -8,7 +8,7 @@ Whatever checkpoint it comes from, a :class:`LanguageModel` has fp32 master weig
 no sampling habits (temperature, top-k and the like in the checkpoint are dropped), and its
 log-probs are fp32. At load it compares its fast paths (fused head, padded scoring, slot decoding)
 with the plain forward pass of the model itself, on that model; a path that differs is not used,
-and it says so.
+and it says so. Nothing stands in for padded scoring: a model of which it differs is refused.
 
 Shape legend: B samples, S sampled tokens (maximum), T = prompt + sample, V vocabulary, D hidden
 size, b samples of one micro-batch and W tokens of the longest, n sampled tokens of it.
@@ -83,6 +83,10 @@ PADDING, PADDED_TOKENS = 1 / 8, 1024
 # Nats that packed and single texts may differ by on average. A token of another text in sight makes
 # it 0.2 (the OPT of the tests); bf16 itself is 0.003 from fp32 there, fp16 0.0004.
 PACKING_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
+
+# Where layers see a window only, if it is no longer than this, the self-test decodes so many tokens
+# past it: four forward passes of one text at load.
+LONGEST_WINDOW, BEYOND = {"cpu": 1024, "cuda": 4096}, 8
 
 
 class ModelError(RuntimeError):
@@ -905,8 +909,9 @@ class LanguageModel:
 
         Returns:
             Largest differences of log-probs in nats: ``head`` (if fused), ``scoring`` (rows padded
-            on the right), ``decoding`` (slots at unequal positions, if used), and ``tolerance``;
-            ``packing`` (if used): a mean difference, in the compute that the kernel is used with.
+            on the right), ``decoding`` (slots at unequal positions, and past a sliding window, if
+            used), and ``tolerance``; ``packing`` (if used): a mean difference, in the compute that
+            the kernel is used with.
 
         Raises:
             ModelError: one of them is above the tolerance.
@@ -924,7 +929,7 @@ class LanguageModel:
         if self._fused is not None:
             found["head"] = self._head_error(rows, reference, self._fused)
         if self.has_cache:
-            found["decoding"] = self._decoding_error(rows, reference)
+            found["decoding"] = max(self._decoding_error(rows, reference), self._window_error())
         for path, error in found.items():
             self._require(path, error, tolerance)
         return found
@@ -1034,7 +1039,9 @@ class LanguageModel:
             try:
                 self._use_attention(name)
                 error = max(
-                    self._scoring_error(rows, reference), self._decoding_error(rows, reference)
+                    self._scoring_error(rows, reference),
+                    self._decoding_error(rows, reference),
+                    self._window_error(),
                 )
                 if error <= tolerance:
                     return None
@@ -1056,14 +1063,19 @@ class LanguageModel:
 
     def _references(self) -> tuple[list[list[int]], list[Tensor]]:
         """Texts of unequal length, and the logits ``(t, V)`` that the model itself gives them."""
+        rows = self._texts()
+        with self._stock():
+            return rows, [self._plain_logits(row) for row in rows]
+
+    @contextlib.contextmanager
+    def _stock(self) -> Iterator[None]:
+        """With transformers' attention where ours is in use."""
         attention = self.attention
         if attention in self.own_attention:
             self._use_attention(self._stock_attention)
-        rows = self._texts()
-        reference = [self._plain_logits(row) for row in rows]
+        yield
         if attention in self.own_attention:
             self._use_attention(attention)
-        return rows, reference
 
     def _plain_logits(self, row: list[int]) -> Tensor:
         logits = getattr(self._plain_forward(row), "logits", None)
@@ -1088,6 +1100,20 @@ class LanguageModel:
             torch.randint(self.vocab_size, (max(1, longest - cut),), generator=generator).tolist()
             for cut in (3, 0, 5, 8)
         ]
+
+    def _long_text(self, windows: int = 1) -> list[int]:
+        """One that is longer than so many windows of the model's layers, as far as its context
+        goes; empty: there is no window, or it would be too long."""
+        window = getattr(self.model.config.get_text_config(decoder=True), "sliding_window", None)
+        if not isinstance(window, int) or window > LONGEST_WINDOW[self.device.type]:
+            return []
+        if window + BEYOND > self.context_length or self.model.config.is_encoder_decoder:
+            return []
+        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
+            return []  # those of all its tokens may be gigabytes
+        generator = torch.Generator().manual_seed(1)
+        length = min(windows * window + BEYOND, self.context_length)
+        return torch.randint(self.vocab_size, (length,), generator=generator).tolist()
 
     def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         width = max(len(row) for row in rows)
@@ -1148,15 +1174,25 @@ class LanguageModel:
     def _packing_error(self) -> float:
         """Mean difference of log-probs between texts packed and each alone, as they are computed:
         a kernel for packed sequences may know half precision only."""
-        rows = self._texts()
+        # Two windows, for one key of many is less than half precision sees.
+        texts, long = self._texts(), self._long_text(windows=2)
+        rows = [*texts, long] if long else texts
         lengths = torch.tensor([len(row) for row in rows])
         tokens = torch.tensor([[i for row in rows for i in row]], device=self.device)
         positions = torch.cat([torch.arange(len(row)) for row in rows])[None].to(self.device)
         packing = Packing.of(lengths, self.device, self._packed_kernel)
-        packed = self.logits(self.hidden(tokens, positions, packing=packing)[0]).clone()
-        alone = [self.logits(self._padded_hidden([row])[0]).clone() for row in rows]
-        distance = torch.log_softmax(packed, -1) - torch.log_softmax(torch.cat(alone), -1)
-        return float(distance.abs().mean().nan_to_num(nan=torch.inf))
+        packed = self.hidden(tokens, positions, packing=packing)[0].split(lengths.tolist())
+        alone = [self._padded_hidden([row])[0] for row in rows]
+
+        def mean(ours: Tensor, theirs: Tensor) -> float:
+            one, other = (torch.log_softmax(self.logits(states), -1) for states in (ours, theirs))
+            return float((one - other).abs().mean().nan_to_num(nan=torch.inf))
+
+        short = mean(*(torch.cat(states[: len(texts)]) for states in (packed, alone)))
+        if not long:
+            return short
+        # Apart, or the others, to whom a window is nothing, would make it small.
+        return max(short, mean(packed[-1][-BEYOND:], alone[-1][-BEYOND:]))
 
     def _decoding_error(self, rows: list[list[int]], reference: list[Tensor]) -> float:
         """Prompts of unequal length, then the rest of each text token by token."""
@@ -1180,6 +1216,23 @@ class LanguageModel:
                     place[i] += 1
             slots.positions.add_(torch.tensor(live, device=self.device))
             slots.positions.clamp_(max=longest - 1)
+        return worst
+
+    def _window_error(self) -> float:
+        """The same of the last tokens of a text that is longer than a window, if there is one."""
+        if not (row := self._long_text()):
+            return 0.0
+        with self._stock():
+            ids = torch.tensor([row], device=self.device)
+            reference = self.model(input_ids=ids, use_cache=False, logits_to_keep=BEYOND).logits[0]
+        slots = SlotDecoder(self, SlotCache(self.layers, 1, len(row), self.device))
+        slots.prefill([row[: 1 - BEYOND]])
+        slots.assign(torch.tensor([0]), torch.tensor([0]))
+        worst = 0.0
+        for place, expected in enumerate(reference.float(), len(row) - BEYOND):
+            logits = slots.step(torch.tensor([row[place]], device=self.device), place + 1)
+            worst = max(worst, difference(logits[0], expected, self.softcap))
+            slots.positions.add_(1)
         return worst
 
     def _replace_generation_config(self) -> None:

@@ -519,6 +519,16 @@ def test_the_self_test_finds_a_wrong_path() -> None:
         model.self_test()
 
 
+def test_a_model_whose_padded_scoring_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There is no other way to score: packed rows are a GPU's, and single ones nobody waits for."""
+    monkeypatch.setattr(LanguageModel, "_scoring_error", lambda *_: 0.5)
+    with (
+        pytest.warns(RuntimeWarning, match="sampling without a key-value cache"),
+        pytest.raises(ModelError, match=r"scoring differs .* 0\.5 nats .* cannot be trained"),
+    ):
+        language_model("gpt2")
+
+
 def test_a_model_is_compiled_if_what_is_called_of_it_is() -> None:
     """Else its steps would be neither compiled nor recorded: as a whole it is not called."""
     for part in ("", "transformer", "transformer.h.0"):

@@ -13,6 +13,7 @@ import pytest
 import torch
 from families import ENCODER_DECODER, batch, double, language_model, reference_logprob
 from torch import Tensor
+from transformers.masking_utils import causal_mask_function
 from versions import TRANSFORMERS, UNFIT
 
 from fdpg_fast import attention, models
@@ -341,13 +342,18 @@ def test_packing_that_does_not_keep_sequences_apart_is_found(
     assert model._packing_error() > 2 * max(models.PACKING_TOLERANCE.values())
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "gemma2", "gemma3_text"])
+WINDOWED = ("mistral", "qwen2", "gemma2", "gemma3_text", "gpt_oss")
+
+
+@pytest.mark.parametrize("window", [3, 20])
+@pytest.mark.parametrize("family", WINDOWED)
 def test_a_packed_kernel_that_ignores_windows_is_found(
-    family: str, monkeypatch: pytest.MonkeyPatch
+    family: str, window: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At load, if its texts of 4 to 12 tokens are longer than the window. The kernels of a GPU are
-    tried with windows in the test above."""
-    model, packed = language_model(family, changes={"sliding_window": 3}), attention._packed
+    """At load, though most texts there are of 4 to 12 tokens. The kernels of a GPU are tried with
+    windows in the test above."""
+    changes = {"sliding_window": window, "max_position_embeddings": 2 * window + 20}
+    model, packed = language_model(family, changes=changes), attention._packed
     assert model._packing_error() < 1e-6
 
     def ignoring(module: Any, q: Tensor, k: Tensor, v: Tensor, packing: Any, *rest: Any) -> Any:
@@ -355,6 +361,24 @@ def test_a_packed_kernel_that_ignores_windows_is_found(
 
     monkeypatch.setattr(attention, "_packed", lambda *given, **_: ignoring(*given))
     assert model._packing_error() > 2 * max(models.PACKING_TOLERANCE.values())
+
+
+@pytest.mark.parametrize("window", [3, 30])
+@pytest.mark.parametrize("family", WINDOWED)
+def test_decoding_that_ignores_windows_is_found(
+    family: str, window: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At load, and loudly; but of a window that no text can exceed there is nothing to find."""
+    visible = attention._visible
+
+    def ignoring(**given: Any) -> Tensor:
+        return visible(**given | {"mask_function": causal_mask_function})
+
+    monkeypatch.setattr(attention, "_visible", ignoring)
+    with pytest.warns(RuntimeWarning, match="sampling without a key-value cache.* differs by"):
+        model = language_model(family, changes={"sliding_window": window})
+    assert model.attention == model._stock_attention
+    assert language_model(family, changes={"sliding_window": 33}).attention == SLOT
 
 
 def test_the_end_of_text_token_is_scored_and_learns() -> None:
