@@ -338,7 +338,7 @@ class Trainer:
     ) -> Mapping[str, Tensor]:
         """How far trainer and sampler disagree about the log-probs of the same tokens."""
         if not on_policy:  # then pi is not q, and q is asked itself, about a few samples
-            rollout = rollout.select(torch.arange(min(GAP_SAMPLES, len(rollout))))
+            rollout = rollout.select(torch.tensor(rollout.spread(GAP_SAMPLES)))
             token_logprob = self.proposal.token_logprob(rollout)
         return metrics.logprob_gap(token_logprob, rollout)
 

@@ -22,6 +22,7 @@ from tiny import write_tiny_model
 
 from fdpg_fast import checkpoint, cli, scorers
 from fdpg_fast._version import __version__
+from fdpg_fast.attention import attention_report
 from fdpg_fast.progress import show_table
 from fdpg_fast.run_directory import RunDirectory
 
@@ -128,6 +129,9 @@ def test_env_says_what_is_used(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for word in ("fdpg_fast", "torch", "CPU instructions", "attention: ", "CUDA"):
         assert word in text
+    for name, available, why in attention_report():
+        how = "available" if available else "not available"
+        assert re.search(rf"^attention: {name} +{how}: {re.escape(why)}$", text, re.MULTILINE)
     values = [re.search(r"(?<=  )(\S|$)", line) for line in text.splitlines()]
     assert len({value and value.start() for value in values}) == 1  # one column
 

@@ -242,6 +242,40 @@ def test_whose_log_q_enters_the_ratio(
     assert listener.records[0]["gap_mean"] == pytest.approx(0.01, rel=1e-2)
 
 
+def test_the_gap_of_a_lagging_proposal_is_of_all_prompts(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though few samples are scored for it; those of the first prompt would be too alike."""
+    run = trainer(
+        dogs(base),
+        adaptive_proposal=True,
+        prompts=["once", "there", "was"],
+        prompts_per_step=3,
+        samples_per_prompt=64,
+    )
+    seen: list[list[int]] = []
+    score = run.proposal.token_logprob
+
+    def spy(rollout: Rollout, **named: Any) -> Any:
+        seen.append(rollout.prompt_index.tolist())
+        return score(rollout, **named)
+
+    monkeypatch.setattr(run.proposal, "token_logprob", spy)
+    run.step()
+    (prompts,) = seen
+    assert len(prompts) == training.GAP_SAMPLES
+    assert min(map(prompts.count, range(3))) >= training.GAP_SAMPLES // 3
+
+
+def test_the_header_says_who_attends_and_why(base: Base, folder: Path) -> None:
+    padded = "fdpg_slot; scoring padded: kernels for packed sequences need a GPU"
+    assert trainer(dogs(base)).header()["attention"] == padded
+    eager = fdpg.load(str(folder), attention="eager")
+    eager.model.scoring = "packed, by a kernel (another: has no soft cap)"  # as a GPU has it
+    said = trainer(dogs(eager)).header()["attention"]
+    assert said == "eager; scoring packed, by a kernel (another: has no soft cap)"
+
+
 def test_a_lagging_proposal_follows_only_a_better_policy(base: Base) -> None:
     run = trainer(
         dogs(base), adaptive_proposal=True, proposal_every=3, samples_per_prompt=128, steps=40
