@@ -272,6 +272,29 @@ def test_the_tied_weight_gets_both_its_gradients() -> None:
     assert (own.abs().sum(1) > 0).all()
 
 
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+def test_the_gradient_is_told_the_samplers_log_sum_exp(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So it knows its weights before it has seen all logits; without it is right, but slower."""
+    model = language_model(family, eos_ids=EOS)
+    rollout = draw(model)
+    hints: list[Tensor] = []
+    gradient = ops.policy_gradient
+
+    def spy(*given: Any, **named: Any) -> Any:
+        hints.append(named["lse_hint"])
+        return gradient(*given, **named)
+
+    monkeypatch.setattr(ops, "policy_gradient", spy)
+    weights = torch.ones(len(rollout), dtype=torch.float64)
+    model.accumulate_gradient(rollout, weights, denominator=1, micro_batch=5)
+    batches = list(model._micro_batches(rollout, None, 5, models.GRADIENT_TOKENS))
+    assert len(batches) > 1
+    for hint, one in zip(hints, batches, strict=True):
+        assert torch.equal(hint, rollout.lse[one.row, one.column])
+
+
 @pytest.mark.parametrize("learns", ["lm_head.bias", "lm_head.weight", "final_layernorm.weight"])
 def test_parts_of_the_head_learn_alone(learns: str) -> None:
     model = language_model("phi", eos_ids=EOS)
