@@ -26,11 +26,13 @@ import peers
 import pytest
 import torch
 from memory import peak_extra_bytes
+from tables import short_of
 
 from fdpg_fast import _build
 
 RESULTS = Path(__file__).parent / "results"
 SECONDS = float(os.environ.get("FDPG_BENCH_SECONDS", "4"))  # of one contest, all contenders
+STRICT = os.environ.get("FDPG_BENCH_STRICT") == "1"  # a bar that is not reached fails
 MOST_ROUNDS = 200
 
 Contenders = Mapping[str, Callable[[], object]]
@@ -156,6 +158,11 @@ class Contest:
             calls=calls,
             bars=dict(bars or {}),
         )
+        if STRICT:
+            stats = {name: getattr(self._benchmark.stats.stats, name) for name in ("median", "iqr")}
+            facts = {"fullname": "", "params": None, "commit": "", "stats": stats}
+            if short := short_of({**facts, "extra_info": self._benchmark.extra_info}):
+                pytest.fail("\n".join(("not what was asked for:", *short)), pytrace=False)
 
 
 @pytest.fixture

@@ -121,6 +121,11 @@ def table(cases: list[Row]) -> list[str]:
     return lines
 
 
+def short_of(case: Row) -> list[str]:
+    """The rows of a case's table in which it falls short of what was asked for."""
+    return [line for line in table([case]) if "**" in line]
+
+
 def column_heads(cases: list[Row]) -> dict[str, str]:
     """Full name -> the values of the parameters in which the cases differ."""
     keys = [

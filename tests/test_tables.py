@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +91,8 @@ def test_every_bar_is_said_and_what_falls_short_is_bold(tmp_path: Path) -> None:
     good["extra_info"]["extra_bytes"] = {"ours": 5e6, "eager": 1e7}
     write(tmp_path, "c", 1, bad, good)
     lines = tables.section(*tables.measured(tmp_path).values())
+    assert tables.short_of({**good, "commit": "c"}) == []
+    assert len(tables.short_of({**bad, "commit": "c"})) == 4
     for line in (
         "| ours, ms | **0.0300** (0.0200) | 0.0100 (0.0200) |",
         "| tokens/s | **999** (1,000) | 1,000 (1,000) |",
@@ -96,6 +101,37 @@ def test_every_bar_is_said_and_what_falls_short_is_bold(tmp_path: Path) -> None:
         "| memory, of that of eager | **0.600** (0.500) | 0.500 (0.500) |",
     ):
         assert line in lines
+
+
+@pytest.mark.parametrize("strict", ["0", "1"])
+def test_a_missed_bar_fails_if_it_shall(strict: str, tmp_path: Path) -> None:
+    """And what was measured is kept."""
+    (tmp_path / "bench_op.py").write_text(
+        "def nothing(): pass\n"
+        "def work(): sum(range(20000))\n"
+        "def test_slow(contest): contest.run(work, {'it': nothing}, bars={'it': 1.0})\n"
+        "def test_fast(contest): contest.run(nothing, {'it': work}, bars={'it': 1.0})\n"
+    )
+    # Beside others, as pytest-xdist says in them, nothing is timed.
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    words = ["-p", "conftest", "-o", "python_files=bench_*.py", "--benchmark-json=found.json"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *words, "bench_op.py"],
+        cwd=tmp_path,
+        env={
+            **outside,
+            "FDPG_BENCH_SECONDS": "0.01",
+            "FDPG_BENCH_STRICT": strict,
+            "PYTHONPATH": os.pathsep.join((str(BENCHMARKS), str(BENCHMARKS.parent))),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == int(strict), done.stdout + done.stderr
+    assert ("not what was asked for:" in done.stdout) == (strict == "1")
+    assert done.stdout.count("BELOW") == 1
+    assert len(json.loads((tmp_path / "found.json").read_text())["benchmarks"]) == 2
 
 
 def test_wide_tables_are_split_and_cases_of_earlier_days_left_out(tmp_path: Path) -> None:
