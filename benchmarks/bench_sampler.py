@@ -9,6 +9,12 @@ come down to, so neither needs to be installed.
 `roofline` is what cannot be avoided, each part at the speed this machine has for it: the products
 of every step in their shapes with the model's own weights, reading the live keys and values, and
 reading the logits. The GPT-2-shaped model has random weights, which speed does not depend on.
+
+Bytes of ours, in a step of B samples that see t tokens: the W weights of linear layers and head, in
+the type they are multiplied in; in each layer t + 1 keys and values of each sample, t read and one
+written; B V fp32 logits, written and read. FLOPs: 2 W a sample, and 4 a number of each query head
+for each of its t keys. Over the steps t is P, P + 1, and so on, for a prompt of P tokens, which is
+read once and left out, as are embeddings, norms and activations.
 """
 
 from __future__ import annotations
@@ -155,6 +161,23 @@ class Drawn:
 
         return run
 
+    def least(self, dtype: torch.dtype) -> dict[str, float]:
+        """What a draw moves and computes, as counted above."""
+        head = self.plain.get_output_embeddings().weight
+        linear = (*_weights_of_layers(self.plain.base_model), head)
+        weights = sum(weight.numel() for weight in linear)
+        config, rows, steps = self.plain.config, self.samples, self.tokens
+        numbers = config.num_hidden_layers * config.hidden_size  # of a token's query heads
+        heads = config.num_attention_heads
+        kept = 2 * numbers * getattr(config, "num_key_value_heads", heads) // heads
+        seen = steps * len(self.prompt) + steps * (steps - 1) // 2
+        logits = steps * rows * config.vocab_size
+        return {
+            "bytes_moved": dtype.itemsize * (steps * weights + (seen + steps) * rows * kept)
+            + 2 * 4 * logits,
+            "flops": 2 * weights * rows * steps + 4 * seen * rows * numbers,
+        }
+
     def check(self, rollout: Rollout, tolerance: float = 1e-3, *, whole: bool = True) -> None:
         """Every sample is whole, and its log-probs are the model's own."""
         assert not whole or (rollout.lengths == self.tokens).all()
@@ -230,6 +253,7 @@ def test_stories(contest: Contest, name: str) -> None:
             "TRL's way": drawn.second_pass,
             "disco's way": drawn.kept_scores,
         },
+        **drawn.least(torch.float32),
         bars={"generate": STORIES[name]},
         shape=f"{drawn.samples} samples x {drawn.tokens} tokens",
         dtype="fp32",
@@ -302,6 +326,7 @@ def test_gpt2(contest: Contest, compute: Literal["fp32", "bf16"]) -> None:
     contest.run(
         ours,
         others,
+        **drawn.least(dtype),
         bars={"matrix products": 1 / 1.5} if compute == "fp32" else {"ours in fp32": 2.0},
         shape=f"{drawn.samples} samples x {drawn.tokens} tokens",
         dtype=compute,
@@ -357,6 +382,7 @@ def test_gpu(contest: Contest, name: str, tmp_path: Path) -> None:
             "TRL's way": drawn.second_pass,
             **others,
         },
+        **drawn.least(torch.bfloat16),
         bars={"generate": 10.0} if name == "gpt2" else {},
         shape=f"{samples} samples x {tokens} tokens",
         dtype="bf16",
