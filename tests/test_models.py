@@ -608,6 +608,8 @@ def test_packing_is_used_where_it_is_right(monkeypatch: pytest.MonkeyPatch) -> N
             warnings.simplefilter("always")
             assert model._settle_packing().startswith(scoring)
         assert (model.packs, len(warned)) == ((True, 0) if "packed, " in scoring else (False, 1))
+        for one in warned:
+            assert "gpt2: scoring padded rows, which is right but slower: flash" in str(one.message)
     monkeypatch.setattr(model, "packs", False)
     model.compute = "fp32"
     assert model._settle_packing() == "padded: kernels for packed sequences take fp16 and bf16"
