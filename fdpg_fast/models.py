@@ -1226,7 +1226,7 @@ class LanguageModel:
             ids = torch.tensor([row], device=self.device)
             reference = self.model(input_ids=ids, use_cache=False, logits_to_keep=BEYOND).logits[0]
         slots = SlotDecoder(self, SlotCache(self.layers, 1, len(row), self.device))
-        slots.prefill([row[: 1 - BEYOND]])
+        slots.prefill([row[: 1 - BEYOND]], [1])
         slots.assign(torch.tensor([0]), torch.tensor([0]))
         worst = 0.0
         for place, expected in enumerate(reference.float(), len(row) - BEYOND):
