@@ -12,10 +12,10 @@ All that is different is here. Each distinct prompt is encoded once, and its key
 decoder's cross-attention are computed once and read by all of its samples, which
 :func:`shared_attention` takes for so many queries of one text. Positions of samples count from the
 start token, so all slots decode in step, and a slot waits for new work until all are free; once the
-last samples fit into half of the slots they go on with these. The cache counts tokens in Python, so
-no step is recorded (replay.py), neither as a CUDA graph nor as a tape. Sharing needs transformers
-5.6 for BART and 5.15 for T5; with earlier ones each sample has its prompt's keys for itself, and
-the model says so at load.
+last samples fit into fewer slots they go on with these. The cache counts tokens in Python, so no
+step is recorded (replay.py), neither as a CUDA graph nor as a tape. Sharing needs transformers 5.6
+for BART and 5.15 for T5; with earlier ones each sample has its prompt's keys for itself, and the
+model says so at load.
 
 Shape legend: G prompts, P prompt tokens (longest), B samples or slots, K most samples of a prompt,
 W decoder tokens, H heads, D head size or hidden size, V vocabulary.

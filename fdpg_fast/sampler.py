@@ -1,11 +1,10 @@
 """Draw samples from a language model: fixed shapes, each prompt read once, log-probs as drawn.
 
 A draw is B = prompts x samples_per_prompt samples on a fixed number of slots. Every slot writes one
-sample at a time; when a sample ends its slot takes the next one. Once none waits, and half of the
-slots are idle, the last samples are moved to the first half and the others are computed no more;
-then to a quarter, and so on. The random number of a token is a function of (key, sample id, place
-in the sample), so samples depend neither on the slot nor on the number of slots, beyond ties that
-floating-point rounding decides.
+sample at a time; when a sample ends its slot takes the next one. Once none waits, the last samples
+are moved to the first slots, as often as it pays, and the others are computed no more. The random
+number of a token is a function of (key, sample id, place in the sample), so samples depend neither
+on the slot nor on the number of slots, beyond ties that floating-point rounding decides.
 
 Samples that are drawn ``deterministic``-ally have the same bits whatever else is drawn with them.
 For that all that is computed has one shape: 64 slots at every step, a row that nobody writes to
@@ -47,6 +46,8 @@ __all__ = ["LogitsError", "Sampler", "SamplingError"]
 DETERMINISTIC_SLOTS = 64
 # So many steps, on a CPU, before it pays to record one.
 LEAST_STEPS = 16
+# Few numbers of slots, so that few are recorded.
+SLOTS_STEP = 16
 # So many rows, over all steps that may come, must fewer slots save before it pays to record anew.
 # A tape of a GPT-2 of 3 M parameters takes 14 ms, a row of its steps 0.12; a graph of one of 124 M
 # takes an H100 some 15 ms, a row 0.002.
@@ -192,8 +193,9 @@ class Sampler:
             writing, at = occupant[live], position[live]
             reach = 1 + int(at.max())
             left = int((work.last_position[writing] - at).max()) + 1
-            fewer = _halved(slots, len(live))
-            if fewer < slots and (slots - fewer) * left >= least:
+            fewer = min(slots, _enough(len(live)))
+            recorded = isinstance(step, Replays) and fewer in step.recordings
+            if fewer < slots and (recorded or (slots - fewer) * left >= least):
                 moved = live[live >= fewer]
                 into = (occupant[:fewer] == idle).nonzero()[: len(moved), 0]
                 occupant[into] = occupant[moved]
@@ -261,11 +263,11 @@ def _dividing_evenly(slots: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _halved(slots: int, live: int) -> int:
-    """``slots`` halved as often as there is room for ``live``."""
-    while live <= slots // 2:
-        slots //= 2
-    return slots
+def _enough(live: int) -> int:
+    """Slots for so many samples, rounded up."""
+    if live < SLOTS_STEP:
+        return 1 << (live - 1).bit_length()
+    return -(-live // SLOTS_STEP) * SLOTS_STEP
 
 
 def _is_whole(text: str, stop: Callable[[str], bool]) -> bool:
