@@ -315,8 +315,10 @@ def test_what_a_tape_refuses_is_sampled_as_ever(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(
     "compiles",
     [
-        lambda m: m.compile(backend="eager"),
-        lambda m: setattr(m, "forward", torch.compile(m.forward, backend="eager")),
+        lambda m: m.transformer.compile(backend="eager"),
+        lambda m: setattr(
+            m.transformer, "forward", torch.compile(m.transformer.forward, backend="eager")
+        ),
         lambda m: m.transformer.h.__setitem__(
             0, torch.compile(m.transformer.h[0], backend="eager")
         ),
