@@ -1073,9 +1073,11 @@ class LanguageModel:
         attention = self.attention
         if attention in self.own_attention:
             self._use_attention(self._stock_attention)
-        yield
-        if attention in self.own_attention:
-            self._use_attention(attention)
+        try:
+            yield
+        finally:
+            if attention in self.own_attention:
+                self._use_attention(attention)
 
     def _plain_logits(self, row: list[int]) -> Tensor:
         logits = getattr(self._plain_forward(row), "logits", None)

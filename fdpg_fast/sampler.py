@@ -138,9 +138,11 @@ class Sampler:
         self._check(model, prompts, samples_per_prompt)
         # Not kept while in use: after an error its memory may hold NaN, which masks do not hide.
         (before, self._decoder), (written, self._work) = (self._decoder, None), (self._work, None)
+        slots = min(self.batch_size, len(prompts) * samples_per_prompt)
+        if self.deterministic:
+            slots = DETERMINISTIC_SLOTS
         of_samples = (samples_per_prompt, self.max_new_tokens, key, first_sample_id)
-        work = _Work(model, prompts, *of_samples, reuse=written)
-        slots = DETERMINISTIC_SLOTS if self.deterministic else min(self.batch_size, work.count)
+        work = _Work(model, prompts, *of_samples, slots, reuse=written)
         decoder = model.decoder(slots, work.width, reuse=before)
         warm = _continues(decoder, before)
         together = work.count if decoder.refills else slots
@@ -163,7 +165,7 @@ class Sampler:
     ) -> None:
         """Fill these rows of ``work``; ``warm``: not the first to do so in this memory."""
         device, idle, slots = model.device, work.count, len(decoder.positions)
-        row = work.slots(slots)
+        row = work.row.fill_(idle)
         occupant, position = torch.full((slots,), idle), torch.zeros(slots, dtype=torch.int64)
         # Another number of slots is another compilation, and other bits.
         keeps = model.is_compiled or self.deterministic
@@ -311,6 +313,11 @@ class _Work:
         in_place: whether all that a step reads and writes is where it was in ``reuse``.
     """
 
+    READ_AND_WRITTEN = (
+        *("key", "sample_id", "start", "eos", "row"),
+        *("tokens", "logp", "lse", "lengths", "finish"),
+    )
+
     def __init__(
         self,
         model: LanguageModel,
@@ -319,13 +326,13 @@ class _Work:
         max_new_tokens: int,
         key: int,
         first_sample_id: int,
+        slots: int,
         *,
         reuse: _Work | None,
     ) -> None:
-        self.in_place, self._reuse = reuse is not None, reuse
         device = model.device
         self.prompts = prompts
-        self.key = self._placed("key", torch.tensor([key], device=device))
+        self.key = torch.tensor([key], dtype=torch.int64, device=device)
         self.prompt_index = torch.arange(len(prompts)).repeat_interleave(samples_per_prompt)
         # What is read: equal prompts once.
         places = {tokens: i for i, tokens in enumerate(dict.fromkeys(prompts.tokens))}
@@ -345,33 +352,30 @@ class _Work:
             padded[g, : len(tokens)] = torch.tensor(tokens)
         rows = self.count + 1
         idle_index = torch.cat((self.prompt_index, self.prompt_index[:1]))
-        self.tokens = self._placed("tokens", padded[idle_index].to(device))
-        # Position of the first sampled token.
-        self.start = self._placed("start", lengths[idle_index].to(device))
-        ids = torch.arange(first_sample_id, first_sample_id + rows, device=device)
-        self.sample_id = self._placed("sample_id", ids)
-        zeros = torch.zeros(rows, max_new_tokens, dtype=torch.float32, device=device)
-        self.logp, self.lse = self._placed("logp", zeros), self._placed("lse", zeros.clone())
-        self.lengths = self._placed("lengths", torch.zeros_like(ids))
-        self.finish = self._placed("finish", torch.zeros(rows, dtype=torch.int8, device=device))
+        self.tokens = padded[idle_index].to(device)
+        self.start = lengths[idle_index].to(device)  # position of the first sampled token
+        self.sample_id = torch.arange(first_sample_id, first_sample_id + rows, device=device)
+        self.logp = torch.zeros(rows, max_new_tokens, dtype=torch.float32, device=device)
+        self.lse = torch.zeros_like(self.logp)
+        self.lengths = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.finish = torch.zeros(rows, dtype=torch.int8, device=device)
+        # Which sample each slot writes, or `count`: it is idle.
+        self.row = torch.full((slots,), self.count, dtype=torch.int64, device=device)
         self.judged = [0] * self.count  # tokens of each sample that the stop function has seen
         self.softcap = model.softcap
-        eos = torch.tensor(model.eos_ids, dtype=torch.int64, device=device)
-        self.eos = self._placed("eos", eos)
+        self.eos = torch.tensor(model.eos_ids, dtype=torch.int64, device=device)
+        self.in_place = reuse is not None and self._moved_to(reuse)
 
-    def _placed(self, name: str, values: Tensor) -> Tensor:
-        """These values, in the memory of that name if there is one that fits."""
-        before: Tensor | None = getattr(self._reuse, name, None)
-        if before is not None and before.shape == values.shape and before.device == values.device:
-            return before.copy_(values)
-        self.in_place = False
-        return values
-
-    def slots(self, count: int) -> Tensor:
-        """``(count,)``: which sample each slot writes, or ``self.count``: it is idle."""
-        values = torch.full((count,), self.count, dtype=torch.int64, device=self.tokens.device)
-        self.row = self._placed("row", values)
-        return self.row
+    def _moved_to(self, other: _Work) -> bool:
+        """Puts what a step reads and writes where it is in ``other``; whether all of it fits."""
+        all_fit = True
+        for name in self.READ_AND_WRITTEN:
+            values, before = getattr(self, name), getattr(other, name)
+            if before.shape == values.shape and before.device == values.device:
+                setattr(self, name, before.copy_(values))
+            else:
+                all_fit = False
+        return all_fit
 
     def memory(self, decoder: Decoder, row: Tensor) -> list[Tensor]:
         """What a step writes that is read after it, but for keys and values."""

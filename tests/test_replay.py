@@ -201,20 +201,21 @@ def test_recordings_serve_the_next_draw_in_the_same_memory(
     model, nor after an error. And what was drawn before stays what it was."""
     model, recorded = language_model("gpt2"), recorded_by(monkeypatch)
     sampler, prompts = Sampler(LONG, batch_size=8), batch(*PROMPTS)
-    first = sampler.draw(model, prompts, 8, key=7)
-    tokens, logp = first.tokens.clone(), first.token_logprob.clone()
+    first = sampler.draw(model, prompts, 8, key=7, first_sample_id=3)
+    tensors = {name: x for name, x in vars(first).items() if isinstance(x, Tensor)}
+    copies = {name: x.clone() for name, x in tensors.items()}
+    assert len(tensors) == 9
     assert recorded
     recorded.clear()
-    for key in (8, 9):
+    for key, others in ((8, prompts), (9, batch(*reversed(PROMPTS)))):
         with torch.no_grad():
             for weight in model.parameters():
                 weight.mul_(1.1)
-        again = sampler.draw(model, prompts, 8, key=key)
+        again = sampler.draw(model, others, 8, key=key)
         assert not recorded
-        assert_equal(again, Sampler(LONG, batch_size=8).draw(model, prompts, 8, key=key))
+        assert_equal(again, Sampler(LONG, batch_size=8).draw(model, others, 8, key=key))
         recorded.clear()
-        assert torch.equal(first.tokens, tokens)
-        assert torch.equal(first.token_logprob, logp)
+        assert all(torch.equal(x, copies[name]) for name, x in tensors.items())
     for other, count in ((model, 7), (language_model("gpt2"), 7)):
         sampler.draw(other, prompts, count, key=7)
         assert recorded
