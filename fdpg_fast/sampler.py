@@ -168,19 +168,12 @@ class Sampler:
         row = work.row.fill_(idle)
         occupant, position = torch.full((slots,), idle), torch.zeros(slots, dtype=torch.int64)
         # Another number of slots is another compilation, and other bits.
-        keeps = model.is_compiled or self.deterministic
-        least = math.inf if keeps else LEAST_SAVED.get(device.type, 0)
+        stays = model.is_compiled or self.deterministic
+        least = math.inf if stays else LEAST_SAVED.get(device.type, 0)
         step: Callable[[int], None] = functools.partial(work.step, decoder, row)
         if _can_be_replayed(decoder, self.max_new_tokens):
-            if self._recorder is None or self._recorder.device != device:
-                self._recorder = recorder_for(device)
-            keeps = self._recorder.keeps and model.compute == "fp32"
-            recordings = self._recordings if keeps else {}
-            weights = itertools.chain(model.model.parameters(), model.model.buffers())
-            known, self._weights = self._weights, [id(x) for x in weights]
-            if not (warm and work.in_place and self._weights == known):
-                recordings.clear()
-            step = Replays(step, work.memory(decoder, row), self._recorder, recordings, warm)
+            recorder, recordings = self._recordings_of(model, work, warm)
+            step = Replays(step, work.memory(decoder, row), recorder, recordings, warm)
         while True:
             free = (occupant == idle).nonzero()[:, 0]
             fresh, samples = samples[: len(free)], samples[len(free) :]
@@ -212,6 +205,20 @@ class Sampler:
             if (stop := self.stop) is not None:
                 work.cut(row, writing.tolist(), model, stop)
             occupant, position = torch.stack((row, decoder.positions)).cpu()
+
+    def _recordings_of(
+        self, model: LanguageModel, work: _Work, warm: bool
+    ) -> tuple[Recorder, Recordings]:
+        """What records steps, and those of the last draw that are still of this memory."""
+        if self._recorder is None or self._recorder.device != model.device:
+            self._recorder = recorder_for(model.device)
+        if not (self._recorder.keeps and model.compute == "fp32"):
+            return self._recorder, {}
+        tensors = itertools.chain(model.model.parameters(), model.model.buffers())
+        known, self._weights = self._weights, [id(x) for x in tensors]
+        if not (warm and work.in_place and self._weights == known):
+            self._recordings.clear()
+        return self._recorder, self._recordings
 
     def _check(self, model: LanguageModel, prompts: PromptBatch, samples_per_prompt: int) -> None:
         if samples_per_prompt < 1:
