@@ -275,8 +275,8 @@ def ending(plain: GPT2LMHeadModel, longest: int, mean: float) -> GPT2LMHeadModel
     return plain
 
 
-# Samples on slots. With no more samples than slots nothing can be refilled: the longest takes four
-# times the steps of a mean one, and no more than what a row of a step costs can be saved.
+# Samples on slots. With no more samples than slots nothing is refilled: the longest takes four
+# times the steps of a mean one, and fewer slots make these cheaper, not fewer.
 LENGTHS = [
     (1024, 64, "cpu"),
     (1024, 256, "cpu"),

@@ -7,12 +7,13 @@ function, which is worth most in small models: what transformers does around the
 long as they do.
 
 It is recorded at the first steps of a shape; nothing is recorded or probed before. What there is no
-memory for is done as usual, with a warning. Each draw records anew: a recording names the weights
+memory for is done as usual, with a warning. Each draw records anew, for a recording names weights
 as autocast has rounded them for one draw. Where it rounds none, on a CPU, a draw from the same
 model into the same memory goes on with what the last has recorded, once a step of its own has come
-to what is recorded of it. The steps of
-encoder-decoder models are not recorded (their cache counts its tokens in Python), nor those of
-families without a slot cache, nor on a CPU those of compiled models and of short draws.
+to the same as one that is replayed.
+
+The steps of encoder-decoder models are not recorded (their cache counts its tokens in Python), nor
+those of families without a slot cache, nor on a CPU those of compiled models and of short draws.
 """
 
 from __future__ import annotations
@@ -116,7 +117,8 @@ class Replays:
         self.refused = recorder.refused
 
     def of(self, step: Callable[[int], None], memory: Sequence[Tensor]) -> Replays:
-        """The same of the step that follows: on fewer slots, and not recorded yet."""
+        """The same of the step that follows, on fewer slots: what an earlier draw has recorded of
+        it, if any."""
         other = copy.copy(self)
         other.step, other.memory = step, memory
         other.usual, other.unverified = set(), set()

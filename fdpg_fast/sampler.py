@@ -6,11 +6,10 @@ are moved to the first slots, as often as it pays, and the others are computed n
 number of a token is a function of (key, sample id, place in the sample), so samples depend neither
 on the slot nor on the number of slots, beyond ties that floating-point rounding decides.
 
-Samples that are drawn ``deterministic``-ally have the same bits whatever else is drawn with them.
-For that all that is computed has one shape: 64 slots at every step, a row that nobody writes to
-for each that is idle; each prompt is read by itself; and products are those whose rows do not
-depend on one another. 64 divides evenly among threads, so none has a rest at its end, which
-torch's vector loops do by other code.
+Deterministic draws give a sample the same bits whatever is drawn with it. For that every step has
+64 slots, idle ones too, and no other shape; each prompt is read by itself; and products are those
+whose rows do not depend on one another. 64 divides evenly among threads, so that none has a rest at
+its end, which torch's vector loops do by other code.
 
 A step is a function of memory that is there before it, of the number of slots, and of the number of
 keys that it attends to, rounded up: it is recorded once for each, and replayed (replay.py).

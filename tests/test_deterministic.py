@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,20 +15,14 @@ from fdpg_fast.models import LanguageModel
 from fdpg_fast.rollout import Rollout
 from fdpg_fast.sampler import DETERMINISTIC_SLOTS, Sampler
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EOS = tuple(range(6))
 PROMPTS = ([7, 3], [9], [1, 2, 3, 4, 5, 6, 7], [8] * 17)
 EACH = DETERMINISTIC_SLOTS // 2 + 3  # samples of a prompt: all of them are refilled
 FAMILIES = ["gpt2", "llama", "opt", "gpt_neox", "mistral", "qwen2", "qwen3", "phi"]
 FAMILIES += ["gemma2", "gemma3_text", "cohere", "granite"]
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
-
-
-@pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def drawn(model: LanguageModel, *prompts: list[int], each: int = EACH, first: int = 0) -> Rollout:

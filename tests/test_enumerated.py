@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -22,16 +22,10 @@ from fdpg_fast import ops, reference
 from fdpg_fast.baselines import Baseline
 from fdpg_fast.divergences import DIVERGENCES, Divergence
 
+# Tables of 42 numbers: a second thread costs ten times what it brings.
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 V, END, LONGEST, C = 3, 0, 3, 2
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Tables of 42 numbers: a second thread costs ten times what it brings."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 Weigher = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]

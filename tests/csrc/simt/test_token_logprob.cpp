@@ -147,8 +147,10 @@ struct Case {
     explicit Results(int64_t rows) : logp(rows), lse(rows), entropy(rows), lse_exact(rows) {}
   };
 
-  TokenLogprobParams params(Results& out, bool entropy) {
-    TokenLogprobParams p{};
+  // What the params of either direction say of the input.
+  template <class P>
+  P of_input() {
+    P p{};
     p.logits = logits.data();
     p.dtype = dtype<T>();
     p.rows = shape.rows;
@@ -158,6 +160,11 @@ struct Case {
     p.mask = mask.data();
     p.inv_temperature = shape.inv_temperature;
     p.softcap = shape.softcap;
+    return p;
+  }
+
+  TokenLogprobParams params(Results& out, bool entropy) {
+    auto p = of_input<TokenLogprobParams>();
     p.logp = out.logp.data();
     p.lse = out.lse.data();
     p.lse_exact = out.lse_exact.data();
@@ -174,17 +181,9 @@ struct Case {
   // Of the sum of log-probs and entropies; from what forward has left in `out`.
   void backward(Results& out, bool entropy, Buffer<T>& grad) {
     Buffer<A> ones(std::vector<A>(shape.rows, 1));
-    TokenLogprobBackwardParams p{};
-    p.logits = logits.data();
+    auto p = of_input<TokenLogprobBackwardParams>();
     p.grad_logits = grad.data();
-    p.dtype = dtype<T>();
-    p.rows = shape.rows;
-    p.vocab = shape.vocab;
-    p.row_stride = p.grad_row_stride = stride;
-    p.target = target.data();
-    p.mask = mask.data();
-    p.inv_temperature = shape.inv_temperature;
-    p.softcap = shape.softcap;
+    p.grad_row_stride = stride;
     p.lse_exact = out.lse_exact.data();
     p.entropy = out.entropy.data();
     p.grad_logp = ones.data();
@@ -271,16 +270,8 @@ void backward(const Shape& shape, bool entropy, Place place) {
     return copy_of(c.logits);
   }();
 
-  TokenLogprobBackwardParams p{};
-  p.dtype = dtype<T>();
-  p.rows = shape.rows;
-  p.vocab = shape.vocab;
-  p.row_stride = c.stride;
+  auto p = c.template of_input<TokenLogprobBackwardParams>();
   p.grad_row_stride = grad_stride;
-  p.target = c.target.data();
-  p.mask = c.mask.data();
-  p.inv_temperature = shape.inv_temperature;
-  p.softcap = shape.softcap;
   p.lse_exact = rows.lse_exact.data();
   p.entropy = entropy ? rows.entropy.data() : nullptr;
   p.grad_logp = grad_logp.data();
@@ -299,7 +290,6 @@ void backward(const Shape& shape, bool entropy, Place place) {
         c.logits.forbid(row * c.stride, shape.vocab);  // not read
       }
     }
-    p.logits = c.logits.data();
     p.grad_logits = grad.data();
     run_on_device([&] { return cuda::token_logprob_backward(p, nullptr); });
     grad.allow(0, grad.size());
