@@ -470,17 +470,24 @@ def decode_attention(
     end: Tensor,
     *,
     begin: Tensor | None = None,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """``(B, H, D)``, ``(B, Hk, T, D)``, ``(B, Hk, T, E)``, ``(B,)`` -> ``(B, H, E)``."""
+    """``(B, H, D)``, ``(R, Hk, T, D)``, ``(R, Hk, T, E)``, ``(B,)`` -> ``(B, H, E)``."""
     heads, key_heads = query.shape[1], keys.shape[1]
+    if rows is not None:
+        keys, values = keys[rows], values[rows]
     keys, values = (t.repeat_interleave(heads // key_heads, dim=1) for t in (keys, values))
     scores = torch.einsum("bhd,bhtd->bht", query, keys)
     scores = capped(scores * (query.shape[2] ** -0.5 if scale is None else scale), softcap)
     place = torch.arange(keys.shape[2], device=keys.device)
     live = place < end[:, None]
+    if bias is not None:
+        column = (place + keys.shape[2] - end[:, None]).clamp(max=keys.shape[2] - 1)
+        scores = scores + bias.to(scores.dtype)[:, column].movedim(0, 1)
     if begin is not None:
         live &= place >= begin[:, None]
     scores = scores.masked_fill(~live[:, None], -math.inf)

@@ -1,12 +1,13 @@
 // decode_attention-inl.h: one new token of each sequence attends to the live keys of its cache.
 //
-// Fused: scores, softcap, softmax, sinks and the sum of values; no mask and no (B, H, T) scores are
-// made, and keys outside a sequence's span are not read. Per (sequence, key head): (D + E) (end -
-// begin) numbers of the cache, once for up to kGroup query heads that share them; keys go through
-// in blocks that stay in the first-level cache, with a running maximum (online softmax: Milakov and
-// Gimelshein, arXiv 1805.02867). torch's attention over a static cache reads all T keys, and for
-// one query per row spends its time on tiling: on a model of 16 heads of 8 it was half of a
-// decoding step.
+// Fused: scores, softcap, bias, softmax, sinks and the sum of values; no mask and no (B, H, T)
+// scores are made, and keys outside a sequence's span are not read. Per (sequence, key head): (D +
+// E) (end - begin) numbers of the cache, once for up to kGroup queries that share them, be they
+// heads of one sequence or sequences that read one row of the cache (samples of a prompt); keys go
+// through in blocks that stay in the first-level cache, with a running maximum (online softmax:
+// Milakov and Gimelshein, arXiv 1805.02867). torch's attention over a static cache reads all T
+// keys, and for one query per row spends its time on tiling: on a model of 16 heads of 8 it was
+// half of a decoding step.
 //
 // A sequence's result depends on nothing but its own query and live keys.
 #pragma once
@@ -21,44 +22,48 @@ FDPG_BEGIN_SIMD
 namespace fdpg::cpu {
 namespace {
 
-constexpr int64_t kGroup = 8;             // query heads at a time
+constexpr int64_t kGroup = 8;             // queries at a time
 constexpr int64_t kKeys = 128;            // of a block
 constexpr int64_t kPrefetchBytes = 8192;  // of the keys, and of the values, of an item
 constexpr int64_t kPrefetchAhead = 4;     // items
 constexpr int64_t kChains = 4;            // sums side by side, to hide the latency of fma
 
-// Up to kGroup query heads over the keys of one (sequence, key head).
+// Queries that attend to the same keys: how many, and the steps from one to the next.
+struct Group {
+  int64_t count, query, out, head;
+};
+
+// Up to kGroup queries over the keys of one (sequence, key head).
 template <class S, class T>
 class DecodeAttention {
   using Real = typename S::Real;
   using Vec = typename S::Vec;
 
  public:
-  // `query`: kGroup rows of p.query_stride[1]; `keys`, `values`: of this sequence and key head.
-  FDPG_ALWAYS_INLINE DecodeAttention(const DecodeAttentionParams& p, const T* query, int64_t group)
-      : p_(p), group_(group) {
+  // `query`: of the first, which is of query head `head`, and `end` of all.
+  FDPG_ALWAYS_INLINE DecodeAttention(const DecodeAttentionParams& p, const T* query, int64_t head,
+                                     int64_t end, const Group& group)
+      : p_(p), group_(group.count), out_step_(group.out) {
     const Vec scale = S::broadcast(static_cast<Real>(p.scale));
-    for (int64_t g = 0; g < group; ++g) {
-      const T* const row = query + g * p.query_stride[1];
+    for (int64_t g = 0; g < group_; ++g) {
+      const T* const row = query + g * group.query;
       // The last vector of a row may be partly past its end: zeros.
       for (int64_t d = 0; d < p.size; d += S::kLanes) {
         S::store(query_[g] + d, S::mul(load_at(row, d, p.size), scale));
       }
       for (int64_t e = 0; e < p.value_size; e += S::kLanes) S::store(out_[g] + e, S::broadcast(0));
-      most_[g] = -static_cast<Real>(__builtin_inff());
-      sum_[g] = 0;
+      const int64_t h = head + g * group.head;
+      // A sink is a term of the normaliser with no value.
+      most_[g] =
+          p.sinks ? static_cast<const Real*>(p.sinks)[h] : -static_cast<Real>(__builtin_inff());
+      sum_[g] = p.sinks ? 1 : 0;
+      bias_[g] =
+          p.bias ? static_cast<const Real*>(p.bias) + h * p.bias_stride + p.tokens - end : nullptr;
     }
   }
 
-  // A term of the normaliser with no value.
-  FDPG_ALWAYS_INLINE void sink(const Real* sinks) {
-    for (int64_t g = 0; g < group_; ++g) {
-      most_[g] = sinks[g];
-      sum_[g] = 1;
-    }
-  }
-
-  void block(const T* keys, const T* values, int64_t n) {
+  // Keys t to t + n, of this sequence and key head.
+  void block(const T* keys, const T* values, int64_t t, int64_t n) {
     for (int64_t j = 0; j < n; j += S::kLanes) {
       const T* const first = keys + j * p_.key_stride[2];
       const int64_t count = n - j < S::kLanes ? n - j : S::kLanes;
@@ -73,18 +78,18 @@ class DecodeAttention {
       }
     }
     for (int64_t g = 0; g < group_; ++g) {
-      to_weights(g, n);
+      to_weights(g, t, n);
       int64_t e = 0;
       for (; e + S::kLanes <= p_.value_size; e += S::kLanes) add_values<true>(g, values, n, e);
       if (e < p_.value_size) add_values<false>(g, values, n, e);
     }
   }
 
-  // To kGroup rows of `out`, value_size each.
+  // To the result of each, `out` of the first.
   void finish(T* out) const {
     for (int64_t g = 0; g < group_; ++g) {
       const Vec scale = S::broadcast(static_cast<Real>(1 / sum_[g]));
-      T* const row = out + g * p_.value_size;
+      T* const row = out + g * out_step_;
       for (int64_t e = 0; e < p_.value_size; e += S::kLanes) {
         const Vec x = S::mul(S::load(out_[g] + e), scale);
         if (e + S::kLanes <= p_.value_size) {
@@ -152,13 +157,17 @@ class DecodeAttention {
   }
 
   // Scores of a block to exponentials relative to the largest score so far.
-  FDPG_ALWAYS_INLINE void to_weights(int64_t g, int64_t n) {
+  FDPG_ALWAYS_INLINE void to_weights(int64_t g, int64_t t, int64_t n) {
     Real* const w = weight_[g];
     if (p_.softcap > 0) {
       const Vec cap = S::broadcast(static_cast<Real>(p_.softcap));
       int64_t j = 0;
       for (; j + S::kLanes <= n; j += S::kLanes) S::store(w + j, capped(S::load(w + j), cap));
       if (j < n) S::store_first(w + j, capped(S::load_first(w + j, n - j), cap), n - j);
+    }
+    if (p_.bias) {
+      const Real* const bias = bias_[g] + t;
+      for (int64_t j = 0; j < n; ++j) w[j] += bias[j];
     }
     // A NaN is no maximum, but its exponential is NaN and stays.
     const Real most = S::largest(S::max(largest_of(w, n), S::broadcast(most_[g])));
@@ -209,7 +218,8 @@ class DecodeAttention {
   }
 
   const DecodeAttentionParams& p_;
-  const int64_t group_;
+  const int64_t group_, out_step_;
+  const Real* bias_[kGroup];  // by key
   Real query_[kGroup][kMaxHeadSize];
   Real out_[kGroup][kMaxHeadSize];
   Real weight_[kGroup][kKeys];
@@ -220,20 +230,26 @@ class DecodeAttention {
 // What is attended to at once: the keys and values of one (sequence, key head).
 template <class T>
 struct Item {
-  int64_t sequence, head, first, last;
-  bool bad;  // such places there are not: first and last are for nothing else
+  int64_t sequence, head, row, first, last;
+  bool bad;  // such places there are not: row, first and last are for nothing else
   const T* keys;
   const T* values;
 
   FDPG_ALWAYS_INLINE Item(const DecodeAttentionParams& p, int64_t i)
-      : sequence(i / p.key_heads),
-        head(i % p.key_heads),
+      : sequence(p.rows ? i % p.sequences : i / p.key_heads),
+        head(p.rows ? i / p.sequences : i % p.key_heads),
+        row(p.rows ? p.rows[sequence] : sequence),
         first(p.begin ? p.begin[sequence] : 0),
         last(p.end[sequence]),
-        bad(first < 0 || first > last || last > p.tokens),
-        keys(static_cast<const T*>(p.keys) + sequence * p.key_stride[0] + head * p.key_stride[1]),
-        values(static_cast<const T*>(p.values) + sequence * p.value_stride[0] +
+        bad(first < 0 || first > last || last > p.tokens || row < 0 || row >= p.cache_rows),
+        keys(static_cast<const T*>(p.keys) + (bad ? 0 : row) * p.key_stride[0] +
+             head * p.key_stride[1]),
+        values(static_cast<const T*>(p.values) + (bad ? 0 : row) * p.value_stride[0] +
                head * p.value_stride[1]) {}
+
+  FDPG_ALWAYS_INLINE bool reads_the_same(const Item& other) const {
+    return row == other.row && head == other.head && first == other.first && last == other.last;
+  }
 };
 
 template <int kLocality, class T>
@@ -259,27 +275,36 @@ int64_t decode_attention(const DecodeAttentionParams& p, int64_t begin, int64_t 
   using Real = typename S::Real;
   const int64_t groups = p.heads / p.key_heads;
   int64_t bad_row = kOk;
-  for (int64_t i = begin; i < end; ++i) {
+  for (int64_t i = begin, next; i < end; i = next) {
+    const Item<T> item(p, i);
+    next = i + 1;
+    if (p.rows && groups == 1) {
+      while (next < end && next - i < kGroup && Item<T>(p, next).reads_the_same(item)) ++next;
+    }
     // From memory to the second level some items ahead, as more is on its way there at a time than
     // the first has room to wait for, and from there one ahead.
-    if (i + kPrefetchAhead < end) prefetch<2>(p, Item<T>(p, i + kPrefetchAhead));
-    if (i + 1 < end) prefetch<3>(p, Item<T>(p, i + 1));
-    const Item<T> item(p, i);
+    const int64_t ahead = next - 1 + kPrefetchAhead;
+    if (ahead < end) prefetch<2>(p, Item<T>(p, ahead));
+    if (next < end) prefetch<3>(p, Item<T>(p, next));
     const int64_t b = item.sequence, h = item.head;
     T* const out = static_cast<T*>(p.out) + (b * p.heads + h * groups) * p.value_size;
     if (item.bad || item.first == item.last) {
       const Real fill = item.bad ? static_cast<Real>(__builtin_nan("")) : 0;
       for (int64_t e = 0; e < groups * p.value_size; ++e) out[e] = store<T>(fill);
-      if (item.bad && bad_row == kOk) bad_row = i;
+      if (item.bad && (bad_row == kOk || b < bad_row)) bad_row = b;
+      next = i + 1;
       continue;
     }
     const T* const query = static_cast<const T*>(p.query) + b * p.query_stride[0];
     for (int64_t g = 0; g < groups; g += kGroup) {
-      const int64_t head = h * groups + g, group = groups - g < kGroup ? groups - g : kGroup;
-      DecodeAttention<S, T> attention(p, query + head * p.query_stride[1], group);
-      if (p.sinks) attention.sink(static_cast<const Real*>(p.sinks) + head);
+      const int64_t head = h * groups + g;
+      const Group of_heads{groups - g < kGroup ? groups - g : kGroup, p.query_stride[1],
+                           p.value_size, 1};
+      const Group of_sequences{next - i, p.query_stride[0], p.heads * p.value_size, 0};
+      DecodeAttention<S, T> attention(p, query + head * p.query_stride[1], head, item.last,
+                                      next - i > 1 ? of_sequences : of_heads);
       for (int64_t t = item.first; t < item.last; t += kKeys) {
-        attention.block(item.keys + t * p.key_stride[2], item.values + t * p.value_stride[2],
+        attention.block(item.keys + t * p.key_stride[2], item.values + t * p.value_stride[2], t,
                         item.last - t < kKeys ? item.last - t : kKeys);
       }
       attention.finish(out + g * p.value_size);

@@ -13,7 +13,7 @@ bool on_vectors(const void* data, const int64_t* strides, int count, std::size_t
   return whole;
 }
 
-template <class T, int kPer, int kHeads, int kWarps, bool kCapped>
+template <class T, int kPer, int kHeads, int kWarps, bool kAdjusted>
 cudaError_t launch_heads(const DecodeAttentionParams& p, Stream stream) {
   DecodePlan plan{};
   plan.key_heads = static_cast<unsigned>(p.key_heads);
@@ -26,20 +26,20 @@ cudaError_t launch_heads(const DecodeAttentionParams& p, Stream stream) {
                      on_vectors(p.query, p.query_stride, 2, sizeof(T)) &&
                      on_vectors(p.keys, p.key_stride, 3, sizeof(T)) &&
                      on_vectors(p.values, p.value_stride, 3, sizeof(T));
-  return launch(whole ? decode_attention_heads<T, kPer, kHeads, kWarps, kCapped, true>
-                      : decode_attention_heads<T, kPer, kHeads, kWarps, kCapped, false>,
+  return launch(whole ? decode_attention_heads<T, kPer, kHeads, kWarps, kAdjusted, true>
+                      : decode_attention_heads<T, kPer, kHeads, kWarps, kAdjusted, false>,
                 p.sequences * p.key_heads * plan.parts, kWarps * kWarp, shared, stream, p, plan);
 }
 
-template <class T, bool kCapped>
+template <class T, bool kAdjusted>
 cudaError_t launch_for(const DecodeAttentionParams& p, Stream stream) {
   // A warp at most to a key. Four heads of the largest would not fit into shared memory.
   if (p.size > 8 * kWarp || p.value_size > 8 * kWarp) {
-    return launch_heads<T, kMaxHeadSize / kWarp, 1, 4, kCapped>(p, stream);
+    return launch_heads<T, kMaxHeadSize / kWarp, 1, 4, kAdjusted>(p, stream);
   }
   // What a warp costs beside its keys is most of what a short cache costs, so few warps to a head.
-  if (p.heads == p.key_heads) return launch_heads<T, 8, 1, 1, kCapped>(p, stream);
-  return launch_heads<T, 8, 4, 4, kCapped>(p, stream);
+  if (p.heads == p.key_heads) return launch_heads<T, 8, 1, 1, kAdjusted>(p, stream);
+  return launch_heads<T, 8, 4, 4, kAdjusted>(p, stream);
 }
 
 }  // namespace
@@ -50,7 +50,8 @@ Status decode_attention(const DecodeAttentionParams& p, Stream stream) {
   cudaError_t status = cudaErrorInvalidValue;
   visit_dtype(p.dtype, [&](auto tag) {
     using T = decltype(tag);
-    status = p.softcap > 0 ? launch_for<T, true>(p, stream) : launch_for<T, false>(p, stream);
+    const bool adjusted = p.softcap > 0 || p.bias != nullptr;
+    status = adjusted ? launch_for<T, true>(p, stream) : launch_for<T, false>(p, stream);
   });
   return status;
 }

@@ -1,14 +1,15 @@
 // decode_attention.cuh: one new token of each sequence attends to the live keys of its cache.
 //
-// Fused: scores, softcap, softmax, sinks and the sum of values; no mask and no (B, H, T) scores are
-// made, and keys outside a sequence's span are not read. A block takes one key head of one sequence
-// and up to kHeads of the query heads that share it. A team of neighbouring lanes takes one key at
-// a time, kPer of its numbers to a lane, and keeps a softmax of its own keys (online: Milakov and
-// Gimelshein, arXiv 1805.02867); the teams' are merged at the end, in a fixed order. In a round a
-// team takes kKeys keys and one largest score for them all; those of its next round are on their
-// way by then.
+// Fused: scores, softcap, bias, softmax, sinks and the sum of values; no mask and no (B, H, T)
+// scores are made, and keys outside a sequence's span are not read. A block takes one key head of
+// one sequence and up to kHeads of the query heads that share it. A team of neighbouring lanes
+// takes one key at a time, kPer of its numbers to a lane, and keeps a softmax of its own keys
+// (online: Milakov and Gimelshein, arXiv 1805.02867); the teams' are merged at the end, in a fixed
+// order. In a round a team takes kKeys keys and one largest score for them all; those of its next
+// round are on their way by then.
 //   bytes:  (D + E) (end - begin) * sizeof(T) per sequence and key head, once per kHeads query
-//           heads (again from the second-level cache); queries and results are small beside it
+//           heads (again from the second-level cache, as for sequences that read the same row);
+//           queries and results are small beside it
 //   floor:  1024 sequences, 12 heads of 64, 48 live keys, bf16: 151 MB, 36 us at 4.2 TB/s, a launch
 //
 // The blocks of one launch must fill the device: with few sequences of very many keys they do not,
@@ -145,8 +146,9 @@ constexpr int kBlocksPerSm = kPer > 8 || sizeof(T) == 8 ? 1
                              : kWarps == 1              ? 24
                                                         : 4;
 
-// kWhole: D and E are multiples of kPer, and every row begins on 16 bytes.
-template <class T, int kPer, int kHeads, int kWarps, bool kCapped, bool kWhole>
+// kAdjusted: with a softcap or a bias. kWhole: D and E are multiples of kPer, and every row begins
+// on 16 bytes.
+template <class T, int kPer, int kHeads, int kWarps, bool kAdjusted, bool kWhole>
 __global__ void __launch_bounds__(kWarps* kWarp, kBlocksPerSm<T, kPer, kWarps>)
     decode_attention_heads(DecodeAttentionParams p, DecodePlan plan) {
   using A = accumulate_t<T>;
@@ -174,8 +176,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksPerSm<T, kPer, kWarps>)
     raw_query[g].template read<kWhole>(query + g * p.query_stride[1], g < heads ? size - mine : 0);
   }
 
-  const int64_t first = p.begin ? p.begin[b] : 0, last = p.end[b];
-  const bool bad = first < 0 || first > last || last > p.tokens;
+  const int64_t first = p.begin ? p.begin[b] : 0, last = p.end[b], cached = p.rows ? p.rows[b] : b;
+  const bool bad =
+      first < 0 || first > last || last > p.tokens || cached < 0 || cached >= p.cache_rows;
   if (bad || first == last) {
     const T fill = narrow<T>(bad ? static_cast<A>(NAN) : A{0});
     for (int i = threadIdx.x; i < heads * value_size; i += kWarps * kWarp) out[i] = fill;
@@ -194,9 +197,9 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksPerSm<T, kPer, kWarps>)
   // Key t of the live ones goes to team t of all teams of all warps, and round again. All lanes of
   // a warp go round equally often: they shuffle.
   const int64_t begin = first + warp * teams + team;
-  const T* key_row = static_cast<const T*>(p.keys) + b * p.key_stride[0] + h * p.key_stride[1] +
-                     begin * p.key_stride[2] + mine;
-  const T* value_row = static_cast<const T*>(p.values) + b * p.value_stride[0] +
+  const T* key_row = static_cast<const T*>(p.keys) + cached * p.key_stride[0] +
+                     h * p.key_stride[1] + begin * p.key_stride[2] + mine;
+  const T* value_row = static_cast<const T*>(p.values) + cached * p.value_stride[0] +
                        h * p.value_stride[1] + begin * p.value_stride[2] + mine;
   const int step = kWarps * teams;                         // from a key of a team to its next
   const int left = static_cast<int>(last - first) - team;  // this team's keys: t < left
@@ -209,6 +212,10 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksPerSm<T, kPer, kWarps>)
       row += step * stride;
     }
   };
+  // Of this team's keys, as `t` counts them.
+  const A* const bias = kAdjusted && p.bias ? static_cast<const A*>(p.bias) + head * p.bias_stride +
+                                                  (p.tokens - last + first + team)
+                                            : nullptr;
   Share<T, kPer> key[kKeys], value[kKeys];
   int t = warp * teams;
   read_round(key, key_row, p.key_stride[2], t, size - mine);
@@ -243,9 +250,12 @@ __global__ void __launch_bounds__(kWarps* kWarp, kBlocksPerSm<T, kPer, kWarps>)
     for (int g = 0; g < kHeads; ++g) {
 #pragma unroll
       for (int k = 0; k < kKeys; ++k) {
-        if (kCapped) {
+        if (kAdjusted && p.softcap > 0) {
           const A cap = static_cast<A>(p.softcap);
           score[g][k] = cap * std::tanh(score[g][k] / cap);
+        }
+        if (kAdjusted && p.bias && g < heads && t + k * step < left) {
+          score[g][k] += bias[g * p.bias_stride + t + k * step];
         }
         if (t + k * step >= left) score[g][k] = -static_cast<A>(INFINITY);
       }

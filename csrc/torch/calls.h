@@ -217,7 +217,8 @@ struct DecodeAttention {
   Tensor out;
 
   DecodeAttention(const Tensor& query, const Tensor& keys, const Tensor& values, const Tensor& end,
-                  const OptionalTensor& begin, const OptionalTensor& sinks, double scale,
+                  const OptionalTensor& begin, const OptionalTensor& rows,
+                  const OptionalTensor& bias, const OptionalTensor& sinks, double scale,
                   double softcap)
       : args("decode_attention", "query", query) {
     args.dimensions("query", query, 3);
@@ -228,8 +229,9 @@ struct DecodeAttention {
     const int64_t key_heads = keys.size(1), tokens = keys.size(2), value_size = values.size(3);
     args.one_of("query", type,
                 {ScalarType::Float, ScalarType::BFloat16, ScalarType::Half, ScalarType::Double});
-    args.shape("keys", keys, {sequences, key_heads, tokens, size});
-    args.shape("values", values, {sequences, key_heads, tokens, value_size});
+    const int64_t cache_rows = rows.has_value() ? keys.size(0) : sequences;
+    args.shape("keys", keys, {cache_rows, key_heads, tokens, size});
+    args.shape("values", values, {cache_rows, key_heads, tokens, value_size});
     if (key_heads == 0 || heads % key_heads != 0) {
       fail("decode_attention: `keys` must have a number of heads that divides the ", heads,
            " of `query`, got ", key_heads);
@@ -252,6 +254,7 @@ struct DecodeAttention {
     params.out = out.data_ptr();
     params.dtype = dtype_of(type);
     params.sequences = sequences;
+    params.cache_rows = cache_rows;
     params.heads = heads;
     params.key_heads = key_heads;
     params.tokens = tokens;
@@ -259,6 +262,12 @@ struct DecodeAttention {
     params.value_size = value_size;
     params.end = args.vector<int64_t>("end", end, sequences);
     params.begin = args.optional_vector<int64_t>("begin", begin, sequences);
+    params.rows = args.optional_vector<int64_t>("rows", rows, sequences);
+    if (bias.has_value()) {
+      args.shape("bias", *bias, {heads, tokens});
+      params.bias = args.unit_stride("bias", *bias, result_type(type));
+      params.bias_stride = bias->stride(0);
+    }
     params.sinks = args.optional_vector("sinks", sinks, heads, result_type(type));
     params.scale = scale;
     params.softcap = softcap;

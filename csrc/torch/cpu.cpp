@@ -132,9 +132,10 @@ void cache_append_(const Tensor& keys, const Tensor& values, const Tensor& new_k
 }
 
 Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& values,
-                        const Tensor& end, const OptionalTensor& begin, const OptionalTensor& sinks,
-                        double scale, double softcap) {
-  const DecodeAttention call(query, keys, values, end, begin, sinks, scale, softcap);
+                        const Tensor& end, const OptionalTensor& begin, const OptionalTensor& rows,
+                        const OptionalTensor& bias, const OptionalTensor& sinks, double scale,
+                        double softcap) {
+  const DecodeAttention call(query, keys, values, end, begin, rows, bias, sinks, scale, softcap);
   const DecodeAttentionParams& p = call.params;
   // Half of the cache is live, on average.
   const int64_t work = p.heads / p.key_heads * p.tokens * (p.size + p.value_size) / 2;
@@ -142,9 +143,12 @@ Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& v
     return cpu::decode_attention(p, from, to);
   });
   if (bad != kOk) {
-    const int64_t b = bad / p.key_heads;
+    if (p.rows && (p.rows[bad] < 0 || p.rows[bad] >= p.cache_rows)) {
+      fail("decode_attention: `rows` must be in [0, ", p.cache_rows, "), got ", p.rows[bad],
+           " at sequence ", bad);
+    }
     fail("decode_attention: `begin` and `end` must be 0 <= begin <= end <= ", p.tokens, ", got [",
-         p.begin ? p.begin[b] : 0, ", ", p.end[b], ") at sequence ", b);
+         p.begin ? p.begin[bad] : 0, ", ", p.end[bad], ") at sequence ", bad);
   }
   return call.out;
 }

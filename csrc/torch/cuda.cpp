@@ -118,9 +118,10 @@ void cache_append_(const Tensor& keys, const Tensor& values, const Tensor& new_k
 }
 
 Tensor decode_attention(const Tensor& query, const Tensor& keys, const Tensor& values,
-                        const Tensor& end, const OptionalTensor& begin, const OptionalTensor& sinks,
-                        double scale, double softcap) {
-  const DecodeAttention call(query, keys, values, end, begin, sinks, scale, softcap);
+                        const Tensor& end, const OptionalTensor& begin, const OptionalTensor& rows,
+                        const OptionalTensor& bias, const OptionalTensor& sinks, double scale,
+                        double softcap) {
+  const DecodeAttention call(query, keys, values, end, begin, rows, bias, sinks, scale, softcap);
   const Place place(query);
   check("decode_attention", cuda::decode_attention(call.params, place.stream()));
   return call.out;

@@ -30,7 +30,8 @@ STABLE_TORCH_LIBRARY(fdpg, m) {
       "Tensor position) -> ()");
   m.def(
       "decode_attention(Tensor query, Tensor keys, Tensor values, Tensor end, Tensor? begin=None, "
-      "Tensor? sinks=None, float scale=1., float softcap=0.) -> Tensor");
+      "Tensor? rows=None, Tensor? bias=None, Tensor? sinks=None, float scale=1., "
+      "float softcap=0.) -> Tensor");
   m.def("gelu_tanh(Tensor x) -> Tensor");
   m.def(
       "matmul_(Tensor(a!) out, Tensor a, Tensor b, Tensor? bias=None, float alpha=1., "

@@ -1,7 +1,7 @@
 """Decoding with a key-value cache: new tokens are appended, each attends to what is live.
 
-Shape legend: B sequences, H query heads, Hk key heads, T room for tokens, Q new ones, D and E head
-sizes of keys and values.
+Shape legend: B sequences, H query heads, Hk key heads, R rows of the cache, T room for tokens in
+each, Q new ones, D and E head sizes of keys and values.
 """
 
 from __future__ import annotations
@@ -48,6 +48,8 @@ def decode_attention(
     end: Tensor,
     *,
     begin: Tensor | None = None,
+    rows: Tensor | None = None,
+    bias: Tensor | None = None,
     scale: float | None = None,
     softcap: float = 0.0,
     sinks: Tensor | None = None,
@@ -55,6 +57,7 @@ def decode_attention(
     """Attention of one query per sequence over keys [begin, end) of its cache.
 
         s_t = scale q . k_t,  with a softcap: softcap tanh(scale q . k_t / softcap)
+        s_t += bias_{T - end + t}
         out = sum_t softmax(s)_t v_t
 
     Only live keys are read, in their storage type; sums are fp32 (fp64 for fp64). The result of a
@@ -62,11 +65,16 @@ def decode_attention(
 
     Args:
         query: ``[B, H, D]`` fp32, bf16, fp16 or fp64.
-        keys, values: ``[B, Hk, T, D]`` and ``[B, Hk, T, E]`` of that dtype, contiguous along the
+        keys, values: ``[R, Hk, T, D]`` and ``[R, Hk, T, E]`` of that dtype, contiguous along the
             last dimension; Hk divides H, and query head h attends to key head h // (H / Hk).
         end, begin: ``[B]`` int64, 0 <= begin <= end <= T; without ``begin``, from 0. A window of W
             tokens is ``begin = end - W``. An empty span gives zeros; one that cannot be, NaN on a
             CUDA device.
+        rows: ``[B]`` int64 in [0, R): which row of the cache each sequence reads, as samples of one
+            prompt may share its keys; neighbours that share one are fastest. Without, R is B, and
+            sequence b reads row b. One that cannot be is as such a span.
+        bias: ``[H, T]``, added to scores by how far a key is from the last one, which has column
+            T - 1 (T5).
         scale: ``D ** -0.5`` by default.
         softcap: bounds the scores smoothly (Gemma 2); 0: does not.
         sinks: ``[H]`` scores that take part in the softmax and have no value (gpt-oss).
@@ -75,17 +83,20 @@ def decode_attention(
         ``[B, H, E]``.
 
     Raises:
-        RuntimeError: a shape, dtype, device, stride or span that does not fit, or a gradient is
-            asked for.
+        RuntimeError: a shape, dtype, device, stride, span or row that does not fit, or a gradient
+            is asked for.
     """
     if torch.is_grad_enabled():
         instead = "Use torch's scaled_dot_product_attention, or torch.no_grad()"
-        states = {"query": query, "keys": keys, "values": values, "sinks": sinks}
+        states = {"query": query, "keys": keys, "values": values, "bias": bias, "sinks": sinks}
         refuse_gradient("decode_attention", instead, **states)
+    of_sums = torch.float64 if query.dtype == torch.float64 else torch.float32
+    if bias is not None:
+        bias = bias.to(of_sums).contiguous()
     if sinks is not None:
-        sinks = sinks.to(torch.float64 if query.dtype == torch.float64 else torch.float32)
+        sinks = sinks.to(of_sums)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    out: Tensor = _OP(query, keys, values, end, begin, sinks, scale, softcap)
+    out: Tensor = _OP(query, keys, values, end, begin, rows, bias, sinks, scale, softcap)
     return out
 
 

@@ -11,6 +11,12 @@ struct Shape {
   int64_t sequences, heads, key_heads, tokens, size, value_size;
   double softcap = 0;
   bool sinks = false;
+  int64_t rows = 0;  // of the cache, which sequences share; 0: one of each
+  bool bias = false;
+
+  int64_t cache_rows() const { return rows > 0 ? rows : sequences; }
+  // Neighbours share a row, more of them than a kernel takes together, and others do not.
+  int64_t row_of(int64_t sequence) const { return rows > 0 ? sequence / 11 * 7 % rows : sequence; }
 };
 
 // `problem` has its shape `s`, and what parameters point to under the names that they have for it;
@@ -26,6 +32,7 @@ fdpg::DecodeAttentionParams params_of(Problem& problem, fdpg::Dtype dtype, int64
   p.out = problem.out.data();
   p.dtype = dtype;
   p.sequences = s.sequences;
+  p.cache_rows = s.cache_rows();
   p.heads = s.heads;
   p.key_heads = s.key_heads;
   p.tokens = s.tokens;
@@ -42,6 +49,9 @@ fdpg::DecodeAttentionParams params_of(Problem& problem, fdpg::Dtype dtype, int64
   }
   p.begin = problem.begin.data();
   p.end = problem.end.data();
+  p.rows = s.rows > 0 ? problem.rows.data() : nullptr;
+  p.bias = s.bias ? problem.bias.data() : nullptr;
+  p.bias_stride = s.tokens + query_room;
   p.sinks = s.sinks ? problem.sinks.data() : nullptr;
   p.scale = kScale;
   p.softcap = s.softcap;

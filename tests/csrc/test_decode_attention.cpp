@@ -22,8 +22,8 @@ constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 template <class T>
 struct Problem {
   Shape s;
-  std::vector<int64_t> begin, end;
-  std::vector<accumulate_t<T>> sinks;
+  std::vector<int64_t> begin, end, rows;
+  std::vector<accumulate_t<T>> bias, sinks;
   std::vector<T> query, keys, values, out;
 
   static constexpr int64_t kRoom = 3;
@@ -35,6 +35,11 @@ struct Problem {
       end.push_back(b + 1 == s.sequences ? s.tokens
                                          : static_cast<int64_t>(engine() % (s.tokens + 1)));
       begin.push_back(end.back() == 0 ? 0 : static_cast<int64_t>(engine() % end.back()));
+      rows.push_back(s.row_of(b));
+    }
+    // Half of those that share a row have the same span, the others each their own.
+    for (int64_t b = 1; s.rows > 0 && b < s.sequences; ++b) {
+      if (b / 11 % 2 == 0 && rows[b] == rows[b - 1]) begin[b] = begin[b - 1], end[b] = end[b - 1];
     }
     auto number = [&](bool live) {
       return store<T>(static_cast<accumulate_t<T>>(live ? normal(engine) : kNan));
@@ -42,15 +47,21 @@ struct Problem {
     for (int64_t i = 0; i < s.sequences * s.heads * (s.size + kRoom); ++i) {
       query.push_back(number(i % (s.size + kRoom) < s.size));
     }
-    for (int64_t b = 0; b < s.sequences; ++b) {
+    for (int64_t row = 0; row < s.cache_rows(); ++row) {
       for (int64_t i = 0; i < s.key_heads * s.tokens; ++i) {
         const int64_t t = i % s.tokens;
-        const bool live = begin[b] <= t && t < end[b];
+        bool live = false;
+        for (int64_t b = 0; b < s.sequences; ++b) {
+          live = live || (rows[b] == row && begin[b] <= t && t < end[b]);
+        }
         for (int64_t d = 0; d < s.size + kRoom; ++d) keys.push_back(number(live && d < s.size));
         for (int64_t e = 0; e < s.value_size + kRoom; ++e) {
           values.push_back(number(live && e < s.value_size));
         }
       }
+    }
+    for (int64_t i = 0; i < s.heads * (s.tokens + kRoom); ++i) {
+      bias.push_back(static_cast<float>(i % (s.tokens + kRoom) < s.tokens ? normal(engine) : kNan));
     }
     for (int64_t h = 0; h < s.heads; ++h) sinks.push_back(static_cast<float>(normal(engine)));
     out.resize(s.sequences * s.heads * s.value_size, number(true));
@@ -59,7 +70,7 @@ struct Problem {
   DecodeAttentionParams params(Dtype dtype) { return params_of(*this, dtype, kRoom, kRoom); }
 
   long double truth(int64_t b, int64_t h, int64_t e) const {
-    const int64_t row = (b * s.key_heads + h / (s.heads / s.key_heads)) * s.tokens;
+    const int64_t row = (rows[b] * s.key_heads + h / (s.heads / s.key_heads)) * s.tokens;
     std::vector<long double> score;
     long double most = -INFINITY;
     for (int64_t t = begin[b]; t < end[b]; ++t) {
@@ -70,6 +81,7 @@ struct Problem {
       }
       sum *= kScale;
       if (s.softcap > 0) sum = s.softcap * std::tanh(sum / s.softcap);
+      if (s.bias) sum += bias[h * (s.tokens + kRoom) + s.tokens - end[b] + t];
       score.push_back(sum);
       most = std::max(most, sum);
     }
@@ -97,7 +109,9 @@ void test_against_long_double(const std::string& isa) {
   for (const Shape& s :
        {Shape{1, 1, 1, 1, 1, 1, 0, false}, Shape{6, 4, 2, 37, 8, 8, 0, false},
         Shape{3, 20, 2, 300, 17, 33, 0, true}, Shape{4, 3, 3, 257, 64, 16, 2, true},
-        Shape{2, 2, 1, 129, 40, 128, 0.5, false}}) {
+        Shape{2, 2, 1, 129, 40, 128, 0.5, false}, Shape{50, 2, 2, 140, 16, 24, 0, true, 3, true},
+        Shape{40, 4, 2, 33, 8, 8, 0, false, 4, false},
+        Shape{3, 6, 2, 300, 8, 8, 2, true, 0, true}}) {
     for_each_dtype([&](Dtype dtype, auto tag) {
       using T = decltype(tag);
       Problem<T> problem(s);
@@ -120,10 +134,34 @@ void test_reports_the_first_bad_span_and_does_the_rest(const std::string&) {
   Problem<float> problem({3, 2, 2, 5, 8, 4});
   problem.begin = {0, 0, 0};
   problem.end = {0, 6, 0};
-  CHECK(cpu::decode_attention(problem.params(Dtype::kFloat32), 0, 6) == 2);
+  CHECK(cpu::decode_attention(problem.params(Dtype::kFloat32), 0, 6) == 1);
   CHECK(problem.out[0] == 0 && problem.out[7] == 0);
   for (int i = 8; i < 16; ++i) CHECK(std::isnan(problem.out[i]));
   CHECK(problem.out[16] == 0 && problem.out[23] == 0);
+}
+
+void test_reports_the_first_row_that_is_none(const std::string&) {
+  for (const int64_t bad : {-1, 2}) {
+    Problem<float> problem({4, 2, 2, 5, 8, 4, 0, false, 2});
+    problem.begin = {0, 0, 0, 0};
+    problem.end = {5, 5, 5, 5};
+    problem.rows = {0, 0, bad, 0};
+    for (float& x : problem.keys) x = 1;
+    for (float& x : problem.values) x = 1;
+    CHECK(cpu::decode_attention(problem.params(Dtype::kFloat32), 0, 8) == 2);
+    for (int i = 0; i < 32; ++i)
+      CHECK(i / 8 == 2 ? std::isnan(problem.out[i]) : problem.out[i] == 1);
+  }
+}
+
+// Whether it is taken with others depends on what else there is.
+void test_sharing_a_row_changes_no_bit(const std::string&) {
+  Problem<float> problem({40, 2, 2, 150, 17, 24, 0, true, 3, true});
+  const auto p = problem.params(Dtype::kFloat32);
+  CHECK(cpu::decode_attention(p, 0, 80) == kOk);
+  const std::vector<float> together = problem.out;
+  for (int i = 0; i < 80; ++i) CHECK(cpu::decode_attention(p, i, i + 1) == kOk);
+  CHECK(problem.out == together);
 }
 
 void test_a_range_touches_only_its_items(const std::string&) {
@@ -162,6 +200,8 @@ int main() {
   test_append();
   for_each_isa(test_against_long_double);
   for_each_isa(test_reports_the_first_bad_span_and_does_the_rest);
+  for_each_isa(test_reports_the_first_row_that_is_none);
+  for_each_isa(test_sharing_a_row_changes_no_bit);
   for_each_isa(test_a_range_touches_only_its_items);
   return test_result();
 }

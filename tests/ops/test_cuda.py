@@ -172,11 +172,16 @@ def test_decode_attention_agrees_with_the_cpu(cuda: torch.device, dtype: torch.d
     query = torch.randn(6, 12, 64, dtype=dtype)
     keys, values = torch.randn(2, 6, 4, 90, 64, dtype=dtype)[..., :80, :]
     end, sinks = torch.tensor([0, 1, 17, 64, 79, 80]), torch.randn(12)
-    options = {"begin": end // 3, "softcap": 5.0}
-    expected = ops.decode_attention(query, keys, values, end, sinks=sinks, **options)
+    of_sequences = {
+        "begin": end // 3,
+        "rows": torch.tensor([4, 4, 0, 5, 5, 5]),
+        "bias": torch.randn(12, 80),
+        "sinks": sinks,
+    }
+    expected = ops.decode_attention(query, keys, values, end, softcap=5.0, **of_sequences)
     moved = [t.to(cuda) for t in (query, keys, values, end)]
-    options["begin"] = options["begin"].to(cuda)
-    got = ops.decode_attention(*moved, sinks=sinks.to(cuda), **options)
+    there = {name: t.to(cuda) for name, t in of_sequences.items()}
+    got = ops.decode_attention(*moved, softcap=5.0, **there)
     tolerance = {torch.float32: 5e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}[dtype]
     torch.testing.assert_close(got.cpu(), expected, rtol=tolerance, atol=tolerance)
 

@@ -24,6 +24,8 @@ class Case(NamedTuple):
     window: bool = False
     softcap: float = 0.0
     sinks: bool = False
+    rows: int = 0  # of the cache, which sequences share; 0: one of each
+    bias: bool = False
 
     def __str__(self) -> str:
         return "-".join(str(x) for x in self)
@@ -37,6 +39,8 @@ CASES = [
     Case(4, 6, 3, 300, 64, 64, window=True, softcap=2.0, sinks=True),
     Case(2, 2, 1, 20, 128, 40, sinks=True),
     Case(0, 2, 1, 20, 8, 8),
+    Case(40, 2, 2, 150, 16, 24, sinks=True, rows=3, bias=True),  # more neighbours than are taken
+    Case(9, 4, 2, 33, 8, 8, window=True, softcap=2.0, rows=4, bias=True),
 ]
 
 
@@ -59,17 +63,24 @@ def make(case: Case) -> Inputs:
     if b:
         end[-1] = t
     begin = (torch.rand(b) * end).long() if case.window else None
+    rows = torch.randint(0, case.rows, (b,)).sort().values if case.rows else torch.arange(b)
+    if case.rows:  # some neighbours have the same span, some have not
+        end[1::3] = end[::3][: len(end[1::3])]
     options = {
         "begin": begin,
+        "rows": rows if case.rows else None,
+        "bias": torch.randn(h, t) if case.bias else None,
         "softcap": case.softcap,
         "sinks": torch.randn(h) if case.sinks else None,
     }
     # Keys that are never live are poison; scores far apart make the maximum matter.
-    keys, values = 3 * torch.randn(b, hk, t, d), torch.randn(b, hk, t, e)
+    r = case.rows or b
+    keys, values = 3 * torch.randn(r, hk, t, d), torch.randn(r, hk, t, e)
     place = torch.arange(t)
-    dead = place >= end[:, None]
+    live = place < end[:, None]
     if begin is not None:
-        dead |= place < begin[:, None]
+        live &= place >= begin[:, None]
+    dead = torch.zeros(r, t).index_add(0, rows, live.float()) == 0
     keys.masked_fill_(dead[:, None, :, None], math.nan)
     values.masked_fill_(dead[:, None, :, None], math.nan)
     return Inputs(2 * torch.randn(b, h, d), keys, values, end, options)
@@ -109,6 +120,24 @@ def test_a_sequence_does_not_depend_on_the_others_nor_on_the_room_behind_it() ->
         assert torch.equal(ops.decode_attention(*alone), whole[b : b + 1])
     room = (torch.nn.functional.pad(t, (0, 0, 0, 40), value=math.nan) for t in x[1:3])
     assert torch.equal(ops.decode_attention(x.query, *room, x.end), whole)
+
+
+def test_rows_are_as_if_each_sequence_had_its_own(cpu_isa: str) -> None:
+    x = make(Case(40, 2, 2, 150, 16, 24, rows=3, bias=True))
+    rows = x.options.pop("rows")
+    shared = ops.decode_attention(*x[:4], rows=rows, **x.options)
+    own = ops.decode_attention(x.query, x.keys[rows], x.values[rows], x.end, **x.options)
+    assert torch.equal(shared, own)
+
+
+def test_a_bias_counts_from_the_last_key() -> None:
+    """Whatever the room behind it, and however it lies in memory."""
+    x = make(Case(5, 4, 2, 130, 17, 5, bias=True))
+    whole = ops.decode_attention(*x[:4], bias=x.options["bias"])
+    assert not torch.equal(whole, ops.decode_attention(*x[:4]))
+    room = (torch.nn.functional.pad(t, (0, 0, 0, 40), value=math.nan) for t in x[1:3])
+    bias = torch.nn.functional.pad(x.options["bias"], (40, 0), value=math.nan).t().contiguous().t()
+    assert torch.equal(ops.decode_attention(x.query, *room, x.end, bias=bias), whole)
 
 
 def test_slices_and_transposes_of_a_cache() -> None:
@@ -173,6 +202,11 @@ def test_refusals() -> None:
     )
     refuse("`keys` must have shape [2, 2, 5, 8], got [2, 2, 5, 9]", keys=torch.zeros(2, 2, 5, 9))
     refuse("`values` must be float32, got float64", values=keys.double())
+    for bad in (-1, 2):
+        rows = torch.tensor([0, bad])
+        refuse(f"`rows` must be in [0, 2), got {bad} at sequence 1", rows=rows)
+    refuse("`rows` must be int64, got int32", rows=torch.ones(2).int())
+    refuse("`bias` must have shape [4, 5], got [4, 6]", bias=torch.zeros(4, 6))
     refuse(
         "divides the 4 of `query`, got 3",
         keys=torch.zeros(2, 3, 5, 8),

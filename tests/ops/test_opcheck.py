@@ -144,10 +144,11 @@ def decode_attention() -> Iterator[Sample]:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         keys = normal(2, 2, T, 8, dtype=dtype), normal(2, 2, T, D, dtype=dtype)
         end = torch.tensor([T, 2])
-        yield normal(2, 4, 8, dtype=dtype), *keys, end, None, None, 0.3, 0.0
+        yield normal(2, 4, 8, dtype=dtype), *keys, end, None, None, None, None, 0.3, 0.0
     sinks = normal(4)
     keys = normal(2, 2, T, 8), normal(2, 2, T, D)
-    yield normal(2, 4, 8), *keys, end, torch.tensor([1, 2]), sinks, 0.3, 5.0
+    begin, rows = torch.tensor([1, 2]), torch.tensor([1, 1])
+    yield normal(2, 4, 8), *keys, end, begin, rows, normal(4, T), sinks, 0.3, 5.0
 
 
 @samples

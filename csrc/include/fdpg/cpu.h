@@ -26,7 +26,8 @@ int64_t token_logprob(const TokenLogprobParams& p, int64_t begin, int64_t end);
 int64_t token_logprob_backward(const TokenLogprobBackwardParams& p, int64_t begin, int64_t end);
 int64_t token_logprob_numerators(const TokenLogprobNumeratorsParams& p, int64_t begin, int64_t end);
 int64_t sample_logprob(const SampleLogprobParams& p, int64_t begin, int64_t end);
-// Of B * Hk items, (sequence, key head) with the key head fastest; a bad row is such an item.
+// Of B * Hk items: (sequence, key head) with the key head fastest, or with `rows`, where neighbours
+// may read the same keys, the sequence. A bad row is a sequence.
 int64_t decode_attention(const DecodeAttentionParams& p, int64_t begin, int64_t end);
 // Of the tiles of out, kMatmulTileRows by kMatmulTileColumns; which they are is the kernel's
 // affair.

@@ -183,28 +183,34 @@ struct FdivTermsParams {
 
 // Attention of one new token per sequence over what a key-value cache holds of it:
 //   s_t = scale q . k_t            or, with a softcap, softcap tanh(scale q . k_t / softcap)
+//   s_t += bias_{T - end + t}      by how far the key is from the last one
 //   out = sum_t softmax(s)_t v_t   over t in [begin, end); a sink adds a term to the normaliser
 //   only
-// Head h of the query attends to key head h / (H / Hk). Sums are fp32, whatever the dtype (fp64 in
-// fp64). Keys outside the span are not read; a sequence with an empty span yields zeros.
+// Head h of the query attends to key head h / (H / Hk), and sequence b to row `rows[b]` of the
+// cache. Sums are fp32, whatever the dtype (fp64 in fp64). Keys outside the span are not read; a
+// sequence with an empty span yields zeros.
 struct DecodeAttentionParams {
   const void* query;        // (B, H, D), unit stride along D, as all of these
-  const void* keys;         // (B, Hk, T, D)
-  const void* values;       // (B, Hk, T, E)
+  const void* keys;         // (R, Hk, T, D)
+  const void* values;       // (R, Hk, T, E)
   void* out;                // (B, H, E), contiguous
   Dtype dtype;              // of these four
   int64_t sequences;        // B
+  int64_t cache_rows;       // R
   int64_t heads;            // H
   int64_t key_heads;        // Hk
   int64_t tokens;           // T
   int64_t size;             // D <= kMaxHeadSize
   int64_t value_size;       // E <= kMaxHeadSize
   int64_t query_stride[2];  // along B, H
-  int64_t key_stride[3];    // along B, Hk, T
+  int64_t key_stride[3];    // along R, Hk, T
   int64_t value_stride[3];
   const int64_t* begin;  // (B,) or null: zeros
   const int64_t* end;    // (B,), 0 <= begin <= end <= T
-  const void* sinks;     // (H,) fp32, fp64 where dtype is; or null
+  const int64_t* rows;   // (B,) 0..R-1, or null: sequence b reads row b, and R is B
+  const void* bias;      // (H, T) fp32, fp64 where dtype is; or null
+  int64_t bias_stride;   // along H
+  const void* sinks;     // (H,) as bias; or null
   double scale;
   double softcap;  // 0: none
 };

@@ -30,18 +30,20 @@ struct Placed : Shape {
 template <class T>
 struct Problem {
   Placed s;
-  Buffer<int64_t> begin, end;
+  Buffer<int64_t> begin, end, rows;
   Buffer<T> query, keys, values, out;
-  Buffer<accumulate_t<T>> sinks;
+  Buffer<accumulate_t<T>> bias, sinks;
 
   explicit Problem(const Placed& s)
       : s(s),
         begin(s.sequences),
         end(s.sequences),
+        rows(s.sequences),
         query(s.sequences * s.heads * s.size),
-        keys(s.sequences * s.key_heads * s.tokens * (s.size + s.room), s.offset),
-        values(s.sequences * s.key_heads * s.tokens * (s.value_size + s.room), s.offset),
+        keys(s.cache_rows() * s.key_heads * s.tokens * (s.size + s.room), s.offset),
+        values(s.cache_rows() * s.key_heads * s.tokens * (s.value_size + s.room), s.offset),
         out(s.sequences * s.heads * s.value_size),
+        bias(s.heads * s.tokens),
         sinks(s.heads) {
     std::mt19937 engine(7);
     std::normal_distribution<double> normal(0, 1.2);
@@ -50,16 +52,30 @@ struct Problem {
     for (int64_t b = 0; b < s.sequences; ++b) {
       end[b] = b == 0 ? live : 11 * b % live;
       begin[b] = b % 3 == 2 ? end[b] / 2 : 0;
+      rows[b] = s.row_of(b);
     }
     for (int64_t i = 0; i < query.size(); ++i) query[i] = number();
     for (int64_t h = 0; h < s.heads; ++h) sinks[h] = static_cast<float>(normal(engine));
-    for (int64_t row = 0; row < s.sequences * s.key_heads; ++row) {
-      const int64_t b = row / s.key_heads;
-      for (int64_t t = begin[b]; t < end[b]; ++t) {
+    // By how far a key is from the last one, whatever room there is for tokens.
+    for (int64_t h = 0; h < s.heads; ++h) {
+      for (int64_t t = s.tokens; t-- > 0;) {
+        bias[h * s.tokens + t] = static_cast<float>((h + 3 * (s.tokens - t)) % 17) / 4;
+      }
+    }
+    for (int64_t row = 0; row < s.cache_rows() * s.key_heads; ++row) {
+      for (int64_t t = 0; t < s.tokens; ++t) {
+        if (!is_live(row / s.key_heads, t)) continue;
         for (int64_t d = 0; d < s.size; ++d) at(keys, row, t, s.size)[d] = number();
         for (int64_t e = 0; e < s.value_size; ++e) at(values, row, t, s.value_size)[e] = number();
       }
     }
+  }
+
+  bool is_live(int64_t row, int64_t t) {
+    for (int64_t b = 0; b < s.sequences; ++b) {
+      if (rows[b] == row && begin[b] <= t && t < end[b]) return true;
+    }
+    return false;
   }
 
   T* at(Buffer<T>& cache, int64_t row, int64_t t, int64_t size) {
@@ -68,11 +84,10 @@ struct Problem {
 
   // What is not live, and the room behind rows, may not even be read.
   void forbid(Buffer<T>& cache, int64_t size) {
-    for (int64_t row = 0; row < s.sequences * s.key_heads; ++row) {
-      const int64_t b = row / s.key_heads;
+    for (int64_t row = 0; row < s.cache_rows() * s.key_heads; ++row) {
       for (int64_t t = 0; t < s.tokens; ++t) {
         const int64_t first = (row * s.tokens + t) * (size + s.room);
-        const bool live = begin[b] <= t && t < end[b];
+        const bool live = is_live(row / s.key_heads, t);
         cache.forbid(first + (live ? size : 0), s.room + (live ? 0 : size));
       }
     }
@@ -141,13 +156,15 @@ template <class T>
 void every_shape(Dtype dtype) {
   for (const Placed& s : {
            Placed{1, 1, 1, 1, 1, 1},
-           Placed{5, 4, 2, 37, 8, 8},                   // a lane per key, two heads share it
-           Placed{4, 5, 1, 40, 17, 33, 0, true, 2, 1},  // five share: a block of four, one of one
-           Placed{4, 3, 3, 160, 64, 64, 2.0},           // 8 lanes per key
-           Placed{4, 3, 3, 160, 64, 64, 0, true, 8},    // and padded rows that begin on 16 bytes
-           Placed{3, 8, 2, 70, 80, 48},                 // four share; lanes without a share
-           Placed{3, 2, 1, 37, 200, 256, 0, true},      // a warp per key
-           Placed{3, 4, 2, 37, 300, 40, 0.5, false, 0, 3},  // the large sizes
+           Placed{5, 4, 2, 37, 8, 8},  // a lane per key, two heads share it
+           Placed{4, 5, 1, 40, 17, 33, 0, true, 0, true, 2, 1},  // five share: four, and one
+           Placed{4, 3, 3, 160, 64, 64, 2.0},                    // 8 lanes per key
+           Placed{4, 3, 3, 160, 64, 64, 0, true, 0, false, 8},   // and padded rows on 16 bytes
+           Placed{3, 8, 2, 70, 80, 48},             // four share; lanes without a share
+           Placed{3, 2, 1, 37, 200, 256, 0, true},  // a warp per key
+           Placed{3, 4, 2, 37, 300, 40, 0.5, false, 0, false, 0, 3},  // the large sizes
+           Placed{24, 3, 3, 40, 16, 8, 0, false, 2, true},            // sequences share rows
+           Placed{13, 4, 2, 40, 24, 16, 2, true, 3, true},            // and heads
        }) {
     check<T>(dtype, s);
   }
@@ -157,7 +174,7 @@ void every_shape(Dtype dtype) {
 void test_every_length() {
   const int64_t tokens = 70;
   for (const Placed& s : {Placed{tokens + 1, 1, 1, tokens, 32, 32},
-                          Placed{tokens + 1, 4, 1, tokens, 64, 32, 0, false, 8}}) {
+                          Placed{tokens + 1, 4, 1, tokens, 64, 32, 0, false, 0, true, 8}}) {
     Problem<float> problem(s);
     for (int64_t b = 0; b <= tokens; ++b) problem.begin[b] = 0, problem.end[b] = b;
     for (int64_t i = 0; i < problem.keys.size(); ++i) problem.keys[i] = i % 7 * 0.25f - 0.75f;
@@ -197,6 +214,15 @@ void test_bad_spans_are_nan_and_empty_ones_zero() {
   for (int64_t i = 0; i < problem.values.size(); ++i) problem.values[i] = 1;
   const std::vector<float> got = problem.on_device(Dtype::kFloat32);
   for (int i = 0; i < 40; ++i) CHECK_NEAR(got[i], i < 8 ? 0.0 : i < 32 ? NAN : 1.0, 1e-6);
+}
+
+void test_a_row_that_is_none_gives_nan() {
+  Problem<float> problem({4, 2, 2, 6, 8, 4, 0, false, 2});
+  for (int b = 0; b < 4; ++b) problem.begin[b] = 0, problem.end[b] = 6, problem.rows[b] = b - 1;
+  for (int64_t i = 0; i < problem.keys.size(); ++i) problem.keys[i] = 1;
+  for (int64_t i = 0; i < problem.values.size(); ++i) problem.values[i] = 1;
+  const std::vector<float> got = problem.on_device(Dtype::kFloat32);
+  for (int i = 0; i < 32; ++i) CHECK_NEAR(got[i], i / 8 == 0 || i / 8 == 3 ? NAN : 1.0, 1e-6);
 }
 
 void test_what_is_not_finite_is_seen() {
@@ -285,6 +311,7 @@ int main() {
     test_scores_that_rise();
     test_bad_spans_are_nan_and_empty_ones_zero();
     test_a_sink_may_be_all_there_is();
+    test_a_row_that_is_none_gives_nan();
     test_what_is_not_finite_is_seen();
     check_append(32, 48, 0);
     check_append(32, 16, 16);
