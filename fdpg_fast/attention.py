@@ -20,7 +20,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -144,6 +144,8 @@ class SlotCache(Cache):
         slots, length: B and T. Storage is allocated when the first key comes, once.
     """
 
+    OF_SLOTS: ClassVar[tuple[str, ...]] = ("positions",)  # what else there is of each slot
+
     def __init__(self, layers: int, slots: int, length: int, device: torch.device) -> None:
         self.slots, self.length, self.reach = slots, length, length
         self.positions = torch.zeros(slots, dtype=torch.int64, device=device)
@@ -154,9 +156,14 @@ class SlotCache(Cache):
     def first(self, slots: int, moved: Tensor, into: Tensor) -> SlotCache:
         """As :meth:`Decoder.first`."""
         moved, into = moved.to(self.positions.device), into.to(self.positions.device)
-        cache = SlotCache(len(self.slot_layers), slots, self.length, self.positions.device)
-        self.positions[into] = self.positions[moved]
-        cache.positions = self.positions[:slots]
+        cache = copy.copy(self)
+        cache.slots = slots
+        for name in self.OF_SLOTS:
+            values = getattr(self, name)
+            values[into] = values[moved]
+            setattr(cache, name, values[:slots])
+        cache.slot_layers = [_SlotLayer(cache) for _ in self.slot_layers]
+        cache.layers = [*cache.slot_layers]
         for layer, whole in zip(cache.slot_layers, self.slot_layers, strict=True):
             if whole.is_initialized:
                 for states in (whole.keys, whole.values):
@@ -251,6 +258,8 @@ def slot_attention(
         scaling: factor of the scores, ``D ** -0.5`` by default.
         softcap: scores are ``softcap * tanh(scores / softcap)`` (Gemma 2), which sdpa cannot do.
         s_aux: ``(H,)`` attention sinks (gpt-oss), which sdpa cannot do either.
+        kwargs: of transformers; ``position_bias``, ``(1, H, Q, T)``, is added to the scores (T5),
+            and with spans is of a query at T - 1.
 
     Returns:
         ``(B, Q, H, D)``, and None for the attention weights that nobody asks for.
@@ -264,6 +273,7 @@ def slot_attention(
             value,
             attention_mask[:, 0, 0, 1],
             begin=attention_mask[:, 0, 0, 0],
+            bias=None if (bias := kwargs.get("position_bias")) is None else bias[0, :, 0],
             scale=scaling,
             softcap=softcap or 0.0,
             sinks=s_aux,
@@ -418,11 +428,10 @@ class Decoder(Protocol):
     Attributes:
         positions: ``(B,)`` int64 on the device: where the token given to :meth:`step` stands. The
             caller moves it, for the slots that go on.
-        refills: whether a slot may be assigned while others are in the middle of a sample.
     """
 
-    positions: Tensor
-    refills: bool
+    @property
+    def positions(self) -> Tensor: ...
 
     def prefill(self, prompts: Sequence[Sequence[int]], uses: Sequence[int]) -> None:
         """Take N prompts, each of which is read once, all but its last token, and will be assigned
@@ -433,7 +442,7 @@ class Decoder(Protocol):
 
     def step(self, tokens: Tensor, reach: int) -> Tensor:
         """Logits ``(B, V)`` after ``tokens`` ``(B,)``, as the model's ``logits`` gives them; every
-        live position is below ``reach``.
+        live position is below ``reach``, not counting what the decoder does not read.
 
         The result may be a buffer that the next call writes to.
         """
@@ -447,16 +456,18 @@ class SlotDecoder:
     """Decoding over a :class:`SlotCache`: one token of work per slot and step."""
 
     PREFILL_TOKENS = 16384  # prompt tokens that are read at a time, and in one forward pass
-    refills = True
 
     def __init__(self, model: _Model, cache: SlotCache) -> None:
         self.model, self.cache = model, cache
-        self.positions = cache.positions
         self.positions.zero_()
         self.prompts: Sequence[Sequence[int]] = ()
         self.uses: list[int] = []  # that are to come
         self.unread: list[int] = []
-        self.found: dict[int, tuple[SlotCache | None, int]] = {}  # of those read: bank, row there
+        self.found: dict[int, tuple[Cache | None, int]] = {}  # of those read: bank, row there
+
+    @property
+    def positions(self) -> Tensor:
+        return self.cache.positions
 
     def prefill(self, prompts: Sequence[Sequence[int]], uses: Sequence[int]) -> None:
         self.prompts, self.uses = prompts, list(uses)
@@ -474,16 +485,16 @@ class SlotDecoder:
             longest = max(1, len(self.prompts[order[-1]]) - 1)
             take = order[-max(1, self.PREFILL_TOKENS // longest) :]
             del order[-len(take) :]
-            bank = self._read([self.prompts[i][:-1] for i in take])
+            bank = self._read([self.prompts[i] for i in take])
             self.found.update((i, (bank, row)) for row, i in enumerate(take))
 
-    def _read(self, prompts: Sequence[Sequence[int]]) -> SlotCache | None:
+    def _read(self, prompts: Sequence[Sequence[int]]) -> Cache | None:
         """Keys and values of prompts padded on the right, which causal attention never sees."""
-        longest = max(len(prompt) for prompt in prompts)
+        longest = max(len(prompt) for prompt in prompts) - 1
         if longest == 0:
             return None  # a single token each: `step` reads it
         device = self.model.device
-        rows = [[*prompt, *([0] * (longest - len(prompt)))] for prompt in prompts]
+        rows = [[*prompt[:-1], *([0] * (longest + 1 - len(prompt)))] for prompt in prompts]
         bank = SlotCache(self.model.layers, len(prompts), longest, device)
         self.model.hidden(torch.tensor(rows, device=device), bank.query_positions(longest), bank)
         return bank
@@ -492,24 +503,33 @@ class SlotDecoder:
         chosen: list[int] = prompts.tolist()
         while any(i not in self.found for i in chosen):
             self._read_next()
-        wanted = [self.found[i] for i in chosen]
-        device = self.model.device
-        slots = slots.to(device)
-        for bank in {id(bank): bank for bank, _ in wanted if bank is not None}.values():
-            mine = [i for i, (other, _) in enumerate(wanted) if other is bank]
-            rows = torch.tensor([wanted[i][1] for i in mine], device=device)
-            into = slots[torch.tensor(mine, device=device)]
-            for layer, source in zip(self.cache.slot_layers, bank.slot_layers, strict=True):
-                if not layer._fits(source.keys):
-                    layer.lazy_initialization(source.keys, source.values)
-                layer.keys[into, :, : bank.length] = source.keys[rows]
-                layer.values[into, :, : bank.length] = source.values[rows]
+        self._place(slots.tolist(), chosen)
+        device = self.positions.device
         lengths = [len(self.prompts[i]) for i in chosen]
-        self.positions[slots] = torch.tensor(lengths, device=device) - 1
+        self.positions[slots.to(device)] = torch.tensor(lengths, device=device) - 1
         for i in chosen:
             self.uses[i] -= 1
             if not self.uses[i]:
                 del self.found[i]
+
+    def _place(self, slots: list[int], prompts: list[int]) -> None:
+        """Put keys and values of prompts where those of slots are."""
+        self._copy(prompts, self.cache, slots)
+
+    def _copy(self, prompts: list[int], cache: SlotCache, into: list[int]) -> None:
+        wanted = [self.found[i] for i in prompts]
+        device = cache.positions.device
+        for bank in {id(bank): bank for bank, _ in wanted if bank is not None}.values():
+            mine = [i for i, (other, _) in enumerate(wanted) if other is bank]
+            rows = torch.tensor([wanted[i][1] for i in mine], device=device)
+            places = torch.tensor([into[i] for i in mine], device=device)
+            sources: Sequence[Any] = bank.layers
+            for layer, source in zip(cache.slot_layers, sources, strict=True):
+                if not layer._fits(source.keys):
+                    layer.lazy_initialization(source.keys, source.values)
+                length = source.keys.shape[2]
+                layer.keys[places, :, :length] = source.keys[rows]
+                layer.values[places, :, :length] = source.values[rows]
 
     def step(self, tokens: Tensor, reach: int) -> Tensor:
         self.cache.set_reach(reach)
@@ -519,15 +539,12 @@ class SlotDecoder:
     def first(self, slots: int, moved: Tensor, into: Tensor) -> SlotDecoder:
         decoder = copy.copy(self)
         decoder.cache = self.cache.first(slots, moved, into)
-        decoder.positions = decoder.cache.positions
         return decoder
 
 
 class RecomputeDecoder:
     """Decoding without a cache, for families the slot cache does not fit: each step reads the whole
     text again. Slow, and right for every causal model."""
-
-    refills = True
 
     def __init__(self, model: _Model, slots: int, length: int) -> None:
         self.model = model

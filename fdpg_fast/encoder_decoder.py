@@ -9,22 +9,27 @@ of it, and are dropped: a model that has learnt to begin with such a token does 
 
 In a :class:`fdpg_fast.rollout.Rollout` nothing is different: a row is the prompt, then the sample.
 All that is different is here. Each distinct prompt is encoded once, and its keys and values for the
-decoder's cross-attention are computed once and read by all of its samples, which
-:func:`shared_attention` takes for so many queries of one text. Positions of samples count from the
-start token, so all slots decode in step, and a slot waits for new work until all are free; once the
-last samples fit into fewer slots they go on with these. The cache counts tokens in Python, so no
-step is recorded (replay.py), neither as a CUDA graph nor as a tape. Sharing needs transformers 5.6
-for BART and 5.15 for T5; with earlier ones each sample has its prompt's keys for itself, and the
-model says so at load.
+decoder's cross-attention are computed once and read by all of its samples. In scoring and training
+:func:`shared_attention` takes these for so many queries of one text. In decoding, prompts stand in
+memory beside the slots, and each slot says which it reads; its own tokens count from the start
+token, and families know two ways to ask where they are: a table of positions, from which each slot
+is given its own row (BART), and a bias by how far two tokens are apart (T5), of which the model
+computes that of the last of all slots, and each slot takes what it needs.
+
+All this needs transformers 5.14 for BART and 5.15 for T5, and families that look their attention up
+(UMT5 and LongT5 do not). Of others each sample has its prompt's states for itself, and each step
+reads all of a sample again: the model says so at load.
 
 Shape legend: G prompts, P prompt tokens (longest), B samples or slots, K most samples of a prompt,
-W decoder tokens, H heads, D head size or hidden size, V vocabulary.
+R prompts that slots read, W decoder tokens, H heads, D head size or hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import dataclasses
+import functools
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -32,15 +37,25 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, GenerationConfig
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 
-from fdpg_fast.attention import SHARED, Decoder, SlotDecoder, rounded_reach, slot_attention
+from fdpg_fast import ops
+from fdpg_fast.attention import (
+    SHARED,
+    Decoder,
+    RecomputeDecoder,
+    SlotCache,
+    SlotDecoder,
+    rounded_reach,
+    slot_attention,
+    span_mask,
+)
 from fdpg_fast.models import Head, LanguageModel, MicroBatch, ModelError, difference
 from fdpg_fast.rollout import Rollout
 
-__all__ = ["EncoderDecoderModel", "StepDecoder", "shared_attention"]
+__all__ = ["EncoderDecoderModel", "PromptCache", "PromptDecoder", "shared_attention"]
 
 
 @dataclass(frozen=True)
@@ -69,18 +84,33 @@ class _Seats:
 
 
 @dataclass(frozen=True)
+class _Slots:
+    """Which slots read which prompt in decoding.
+
+    Attributes:
+        rows: ``(B,)`` int64: the row of each slot's prompt in its cache.
+        lengths: ``(B,)`` int64: the tokens of that prompt.
+    """
+
+    rows: Tensor
+    lengths: Tensor
+
+
+@dataclass(frozen=True)
 class _Source:
     """What a decoder attends to.
 
     Attributes:
-        states: ``(G, P, D)`` last hidden states of the encoder; without seats, of each text.
-        mask: ``(G, P)`` bool: which of them are there.
+        states: ``(G, P, D)`` last hidden states of the encoder; without seats, of each text. In
+            decoding, where their keys are known, any.
+        mask: ``(G, P)`` bool: which of them are there; in decoding any of four dimensions, which no
+            family touches.
         seats: which texts read which prompt; None: text i reads prompt i.
     """
 
     states: Tensor
     mask: Tensor
-    seats: _Seats | None
+    seats: _Seats | _Slots | None
 
 
 @dataclass(frozen=True)
@@ -98,14 +128,15 @@ def shared_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
-    seats: _Seats | None = None,
+    seats: _Seats | _Slots | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function registered as :data:`SHARED`: cross-attention to prompts that texts
     share, and otherwise as :func:`fdpg_fast.attention.slot_attention`.
 
     Args:
-        query: ``(B, H, W, D)``; ``key`` and ``value`` of cross-attention: ``(G, H, P, D)``.
+        query: ``(B, H, W, D)``; ``key`` and ``value`` of cross-attention: ``(G, H, P, D)``, or in
+            decoding, where W is 1, ``(R, H, P, D)``.
         attention_mask: boolean (True: attend); of cross-attention ``(G, 1, W, P)``, the same for
             every query.
         scaling: factor of the scores, ``D ** -0.5`` by default.
@@ -118,6 +149,17 @@ def shared_attention(
         return slot_attention(module, query, key, value, attention_mask, scaling, **kwargs)
     # Of positions of one text in the other no family knows anything: T5's bias is zero here.
     kwargs.pop("position_bias", None)
+    if isinstance(seats, _Slots):
+        out = ops.decode_attention(
+            query[:, :, 0].to(key.dtype),
+            key,
+            value,
+            seats.lengths,
+            rows=seats.rows,
+            scale=scaling,
+            softcap=kwargs.get("softcap") or 0.0,
+        )
+        return out[:, None], None
     each = (seats.rows.shape[1], query.shape[2])  # K texts of W queries
     folded = query[seats.rows].transpose(1, 2).flatten(2, 3)  # (G, H, K W, D)
     mask = None if attention_mask is None else attention_mask[:, :, :1]
@@ -125,11 +167,36 @@ def shared_attention(
     return out.unflatten(1, each).flatten(0, 1)[seats.place], None
 
 
-def _whole_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """``sdpa_mask`` that never looks whether it could be left out, which asks the device."""
+def _whole_mask(*args: Any, **kwargs: Any) -> Any:
+    """``sdpa_mask`` that never looks whether it could be left out, which asks the device; of slots
+    as :func:`fdpg_fast.attention.span_mask`."""
+    if isinstance(kwargs.get("q_offset"), Tensor):
+        return span_mask(*args, **kwargs)
     skip = {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask: Tensor | None = sdpa_mask(*args, **{**kwargs, **skip})
-    return mask
+    return sdpa_mask(*args, **{**kwargs, **skip})
+
+
+# Not a ContextVar, at which torch.compile would break the model's graph.
+_placed: PromptCache | None = None
+
+
+@contextlib.contextmanager
+def _as_placed(cache: PromptCache) -> Iterator[None]:
+    """Positions of tokens are those of the slots of ``cache``."""
+    global _placed
+    before, _placed = _placed, cache
+    try:
+        yield
+    finally:
+        _placed = before
+
+
+def _by_slot(module: torch.nn.Module, args: Any, out: Tensor) -> Tensor:
+    """Forward hook of what makes vectors of the positions of W tokens, ``(1, W, D)`` or ``(W, D)``:
+    in decoding ``(B, 1, D)``."""
+    if _placed is None or _placed.table is None:
+        return out
+    return _placed.table[_placed.positions][:, None]
 
 
 class EncoderDecoderModel(LanguageModel):
@@ -142,11 +209,18 @@ class EncoderDecoderModel(LanguageModel):
     """
 
     own_attention: ClassVar[tuple[str, ...]] = (SHARED,)
-    without_own_attention: ClassVar[str] = "reading each prompt's states once per sample"
+    without_own_attention: ClassVar[str] = (
+        "reading each prompt's states once per sample, and sampling without a key-value cache"
+    )
     auto_class: ClassVar[str] = "AutoModelForSeq2SeqLM"
+    prompt_apart: ClassVar[bool] = True
 
     def __init__(self, model: Any, tokenizer: Any = None, **options: Any) -> None:
         self.start_id = _start_id(model)
+        if (positions := _position_module(model)) is not None:
+            positions.register_forward_hook(_by_slot)
+        accepted = inspect.signature(model.get_decoder().forward).parameters
+        self._decoder_takes_positions = "position_ids" in accepted
         super().__init__(model, tokenizer, **options)
 
     # --- text -----------------------------------------------------------------------------------
@@ -173,8 +247,8 @@ class EncoderDecoderModel(LanguageModel):
 
     @property
     def has_cache(self) -> bool:
-        """Whether sampling keeps keys and values: always."""
-        return True
+        """Whether sampling keeps keys and values, rather than reading the sample at every step."""
+        return self.attention in self.own_attention
 
     @property
     def head(self) -> Head | None:
@@ -213,6 +287,8 @@ class EncoderDecoderModel(LanguageModel):
                     **options,
                 ).logits
             else:
+                if _placed is not None and self._decoder_takes_positions:
+                    options["position_ids"] = _placed.positions[:, None]
                 states = self.model.get_decoder()(
                     input_ids=tokens,
                     encoder_hidden_states=source.states,
@@ -229,11 +305,57 @@ class EncoderDecoderModel(LanguageModel):
         wanted, prompt = prompt.unique(return_inverse=True)
         return wanted.to(self.device), _Seats.of(prompt, self.device)
 
-    def decoder(self, slots: int, length: int, reuse: Decoder | None = None) -> Decoder:
-        """A decoder for ``slots`` texts; ``reuse`` lends its memory."""
-        if isinstance(reuse, StepDecoder) and reuse.positions.device == self.device:
-            return StepDecoder(self, slots, reuse.own)
-        return StepDecoder(self, slots)
+    def decoder(
+        self,
+        slots: int,
+        length: int,
+        prompts: Sequence[Sequence[int]],
+        reuse: Decoder | None = None,
+    ) -> Decoder:
+        """As :meth:`LanguageModel.decoder`."""
+        if not self.has_cache:
+            return RereadDecoder(self, slots, length)
+        rows = min(slots, len(prompts))
+        width = rounded_reach(max(map(len, prompts)), self.device)
+        length = min(self.context_length, rounded_reach(length, self.device))
+        cache = reuse.cache if isinstance(reuse, PromptDecoder) else None
+        if cache is None or not (
+            (cache.slots == slots and cache.length >= length)
+            and (cache.prompts.slots >= rows and cache.prompts.length >= width)
+            and len(cache.layers) == self.decoder_layers
+            and cache.positions.device == self.device
+        ):
+            cache = PromptCache(self.decoder_layers, slots, length, rows, width, self.device)
+        return PromptDecoder(self, cache)
+
+    def prompt_keys(self, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Cache]:
+        """States ``(N, P, D)`` of N prompts, and of each layer the keys and values ``(N, H, P, D)``
+        that its cross-attention makes of them, as it does at a decoder's first token."""
+        states, mask = self.read(prompts)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        first = torch.full((len(prompts), 1), self.start_id, device=self.device)
+        rows, seats = self.share(torch.arange(len(prompts)))
+        self.write(first, _Source(states[rows], mask[rows], seats), cache)
+        return states, cache.cross_attention_cache
+
+    @functools.cached_property
+    def decoder_layers(self) -> int:
+        """How many there are, under whatever name a config has for it."""
+        return len(self.prompt_keys([[self.start_id]])[1].layers)
+
+    def position_table(self, length: int, state: Tensor) -> Tensor | None:
+        """Vectors ``(length, D)`` of positions, where the decoder has a module for them; ``state``
+        ``(1, 1, D)`` is any of the encoder's."""
+        if (module := _position_module(self.model)) is None:
+            return None
+        tables: list[Tensor] = []
+        handle = module.register_forward_hook(lambda module, args, out: tables.append(out))
+        try:
+            tokens = torch.full((1, length), self.start_id, device=self.device)
+            self.write(tokens, _Source(state, state.new_ones(1, 1, dtype=torch.bool), None))
+        finally:
+            handle.remove()
+        return tables[0].flatten(0, -2)
 
     # --- log-probs ------------------------------------------------------------------------------
 
@@ -278,10 +400,7 @@ class EncoderDecoderModel(LanguageModel):
     # --- trust, but measure ---------------------------------------------------------------------
 
     def _settle_packing(self) -> str:
-        return (
-            "padded, each prompt encoded once; all slots sample in step, without refill, and steps "
-            "are not recorded"
-        )
+        return "padded, each prompt encoded once"
 
     def _use_attention(self, name: str) -> None:
         super()._use_attention(name)
@@ -316,17 +435,26 @@ class EncoderDecoderModel(LanguageModel):
         return self.write(self._padded(rows)[0], _Source(states[wanted], mask[wanted], seats))
 
     def _decoding_error(self, rows: list[list[int]], reference: list[Tensor]) -> float:
+        """Texts that begin one after the other, so that none is where another is."""
         prompts, index = self._prompts(rows)
-        decoder = StepDecoder(self, len(rows))
+        longest = max(len(row) for row in rows)
+        decoder = self.decoder(len(rows), longest, prompts)
         decoder.prefill(prompts, index.bincount().tolist())
-        decoder.assign(torch.arange(len(rows)), index)
-        tokens, worst = self._padded(rows)[0], 0.0
-        for place in range(tokens.shape[1]):
-            logits = decoder.step(tokens[:, place], place + 1)
-            for i, row in enumerate(rows):
-                if place < len(row):
-                    error = difference(logits[i], reference[i][place], self.softcap)
+        worst = 0.0
+        for step in range(2 * (len(rows) - 1) + longest):
+            place = [step - 2 * i for i in range(len(rows))]
+            begun = torch.tensor([i for i, at in enumerate(place) if at == 0], dtype=torch.int64)
+            if len(begun):
+                decoder.assign(begun, index[begun])
+            at = [min(max(at, 0), len(row) - 1) for at, row in zip(place, rows, strict=True)]
+            tokens = torch.tensor([row[i] for i, row in zip(at, rows, strict=True)])
+            logits = decoder.step(tokens.to(self.device), 1 + max(at))
+            for i in range(len(rows)):
+                if at[i] == place[i]:
+                    error = difference(logits[i], reference[i][at[i]], self.softcap)
                     worst = max(worst, error)
+            goes_on = [0 <= i < len(row) - 1 for i, row in zip(place, rows, strict=True)]
+            decoder.positions.add_(torch.tensor(goes_on, device=self.device))
         return worst
 
 
@@ -338,149 +466,155 @@ def _fitting(sizes: Tensor, prompt: Tensor, lengths: Tensor, budget: int) -> int
     return max(1, int((prompts * sizes[0] + written <= budget).sum()))
 
 
-class _StepLayer(CacheLayerMixin):
-    """Keys and values of one layer, ``(B, H, T, D)``, of texts that are at one position."""
+class PromptCache(SlotCache):
+    """Keys and values of what B slots have written, and of the prompts that they read.
 
-    keys: Any  # Tensor once initialised
-    values: Any
-    is_compileable = True
-    is_sliding = False
+    Attributes:
+        prompts: of these, a row for each; :attr:`rows` of its slots are what they read.
+        rows: ``(B,)`` int64: which of them each slot reads.
+        lengths: ``(B,)`` int64: the tokens of that prompt.
+        in_text: ``(B,)`` int64: where the next token of each slot goes in its text, prompt and all.
+        table: vectors of positions, ``(T, D)``, if the model has such.
+    """
 
-    def __init__(self, device: torch.device) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.written, self.device = 0, device
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        # Zeros, not empty: a masked key has weight 0, and 0 * NaN from old memory would be NaN.
-        def room(states: Tensor) -> Tensor:
-            batch, heads, _, size = states.shape
-            return states.new_zeros(batch, heads, self._reach(states.shape[2]), size)
-
-        self.keys, self.values = room(key_states), room(value_states)
-        self.is_initialized = True
-
-    def _reach(self, queries: int) -> int:
-        return rounded_reach(self.written + queries, self.device)
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
-        end, reach = self.written + key_states.shape[2], self._reach(key_states.shape[2])
-        before = self.keys, self.values
-        if not self.is_initialized or not (
-            self.keys.shape[2] >= reach
-            and self.keys.shape[:2] == key_states.shape[:2]
-            and self.keys.shape[3] == key_states.shape[3]
-            and self.keys.dtype == key_states.dtype
-        ):
-            self.lazy_initialization(key_states, value_states)
-            if self.written:  # longer than any sample so far
-                for old, new in zip(before, (self.keys, self.values), strict=True):
-                    new[:, :, : self.written] = old[:, :, : self.written]
-        self.keys[:, :, self.written : end] = key_states
-        self.values[:, :, self.written : end] = value_states
-        self.written = end
-        return self.keys[:, :, :reach], self.values[:, :, :reach]
-
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        # Before transformers 5.4 it is given the positions of the queries.
-        queries = len(query_length) if isinstance(query_length, Tensor) else query_length
-        return self._reach(queries), 0
-
-    def get_seq_length(self) -> int:
-        return self.written
-
-    def get_max_length(self) -> int:
-        return -1
-
-    get_max_cache_shape = get_max_length  # an earlier transformers' name for it
-
-    def reset(self) -> None:
-        self.written = 0
-
-    def first(self, texts: int, moved: Tensor, into: Tensor) -> _StepLayer:
-        """Of the first ``texts`` of these, as of a decoder's slots."""
-        layer = copy.copy(self)
-        if self.is_initialized:
-            for states in (self.keys, self.values):
-                states[into, :, : self.written] = states[moved, :, : self.written]
-            layer.keys, layer.values = self.keys[:texts], self.values[:texts]
-        return layer
-
-
-class StepDecoder:
-    """Decoding of all slots in step: one token of work per slot and step, and each prompt's keys
-    and values there once. New work comes to all slots at once."""
-
-    refills = False
+    OF_SLOTS = ("positions", "rows", "lengths", "in_text")
 
     def __init__(
-        self, model: EncoderDecoderModel, slots: int, own: Sequence[_StepLayer] = ()
+        self, layers: int, slots: int, length: int, rows: int, width: int, device: torch.device
     ) -> None:
-        self.model = model
-        self.positions = torch.zeros(slots, dtype=torch.int64, device=model.device)
-        self.own = own  # of each layer, once their number is known
-        self.fresh = True  # no slot has read a token yet
+        super().__init__(layers, slots, length, device)
+        self.prompts = SlotCache(layers, rows, width, device)
+        self.rows: Tensor = torch.zeros_like(self.positions)
+        self.lengths: Tensor = torch.ones_like(self.positions)
+        self.in_text: Tensor = torch.zeros_like(self.positions)
+        self.table: Tensor | None = None
 
-    def prefill(self, prompts: Sequence[Sequence[int]], uses: Sequence[int]) -> None:
-        self.lengths = torch.tensor([len(prompt) for prompt in prompts])
-        width = int(self.lengths.max())
-        size = max(1, SlotDecoder.PREFILL_TOKENS // width)
-        parts = [
-            self._read(prompts[begin : begin + size], width)
-            for begin in range(0, len(prompts), size)
-        ]
-        self.states, self.mask, *self.cross = (torch.cat(part) for part in zip(*parts, strict=True))
-        if len(self.own) != len(self.cross) // 2:
-            device = self.positions.device
-            self.own = [_StepLayer(device) for _ in range(len(self.cross) // 2)]
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.reach - 1  # where the one query of the slot that has come furthest may be
 
-    def _read(self, prompts: Sequence[Sequence[int]], width: int) -> list[Tensor]:
-        """States ``(N, P, D)`` and mask of N prompts, and of each layer the keys and the values
-        ``(N, H, P, D)``, as a decoder computes them at its first token."""
-        model, count = self.model, len(prompts)
-        states, mask = model.read(prompts, width)
-        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        first = torch.full((count, 1), model.start_id, device=model.device)
-        rows, seats = model.share(torch.arange(count))
-        model.write(first, _Source(states[rows], mask[rows], seats), cache)
-        layers: Sequence[Any] = cache.cross_attention_cache.layers
-        return [states, mask, *[x for layer in layers for x in (layer.keys, layer.values)]]
 
-    def assign(self, slots: Tensor, prompts: Tensor) -> None:
-        self.index = torch.full((len(self.positions),), int(prompts[0]))  # idle slots read any
-        self.index[slots] = prompts
-        for layer in self.own:
-            layer.reset()
-        self._attend()
-        self.fresh = True
-        at = (self.lengths[prompts] - 1).to(self.positions.device)
-        self.positions[slots.to(self.positions.device)] = at
+class _Both(EncoderDecoderCache):
+    """What slots have written and what they read, as a decoder of transformers takes it."""
 
-    def _attend(self) -> None:
-        """Have each slot read its own texts and prompt ``index``."""
-        rows, seats = self.model.share(self.index)
-        self.source = _Source(self.states[rows], self.mask[rows], seats)
-        cross = DynamicCache()
-        for i in range(len(self.own)):
-            cross.update(self.cross[2 * i][rows], self.cross[2 * i + 1][rows], i)
-        self.cache = EncoderDecoderCache(Cache(layers=[*self.own]), cross)
+    def __init__(self, cache: PromptCache) -> None:
+        super().__init__(cache, cache.prompts)
+        self.is_updated = dict.fromkeys(range(len(cache.layers)), True)
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self.self_attention_cache.get_query_offset(layer_idx)
+
+
+class PromptDecoder(SlotDecoder):
+    """Decoding over a :class:`PromptCache`: one token of work per slot and step."""
+
+    model: EncoderDecoderModel
+    cache: PromptCache
+
+    def __init__(self, model: EncoderDecoderModel, cache: PromptCache) -> None:
+        super().__init__(model, cache)
+        cache.rows.zero_()
+        cache.lengths.fill_(1)
+        self.held = [-1] * cache.slots  # the prompt of each slot
+        self.row_of: dict[int, int] = {}  # of prompts that slots hold
+        self.state: Tensor | None = None  # of any token, for what asks whether there are any
+
+    @property
+    def positions(self) -> Tensor:
+        return self.cache.in_text
+
+    def _read(self, prompts: Sequence[Sequence[int]]) -> Cache:
+        states, keys = self.model.prompt_keys(prompts)
+        if self.state is None:
+            self.state = states[:1, :1].clone()
+            self._know_positions(self.state)
+        return keys
+
+    def _know_positions(self, state: Tensor) -> None:
+        cache = self.cache
+        table = self.model.position_table(cache.length, state)
+        if table is not None and cache.table is not None and cache.table.shape == table.shape:
+            table = cache.table.copy_(table)  # where recorded steps read it
+        cache.table = table
+
+    def _place(self, slots: list[int], prompts: list[int]) -> None:
+        for slot, prompt in zip(slots, prompts, strict=True):
+            self.held[slot] = prompt
+        held = set(self.held)
+        self.row_of = {prompt: row for prompt, row in self.row_of.items() if prompt in held}
+        fresh = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.row_of]
+        free = sorted(set(range(self.cache.prompts.slots)) - set(self.row_of.values()))
+        self._copy(fresh, self.cache.prompts, free[: len(fresh)])
+        self.row_of |= dict(zip(fresh, free, strict=False))
+        device = self.positions.device
+        at = torch.tensor(slots, device=device)
+        rows = [self.row_of[prompt] for prompt in prompts]
+        lengths = [len(self.prompts[prompt]) for prompt in prompts]
+        self.cache.rows[at] = torch.tensor(rows, device=device)
+        self.cache.lengths[at] = torch.tensor(lengths, device=device)
 
     def step(self, tokens: Tensor, reach: int) -> Tensor:
-        if self.fresh:
-            tokens, self.fresh = torch.full_like(tokens, self.model.start_id), False
-        hidden = self.model.write(tokens[:, None], self.source, self.cache)
-        return self.model.logits(hidden[:, 0])
+        cache, model = self.cache, self.model
+        assert self.state is not None  # a slot has been assigned
+        # Of a text the decoder reads no prompt, but a start token in place of its last one.
+        cache.positions.copy_(cache.in_text - cache.lengths + 1)
+        tokens = tokens.masked_fill(cache.positions == 0, model.start_id)
+        cache.set_reach(reach)
+        some = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=tokens.device)
+        source = _Source(self.state, some, _Slots(cache.rows, cache.lengths))
+        with _as_placed(cache):
+            hidden = model.write(tokens[:, None], source, _Both(cache))
+        return model.logits(hidden[:, 0])
 
-    def first(self, slots: int, moved: Tensor, into: Tensor) -> StepDecoder:
-        decoder = copy.copy(self)
-        self.index[into] = self.index[moved]
-        moved, into = moved.to(self.positions.device), into.to(self.positions.device)
-        self.positions[into] = self.positions[moved]
-        decoder.positions, decoder.index = self.positions[:slots], self.index[:slots]
-        decoder.own = [layer.first(slots, moved, into) for layer in self.own]
-        decoder._attend()
+    def first(self, slots: int, moved: Tensor, into: Tensor) -> PromptDecoder:
+        decoder = super().first(slots, moved, into)
+        assert isinstance(decoder, PromptDecoder)
+        decoder.held = self.held[:slots]
+        for slot, other in zip(into.tolist(), moved.tolist(), strict=True):
+            decoder.held[slot] = self.held[other]
         return decoder
+
+
+class RereadDecoder(RecomputeDecoder):
+    """Decoding without a cache: each step reads all that a slot has written, and its prompt's
+    states. Slow, and right for every encoder-decoder model."""
+
+    model: EncoderDecoderModel
+
+    def prefill(self, prompts: Sequence[Sequence[int]], uses: Sequence[int]) -> None:
+        super().prefill(prompts, uses)
+        device = self.positions.device
+        size = max(1, SlotDecoder.PREFILL_TOKENS // (width := max(map(len, prompts))))
+        parts = [
+            self.model.read(prompts[begin : begin + size], width)
+            for begin in range(0, len(prompts), size)
+        ]
+        self.states, self.mask = (torch.cat(part) for part in zip(*parts, strict=True))
+        self.index = torch.zeros(len(self.rows), dtype=torch.int64, device=device)
+        self.lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+
+    def assign(self, slots: Tensor, prompts: Tensor) -> None:
+        slots, prompts = slots.to(self.positions.device), prompts.to(self.positions.device)
+        self.index[slots] = prompts
+        self.positions[slots] = self.lengths[prompts] - 1
+
+    def step(self, tokens: Tensor, reach: int) -> Tensor:
+        place = (self.positions - self.lengths[self.index] + 1).clamp(0, reach - 1)
+        self.tokens[self.rows, place] = tokens.masked_fill(place == 0, self.model.start_id)
+        source = _Source(self.states[self.index], self.mask[self.index], None)
+        hidden = self.model.write(self.tokens[:, :reach], source)
+        return self.model.logits(hidden[self.rows, place])
+
+    def first(self, slots: int, moved: Tensor, into: Tensor) -> RereadDecoder:
+        self.index[into] = self.index[moved]
+        decoder = super().first(slots, moved, into)
+        assert isinstance(decoder, RereadDecoder)
+        decoder.index = self.index[:slots]
+        return decoder
+
+
+def _position_module(model: Any) -> torch.nn.Module | None:
+    """What makes vectors of the positions of what the decoder reads, by the name it has in BART."""
+    return getattr(model.get_decoder(), "embed_positions", None)
 
 
 def _start_id(model: Any) -> int:

@@ -153,6 +153,7 @@ class LanguageModel:
     own_attention: ClassVar[tuple[str, ...]] = SLOTS  # best first, of which "auto" takes one
     without_own_attention: ClassVar[str] = "sampling without a key-value cache"
     auto_class: ClassVar[str] = "AutoModelForCausalLM"  # of transformers, which loads it
+    prompt_apart: ClassVar[bool] = False  # whether what writes a sample does not read its prompt
 
     def __init__(
         self,
@@ -529,7 +530,8 @@ class LanguageModel:
     def mixes_experts(self) -> bool:
         """Whether tokens are multiplied in groups that depend on all of a batch."""
         config = self.model.config.get_text_config(decoder=True)
-        return getattr(config, "num_experts_per_tok", None) is not None
+        names = ("num_experts_per_tok", "num_experts")  # the latter of Switch
+        return any(getattr(config, name, None) is not None for name in names)
 
     @property
     def head(self) -> Head | None:
@@ -624,8 +626,15 @@ class LanguageModel:
                 size = module.weight.shape[0 if isinstance(module, Conv1D) else 1]
                 module(module.weight.new_empty(0, size))
 
-    def decoder(self, slots: int, length: int, reuse: Decoder | None = None) -> Decoder:
-        """A decoder for ``slots`` texts of up to ``length`` tokens; ``reuse`` lends its memory."""
+    def decoder(
+        self,
+        slots: int,
+        length: int,
+        prompts: Sequence[Sequence[int]],
+        reuse: Decoder | None = None,
+    ) -> Decoder:
+        """A decoder for ``slots`` texts, of which it reads up to ``length`` tokens, that will begin
+        with ``prompts``; ``reuse`` lends its memory."""
         if not self.has_cache:
             return RecomputeDecoder(self, slots, length)
         # Few lengths, so that prompts of another width at every step find memory that fits.

@@ -12,8 +12,8 @@ as autocast has rounded them for one draw. Where it rounds none, on a CPU, a dra
 model into the same memory goes on with what the last has recorded, once a step of its own has come
 to the same as one that is replayed.
 
-The steps of encoder-decoder models are not recorded (their cache counts its tokens in Python), nor
-those of families without a slot cache, nor on a CPU those of compiled models and of short draws.
+The steps of families without a slot cache are not recorded, nor on a CPU those of compiled models
+and of short draws.
 """
 
 from __future__ import annotations

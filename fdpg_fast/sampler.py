@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from fdpg_fast import ops
-from fdpg_fast.attention import SLOT, Decoder, SlotDecoder, rounded_reach
+from fdpg_fast.attention import SHARED, SLOT, Decoder, SlotDecoder, rounded_reach
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.ops.matmul import own_products
 from fdpg_fast.replay import Recorder, Recordings, Replays, recorder_for
@@ -78,7 +78,7 @@ class Sampler:
             whatever is drawn with them: however many samples, of which prompts, by how many
             processes, refilled or not. Else they are the same but for rounding, which a tie between
             two tokens turns on once in a great while. It takes 64 slots whatever ``batch_size``,
-            and not every model: none of encoder and decoder, with ALiBi, with experts, or compiled.
+            and not every model: none with ALiBi, with experts, or compiled.
     """
 
     def __init__(
@@ -142,9 +142,8 @@ class Sampler:
             slots = DETERMINISTIC_SLOTS
         of_samples = (samples_per_prompt, self.max_new_tokens, key, first_sample_id)
         work = _Work(model, prompts, *of_samples, slots, reuse=written)
-        decoder = model.decoder(slots, work.width, reuse=before)
+        decoder = work.decoder(model, reuse=before)
         warm = _continues(decoder, before)
-        together = work.count if decoder.refills else slots
         with model.unchanging(), contextlib.ExitStack() as stack:
             if self.deterministic:
                 assert isinstance(decoder, SlotDecoder)
@@ -152,19 +151,16 @@ class Sampler:
                 stack.enter_context(own_products())
                 stack.enter_context(_dividing_evenly(slots))
             decoder.prefill(work.distinct, work.distinct_index.bincount().tolist())
-            for samples in torch.arange(work.count).split(together):
-                self._run(model, work, decoder, samples, warm)
+            self._run(model, work, decoder, warm)
         rollout = work.rollout(model)
-        self._decoder = model.decoder(slots, work.width, reuse=decoder)  # its memory, no prompts
+        self._decoder = work.decoder(model, reuse=decoder)  # its memory, no prompts
         self._work = work
         return rollout
 
-    def _run(
-        self, model: LanguageModel, work: _Work, decoder: Decoder, samples: Tensor, warm: bool
-    ) -> None:
-        """Fill these rows of ``work``; ``warm``: not the first to do so in this memory."""
-        device, idle, slots = model.device, work.count, len(decoder.positions)
-        row = work.row.fill_(idle)
+    def _run(self, model: LanguageModel, work: _Work, decoder: Decoder, warm: bool) -> None:
+        """Fill all rows of ``work``; ``warm``: not the first to do so in this memory."""
+        device, idle, slots = model.device, work.count, len(work.row)
+        samples, row = torch.arange(work.count), work.row
         occupant, position = torch.full((slots,), idle), torch.zeros(slots, dtype=torch.int64)
         # Another number of slots is another compilation, and other bits.
         stays = model.is_compiled or self.deterministic
@@ -185,7 +181,7 @@ class Sampler:
             if len(live) == 0:
                 return
             writing, at = occupant[live], position[live]
-            reach = 1 + int(at.max())
+            reach = 1 + int((at - work.unread[writing]).max())
             left = int((work.last_position[writing] - at).max()) + 1
             fewer = min(slots, _enough(len(live)))
             recorded = isinstance(step, Replays) and fewer in step.recordings
@@ -200,7 +196,7 @@ class Sampler:
                 memory = work.memory(decoder, row)
                 step = step.of(one, memory) if isinstance(step, Replays) else one
             for step_of in range(min(self.check_every, left)):
-                step(min(reach + step_of, work.width))
+                step(min(reach + step_of, work.most_read))
             if (stop := self.stop) is not None:
                 work.cut(row, writing.tolist(), model, stop)
             occupant, position = torch.stack((row, decoder.positions)).cpu()
@@ -253,8 +249,8 @@ class Sampler:
 
 def _mixes_rows(model: LanguageModel) -> str | None:
     """What lets a text's last bits depend on others, of shapes that are all the same."""
-    if model.attention != SLOT:
-        return f"attends by {model.attention}, not {SLOT}"
+    if model.attention not in (SLOT, SHARED):
+        return f"attends by {model.attention}, not {SLOT} or {SHARED}"
     if model.mixes_experts:
         return "has experts"
     return "is compiled" if model.is_compiled else None
@@ -349,6 +345,9 @@ class _Work:
         lengths = torch.tensor([len(tokens) for tokens in prompts.tokens])
         self.prompt_length = lengths[self.prompt_index]
         self.width = int(lengths.max()) + max_new_tokens
+        # Tokens of a row that are not among what its slot reads: an encoder reads them.
+        self.unread = (self.prompt_length - 1) * model.prompt_apart
+        self.most_read = max_new_tokens if model.prompt_apart else self.width
         # The last token that is read stands here: the one after it predicts nothing.
         self.last_position = lengths[self.prompt_index] + max_new_tokens - 2
 
@@ -382,6 +381,9 @@ class _Work:
             else:
                 all_fit = False
         return all_fit
+
+    def decoder(self, model: LanguageModel, reuse: Decoder | None) -> Decoder:
+        return model.decoder(len(self.row), self.most_read, self.distinct, reuse=reuse)
 
     def memory(self, decoder: Decoder, row: Tensor) -> list[Tensor]:
         """What a step writes that is read after it, but for keys and values."""

@@ -21,7 +21,7 @@ EOS = tuple(range(6))
 PROMPTS = ([7, 3], [9], [1, 2, 3, 4, 5, 6, 7], [8] * 17)
 EACH = DETERMINISTIC_SLOTS // 2 + 3  # samples of a prompt: all of them are refilled
 FAMILIES = ["gpt2", "llama", "opt", "gpt_neox", "mistral", "qwen2", "qwen3", "phi"]
-FAMILIES += ["gemma2", "gemma3_text", "cohere", "granite"]
+FAMILIES += ["gemma2", "gemma3_text", "cohere", "granite", "t5", "t5_gated", "bart"]
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
 
@@ -89,7 +89,8 @@ def test_they_are_samples_as_others_are() -> None:
 @pytest.mark.parametrize(
     ("family", "why"),
     [
-        ("t5", "attends by fdpg_shared"),
+        ("umt5", "attends by sdpa"),
+        ("t5", "has experts"),
         ("falcon", "attends by sdpa"),
         ("mixtral", "has experts"),
         ("phimoe", "has experts"),
@@ -97,7 +98,8 @@ def test_they_are_samples_as_others_are() -> None:
 )
 @pytest.mark.filterwarnings("ignore:.*without a key-value cache:RuntimeWarning")
 def test_models_whose_texts_touch_are_refused(family: str, why: str) -> None:
-    model = language_model(family)
+    changes = {"num_experts": 8} if family == "t5" else {}  # as a Switch is one
+    model = language_model(family, changes=changes)
     with pytest.raises(ValueError, match=f"`deterministic` needs a model .*{why}"):
         Sampler(8, deterministic=True).draw(model, batch([3]), 2, key=1)
 

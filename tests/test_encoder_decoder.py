@@ -22,7 +22,7 @@ from versions import TRANSFORMERS, UNFIT
 from fdpg_fast import cli
 from fdpg_fast import sampler as sampler_module
 from fdpg_fast.attention import SHARED, attention_report
-from fdpg_fast.encoder_decoder import EncoderDecoderModel, StepDecoder
+from fdpg_fast.encoder_decoder import EncoderDecoderModel, PromptDecoder, _Slots
 from fdpg_fast.models import LanguageModel, ModelError
 from fdpg_fast.prompts import Prompts
 from fdpg_fast.rollout import Rollout
@@ -120,6 +120,23 @@ def test_samples_do_not_depend_on_the_batch(model: EncoderDecoderModel) -> None:
     assert samples(one) == list(itertools.chain(*apart))
 
 
+def test_prompts_come_and_go(model: EncoderDecoderModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than there are slots, read a few at a time, in a draw and in one that has its memory:
+    what a slot reads is never another's."""
+    monkeypatch.setattr(PromptDecoder, "PREFILL_TOKENS", 30)
+    torch.manual_seed(0)
+    sampler = Sampler(20, batch_size=7)
+    for _ in range(3):
+        lengths = torch.randint(1, 20, (25,)).tolist()
+        prompts = batch(*[torch.randint(6, 61, (n,)).tolist() for n in lengths])
+        rollout = sampler.draw(model, prompts, 3, key=3)
+        assert len(set(rollout.lengths.tolist())) > 10
+        torch.testing.assert_close(
+            model.token_logprob(rollout), rollout.token_logprob, rtol=0, atol=1e-4
+        )
+        assert_same_samples(rollout, Sampler(20).draw(model, prompts, 3, key=3))
+
+
 def test_a_stop_function_ends_samples(model: EncoderDecoderModel) -> None:
     def stop(text: str) -> bool:
         return len(text.split()) == 4
@@ -160,7 +177,8 @@ def test_each_prompt_is_read_once(family: str) -> None:
     model = language_model(family, eos_ids=EOS)
     encoder, keys = counted(model)
     rollout = draw(model)
-    assert (encoder.rows, keys.rows) == ([3], [3])
+    positions = [1] if family == "bart" else []  # a table of them is asked for by one text
+    assert (encoder.rows, keys.rows) == ([3], [3, *positions])
     for use in (model.token_logprob, lambda x: gradients(model, x)):
         encoder.rows.clear()
         keys.rows.clear()
@@ -181,9 +199,11 @@ def test_a_sampler_keeps_memory_that_fits_and_no_prompts() -> None:
         assert torch.equal(drawn.tokens, fresh.draw(model, PROMPTS, 4, key=1).tokens)
         fresh = Sampler(12, batch_size=8)
         decoder = sampler._decoder
-        assert isinstance(decoder, StepDecoder)
-        assert decoder.own[0].is_initialized
-        assert not hasattr(decoder, "states")
+        assert isinstance(decoder, PromptDecoder)
+        for cache in (decoder.cache, decoder.cache.prompts):
+            assert cache.slot_layers[0].keys.shape[3] == size
+        assert not decoder.prompts
+        assert not decoder.found
 
 
 def test_micro_batches_hold_every_sample_once(model: EncoderDecoderModel) -> None:
@@ -222,15 +242,16 @@ def test_a_step_asks_the_device_nothing(
     sampler.draw(model, PROMPTS, 6, key=3)
     step, places = sampler_module._Work.step, set()
 
-    def watched(work: Any, decoder: StepDecoder, row: Tensor, reach: int) -> None:
+    def watched(work: Any, decoder: PromptDecoder, row: Tensor, reach: int) -> None:
         with _Questions(), monkeypatch.context() as patch:
             patch.setattr(Tensor, "tolist", None)  # dispatches nothing that the mode could see
             step(work, decoder, row, reach)
-        places.add(decoder.own[0].keys.data_ptr())
+        for cache in (decoder.cache, decoder.cache.prompts):
+            places.add(cache.slot_layers[0].keys.data_ptr())
 
     monkeypatch.setattr(sampler_module._Work, "step", watched)
     sampler.draw(model, PROMPTS, 6, key=4)
-    assert len(places) == 1
+    assert len(places) == 2
 
 
 def test_samples_longer_than_what_memory_is_taken_at_a_time(model: EncoderDecoderModel) -> None:
@@ -250,7 +271,7 @@ def test_samples_longer_than_what_memory_is_taken_at_a_time(model: EncoderDecode
         Sampler(1).draw(model, batch([1] * 41), 2, key=3)
 
 
-@pytest.mark.filterwarnings("ignore:.*once per sample, which is right but slow")  # transformers
+@pytest.mark.filterwarnings("ignore:.*cache, which is right but slow")  # transformers
 @pytest.mark.parametrize("family", ["t5", "t5_gated", "mt5", "umt5"])
 def test_relative_positions_have_no_limit(family: str) -> None:
     """The encoder reads, and the decoder writes, more than the 40 tokens of n_positions."""
@@ -283,17 +304,41 @@ def test_what_is_wrong_is_found_at_load(monkeypatch: pytest.MonkeyPatch) -> None
         return share(self, prompt.flip(0) if self.attention == SHARED else prompt)
 
     monkeypatch.setattr(EncoderDecoderModel, "share", wrong)
-    with pytest.warns(RuntimeWarning, match="once per sample, which is right but slow: T5For"):
+    with pytest.warns(
+        RuntimeWarning, match="without a key-value cache, which is right but slow: T5For"
+    ):
         model = language_model("t5")
     assert model.attention == model._stock_attention
     # What is wrong by any attention is refused.
-    monkeypatch.setattr(EncoderDecoderModel, "share", share)
-    monkeypatch.setattr("fdpg_fast.encoder_decoder._StepLayer.get_seq_length", lambda self: 0)
+    monkeypatch.setattr(
+        EncoderDecoderModel, "share", lambda self, prompt: share(self, prompt.flip(0))
+    )
     with (
-        pytest.raises(ModelError, match="t5: decoding differs from the model's own forward pass"),
+        pytest.raises(ModelError, match="t5: scoring differs from the model's own forward pass"),
         pytest.warns(RuntimeWarning, match="once per sample"),
     ):
         language_model("t5")
+
+
+@pytest.mark.parametrize(
+    ("family", "wrong"),
+    [
+        ("t5", ("PromptCache.get_seq_length", lambda self, layer=0: 0)),
+        ("bart", ("_by_slot", lambda module, args, out: out)),
+        ("bart", ("_Slots", lambda rows, lengths: _Slots(rows.flip(0), lengths))),
+    ],
+)
+def test_what_decoding_gets_wrong_is_found_at_load(
+    family: str, wrong: tuple[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And samples by reading all of a text at every step are the same."""
+    right = draw(language_model(family, eos_ids=EOS))
+    name, function = wrong
+    monkeypatch.setattr(f"fdpg_fast.encoder_decoder.{name}", function)
+    with pytest.warns(RuntimeWarning, match="sampling without a key-value cache"):
+        model = language_model(family, eos_ids=EOS)
+    for slots in (5, 64):
+        assert_same_samples(draw(model, slots), right)
 
 
 # --- precision, memory, heads -------------------------------------------------------------------

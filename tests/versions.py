@@ -11,9 +11,9 @@ from importlib import metadata
 from packaging.version import Version
 
 # family -> (class, the first transformers that fits). Before it T5 does not look its attention up,
-# BART takes prompts for as many as texts, and OPT counts positions by what the cache holds.
+# and BART and OPT count positions by what the cache holds.
 _SINCE = {
-    "bart": ("BartFor", "5.6"),
+    "bart": ("BartFor", "5.14"),
     "opt": ("OPTFor", "5.14"),
     "t5": ("T5For", "5.15"),
     "t5_gated": ("T5For", "5.15"),
