@@ -1,9 +1,12 @@
 """One token of each sequence attends to its cache: ours against torch's attention over the room.
 
 Lengths are uniform over the room, as they are when slots take new samples while others go on. torch
-is told what is live by a mask, as in every static cache of transformers.
+is told what is live by a mask, as in every static cache of transformers. Then samples of prompts
+that share the keys of theirs, as the cross-attention of encoder-decoder models has them: against
+products of all samples of a prompt at once, which must know which these are.
 
-Bytes of ours: (D + E) numbers of every live key. FLOPs: 2 (D + E) per live key and query head.
+Bytes of ours: (D + E) numbers of every live key, once for all samples of a prompt. FLOPs: 2 (D + E)
+per live key and query head.
 """
 
 from __future__ import annotations
@@ -80,6 +83,62 @@ def test_decode_attention(contest: Contest, name: str, device: str, dtype: torch
         calls=20 if device == "cuda" else 1,
         graph=device == "cuda",
         shape=f"B={b} H={h} Hk={hk} T={t} D={d}",
+        dtype=str(dtype).removeprefix("torch."),
+        device=device,
+    )
+
+
+# prompts, samples of each, heads, room, head size
+SHARED = {"t5_small": (64, 4, 8, 128, 64), "t5_small_16": (16, 16, 8, 512, 64)}
+SHARED_PLACES = [
+    *((name, "cpu") for name in SHARED),
+    *(pytest.param(name, "cuda", marks=NEEDS_CUDA) for name in SHARED),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("name", "device"), SHARED_PLACES)
+def test_shared_prompts(contest: Contest, name: str, device: str, dtype: torch.dtype) -> None:
+    r, each, h, t, d = SHARED[name]
+    torch.manual_seed(0)
+    query = torch.randn(r * each, h, d).to(device, dtype)
+    keys, values = (torch.randn(r, h, t, d).to(device, dtype) for _ in range(2))
+    lengths = torch.randint(t // 2, t + 1, (r,)).to(device)
+    rows = torch.arange(r, device=device).repeat_interleave(each)
+    end = lengths[rows]
+    live = torch.arange(t, device=device) < lengths[:, None]
+    mask = torch.zeros(r, 1, 1, t, dtype=dtype, device=device).masked_fill(
+        ~live[:, None, None], -torch.inf
+    )
+
+    def ours() -> Tensor:
+        return ops.decode_attention(query, keys, values, end, rows=rows)
+
+    def by_prompt() -> Tensor:
+        folded = query.view(r, each, h, d).transpose(1, 2)
+        scores = torch.matmul(folded, keys.transpose(2, 3)) * d**-0.5 + mask
+        out = torch.matmul(torch.softmax(scores, -1), values)
+        return out.transpose(1, 2).reshape(r * each, h, d)
+
+    def of_its_own() -> Tensor:
+        return ops.decode_attention(query, keys[rows], values[rows], end)
+
+    truth = reference.decode_attention(
+        query.double(), keys.double(), values.double(), end, rows=rows
+    )
+    for out in (ours(), by_prompt()):
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        torch.testing.assert_close(out.double(), truth, rtol=tolerance, atol=tolerance)
+
+    keys_read = int(lengths.sum()) * h
+    contest.run(
+        ours,
+        {"products, prompt by prompt": by_prompt, "keys copied to each": of_its_own},
+        bytes_moved=keys_read * 2 * d * dtype.itemsize,
+        flops=keys_read * each * 4 * d,
+        calls=20 if device == "cuda" else 1,
+        graph=device == "cuda",
+        shape=f"B={r * each} H={h} R={r} T={t} D={d}",
         dtype=str(dtype).removeprefix("torch."),
         device=device,
     )
