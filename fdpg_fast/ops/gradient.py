@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.autograd import forward_ad
 
-__all__ = ["refuse_gradient"]
+__all__ = ["refuse_gradient", "refuse_tangent"]
 
 
 def refuse_gradient(op: str, instead: str, **arguments: Tensor | None) -> None:
@@ -19,4 +20,19 @@ def refuse_gradient(op: str, instead: str, **arguments: Tensor | None) -> None:
             raise NotImplementedError(
                 f"{op}: `{name}` must not require a gradient, of which {op} has none, got "
                 f"requires_grad=True. {instead}"
+            )
+    refuse_tangent(op, instead, **arguments)
+
+
+def refuse_tangent(op: str, instead: str, **arguments: Tensor | None) -> None:
+    """Raises NotImplementedError if an argument of ``op`` has a tangent of forward-mode autograd,
+    which torch would drop, so that the derivative was zero; ``instead`` is the way out.
+    """
+    if forward_ad._current_level < 0:  # nobody is in forward mode; 0.1 us
+        return
+    for name, tensor in arguments.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{op}: `{name}` must not have a tangent, as {op} has no forward-mode derivative, "
+                f"got one. {instead}"
             )

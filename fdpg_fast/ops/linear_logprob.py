@@ -26,6 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fdpg_fast.ops.gradient import refuse_tangent
 from fdpg_fast.ops.linear_head import (
     LinearHead,
     check_head,
@@ -97,11 +98,14 @@ def linear_logprob(
     Raises:
         ValueError: a shape, dtype, device or number that does not fit, or a target out of range
             (on a GPU, which cannot raise, that row's results are NaN).
+        NotImplementedError: a second derivative, or one of forward mode (jvp), is asked for.
     """
     chunk = check_head(
         *("linear_logprob", hidden, weight, target, bias),
         *(scale, softcap, inv_temperature, mask, chunk),
     )
+    instead = "Use log_softmax and gather of hidden @ weight.t()"
+    refuse_tangent("linear_logprob", instead, hidden=hidden, weight=weight, bias=bias)
     learns = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (hidden, weight, bias)
     )

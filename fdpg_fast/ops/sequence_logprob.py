@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fdpg_fast import _build
+from fdpg_fast.ops.gradient import refuse_tangent
 from fdpg_fast.ops.token_logprob import require_one_device
 
 __all__ = ["sequence_logprob"]
@@ -28,7 +29,9 @@ def sequence_logprob(values: Tensor, lengths: Tensor) -> Tensor:
 
     Raises:
         RuntimeError: a shape, dtype, device, stride or length that the op cannot take.
+        NotImplementedError: a derivative of forward mode (jvp) is asked for.
     """
+    refuse_tangent("sequence_logprob", "Use a mask and .sum(-1)", values=values)
     if torch.is_grad_enabled() and values.requires_grad:
         result: Tensor = _SequenceLogprob.apply(values, lengths)  # type: ignore[no-untyped-call]
     else:

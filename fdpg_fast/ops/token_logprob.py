@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fdpg_fast import _build
+from fdpg_fast.ops.gradient import refuse_tangent
 
 __all__ = ["TokenLogprob", "require_one_device", "result_dtype", "token_logprob"]
 
@@ -63,8 +64,8 @@ def token_logprob(
         with a softcap:           z = softcap tanh(logits / softcap) * inv_temperature
 
     The same as ``log_softmax(z, -1).gather(-1, target)``, without the ``[..., V]`` result.
-    Differentiable once in ``logits``, through all three results. The result does not depend on how
-    rows are batched.
+    Differentiable once in ``logits``, backwards, through all three results. The result does not
+    depend on how rows are batched.
 
     Args:
         logits: ``[..., V]`` fp32, bf16, fp16 or fp64; contiguous along the vocabulary. Entries
@@ -87,6 +88,7 @@ def token_logprob(
     Raises:
         ValueError: shapes do not match, or ``inplace_backward`` is not possible.
         RuntimeError: a dtype, device, stride or target that the op cannot take.
+        NotImplementedError: a second derivative, or one of forward mode (jvp), is asked for.
     """
     if logits.dim() < 1 or logits.shape[:-1] != target.shape:
         raise ValueError(
@@ -97,6 +99,7 @@ def token_logprob(
         raise ValueError(
             f"token_logprob: `mask` must have shape {list(target.shape)}, got {list(mask.shape)}"
         )
+    refuse_tangent("token_logprob", "Use log_softmax and gather", logits=logits)
     op: Any = _OP
     if torch.is_grad_enabled() and logits.requires_grad:
         if inplace_backward and (logits.is_leaf or not logits.is_contiguous()):

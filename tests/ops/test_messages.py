@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fdpg_fast import ops
 from fdpg_fast.baselines import Baseline
@@ -470,6 +471,29 @@ def test_second_derivative_is_refused(op: str) -> None:
     (grad,) = torch.autograd.grad(logp, x, create_graph=True)
     with pytest.raises(NotImplementedError, match=f"{op}: second derivatives"):
         (logp + grad.square().sum()).backward()
+
+
+FORWARD: dict[str, Callable[[Tensor], Any]] = {
+    "token_logprob": lambda x: ops.token_logprob(x, target()).logp,
+    "linear_logprob": lambda x: ops.linear_logprob(x, torch.eye(V, dtype=F64), target()).logp,
+    "sequence_logprob": lambda x: ops.sequence_logprob(x, ids(1, 2, 3)),
+    "fdiv_terms": lambda x: terms(log_pi=x.flatten()[:B]),
+    "gelu_tanh": ops.gelu_tanh,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch.func.jvp itself
+@pytest.mark.parametrize("op", FORWARD)
+def test_forward_mode_is_refused(op: str) -> None:
+    """Torch would take the result for a constant, and its derivative for zero."""
+    x = torch.randn(N, V, dtype=F64)
+    message = f"{op}: .* has no forward-mode derivative"
+    with pytest.raises(NotImplementedError, match=message):
+        torch.func.jvp(FORWARD[op], (x,), (x,))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+        FORWARD[op](forward_ad.make_dual(x, x))
+    with forward_ad.dual_level():  # of something else
+        assert torch.equal(FORWARD[op](x), FORWARD[op](x))
 
 
 def test_inplace_backward_twice_is_refused() -> None:
