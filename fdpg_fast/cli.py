@@ -155,6 +155,11 @@ def sweep(words: Sequence[str]) -> int:
         return 0
     if known.out is None:
         raise ConfigError("sweep: expected --out DIR, the folder that the sweep is written to")
+    if any(word.partition("=")[0] == "--objective.divergence" for word in overrides):
+        raise ConfigError(
+            "sweep: --objective.divergence is what differs from run to run. Way out: --divergences "
+            "with the names of those wanted"
+        )
 
     from fdpg_fast.sweep import Sweep
 
