@@ -718,8 +718,18 @@ class LanguageModel:
             for samples of weight 0, which were not computed.
 
         Raises:
-            ValueError: a weight is not finite.
+            ValueError: a weight is not finite, or they or ``denominator`` do not fit.
         """
+        if weights.shape != (len(rollout),):
+            raise ValueError(
+                f"accumulate_gradient: `weights` must have shape [{len(rollout)}], one for each "
+                f"sample, got {list(weights.shape)}"
+            )
+        if not denominator > 0:  # weights over it would be infinite
+            raise ValueError(
+                f"accumulate_gradient: `denominator` must be above 0, got {denominator}. It is "
+                "usually the samples of the step"
+            )
         weights = weights.to(self.device)
         if not bool(torch.isfinite(weights).all()):
             worst = int((~torch.isfinite(weights)).nonzero()[0])

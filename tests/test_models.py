@@ -386,6 +386,10 @@ def test_bad_weights_and_ids_are_named() -> None:
     weights[4] = torch.nan
     with pytest.raises(ValueError, match="`weights` must be finite, got nan for sample 4"):
         model.accumulate_gradient(rollout, weights, denominator=1)
+    with pytest.raises(ValueError, match=r"`weights` must have shape \[\d+\], .* got \[3\]"):
+        model.accumulate_gradient(rollout, torch.ones(3).double(), denominator=1)
+    with pytest.raises(ValueError, match="`denominator` must be above 0, got 0"):
+        model.accumulate_gradient(rollout, torch.ones_like(weights), denominator=0)
     assert all(parameter.grad is None for parameter in model.parameters())
     rollout.tokens[5, 2] = VOCAB
     with pytest.raises(ValueError, match=r"must be in 0\.\.60, got 61 in row 5, column 2"):
