@@ -485,9 +485,17 @@ class Base(Target):
     Args:
         model: a ``LanguageModel`` (or anything with its ``sequence_logprob``), which nobody trains;
             None: set later, before any sample is scored.
+
+    Raises:
+        TargetError: it is something else, such as a name or a model of transformers.
     """
 
     def __init__(self, model: Model | None) -> None:
+        if model is not None and not hasattr(model, "sequence_logprob"):
+            raise TargetError(
+                f"Base: `model` expected a LanguageModel, got {type(model).__name__}. Way out: "
+                "fdpg.load(name), or Base(LanguageModel.from_model(model, tokenizer))"
+            )
         super().__init__(None)
         self.model: Any = model  # callers know it as the LanguageModel that they passed
         self.base = self

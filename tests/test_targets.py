@@ -167,6 +167,12 @@ def test_wrong_targets_are_refused(base, build, message):
         build(base)
 
 
+@pytest.mark.parametrize("model", ["gpt2", torch.nn.Linear(1, 1)])
+def test_a_base_of_something_else_is_refused(model):
+    with pytest.raises(TargetError, match=f"a LanguageModel, got {type(model).__name__}"):
+        Base(model)
+
+
 @pytest.mark.parametrize("number", [np.float32, np.float64, np.array, torch.tensor, Fraction])
 def test_numbers_may_be_of_numpy_and_torch(base, number):
     half = number(0.5)
