@@ -16,10 +16,13 @@ README.md           model card
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import os
 import tempfile
+import weakref
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,10 +42,33 @@ class RunDirectoryError(CheckpointError):
     """A folder that a run cannot be started in, resumed from, or read from."""
 
 
+class _Claim:
+    """That no other process trains in a folder; it ends with this object, or the process."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = os.open(folder, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # of a file system without locks
+            try:
+                fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise RunDirectoryError(
+                    f"run: another process is training in {folder}. Way out: wait for its end or "
+                    "stop it, or another --out"
+                ) from None
+
+    def __del__(self) -> None:
+        os.close(self._folder)
+
+
+# A second lock would shut out a process that has one, which may open its runs as often as it likes.
+_claims: weakref.WeakValueDictionary[Path, _Claim] = weakref.WeakValueDictionary()
+
+
 class RunDirectory:
     """The files of one run, by name."""
 
     def __init__(self, path: str | Path) -> None:
+        self._claim: _Claim | None = None
         self.path = Path(path)
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
@@ -57,11 +83,13 @@ class RunDirectory:
         """A new run in a folder that is empty or does not exist yet, or whose run never began.
 
         Raises:
-            RunDirectoryError: the folder holds something already, or cannot be written.
+            RunDirectoryError: the folder holds something already, cannot be written, or another
+                process trains in it.
         """
         run = cls(path)
         run.require_free()
         run.require_writable()
+        run.claim()
         run.write_text(run.path / "config.yaml", config.located().dump())
         return run
 
@@ -95,15 +123,26 @@ class RunDirectory:
         another seed), and in where the files it names lie, which is then what the folder says too.
 
         Raises:
-            RunDirectoryError: no run there, it cannot be written, or ``config`` is another run's
-                or has fewer steps than are done.
+            RunDirectoryError: no run there, it cannot be written, another process trains in it, or
+                ``config`` is another run's or has fewer steps than are done.
         """
         run = cls.open(path)
         run.require_writable()
+        run.claim()
         if config is not None:
             run.require_same(config)
             run.write_text(run.path / "config.yaml", config.located().dump())
         return run, latest(run.checkpoints)
+
+    def claim(self) -> None:
+        """Raises RunDirectoryError if another process trains here; none can before a release."""
+        path = self.path.resolve()
+        self._claim = _claims.get(path) or _Claim(path)
+        _claims[path] = self._claim
+
+    def release(self) -> None:
+        """Lets other processes go on with the run."""
+        self._claim = None
 
     def require_free(self) -> None:
         """Raises RunDirectoryError where a new run would write over something."""

@@ -182,7 +182,17 @@ class Trainer:
                 before are saved.
             LogitsError: the weights have diverged; they are not saved, so that no checkpoint from
                 before makes room for them.
+            RunDirectoryError: another process trains in the folder.
         """
+        if self.run is None:
+            return self._train()
+        self.run.claim()
+        try:
+            return self._train()
+        finally:
+            self.run.release()
+
+    def _train(self) -> dict[str, Any] | None:
         config = self.config.run
         self.prepare()  # may be left at any time, as nothing is lost
         with Interruption(self.display.note) as interruption:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -216,3 +218,23 @@ def test_logs_hold_json_only(tmp_path: Path) -> None:
         "b": "-inf",
         "c": [0.5],
     }
+
+
+def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    opens = (
+        "import sys; from fdpg_fast.config import Config; from fdpg_fast.run_directory import "
+        "RunDirectory; RunDirectory.create(sys.argv[1], Config())"
+    )
+
+    def elsewhere() -> str:
+        words = [sys.executable, "-c", opens, str(path)]
+        return subprocess.run(words, capture_output=True, text=True, check=False).stderr
+
+    run = RunDirectory.create(path, Config())
+    again, _ = RunDirectory.resume(path, None)  # this process may, as often as it likes
+    assert f"another process is training in {path}" in elsewhere()
+    run.release()
+    assert "another process" in elsewhere()
+    again.release()
+    assert elsewhere() == ""
