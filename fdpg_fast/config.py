@@ -500,7 +500,19 @@ def _keys() -> tuple[str, ...]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which reads 1e-4 as a number (PyYAML alone reads it as text)."""
+    """YAML's safe loader, which reads 1e-4 as a number (PyYAML alone reads it as text), and
+    refuses a key that is there twice, as YAML does (PyYAML alone drops the first)."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        seen = set()
+        for key in scalars:
+            if (key.tag, key.value) in seen:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key `{key.value}` is there twice", key.start_mark
+                )
+            seen.add((key.tag, key.value))
+        return super().construct_mapping(node, deep)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -235,6 +235,8 @@ def test_unknown_key_in_python_names_the_nearest() -> None:
         ("a: [", "is not YAML"),
         ("- 1\n", "expected `part:` and indented"),
         ("target: {python: !!python/object/apply:os.system ['true']}", "is not YAML"),
+        ("run: {steps: 3}\nrun: {seed: 1}\n", "the key `run` is there twice"),
+        ("target:\n  constrain: [{contains: a, contains: b}]\n", "the key `contains` is there"),
     ],
 )
 def test_bad_files_are_named(tmp_path: Path, text: str, message: str) -> None:
