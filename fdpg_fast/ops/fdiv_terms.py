@@ -10,6 +10,7 @@ from torch import Tensor
 from fdpg_fast import _build
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.ops import custom_divergence
+from fdpg_fast.ops.fdiv_weights import require_parsed
 from fdpg_fast.ops.gradient import refuse_gradient
 from fdpg_fast.ops.token_logprob import require_one_device
 
@@ -47,7 +48,9 @@ def fdiv_terms(
     Raises:
         RuntimeError: a shape, dtype, device, prompt or parameter that the op cannot take, or a
             gradient is asked for.
+        TypeError: ``divergence`` is none, but its name, say.
     """
+    require_parsed("fdiv_terms", "divergence", Divergence, divergence)
     if torch.is_grad_enabled():
         logs = {"log_pi": log_pi, "log_q": log_q, "log_score": log_score, "log_z": log_z}
         refuse_gradient("fdiv_terms", "Weigh log-probs by fdiv_weights, or .detach() it", **logs)

@@ -14,7 +14,7 @@ from fdpg_fast.divergences import Divergence
 from fdpg_fast.ops import custom_divergence
 from fdpg_fast.ops.token_logprob import require_one_device
 
-__all__ = ["STATISTICS", "Weights", "fdiv_weights"]
+__all__ = ["STATISTICS", "Weights", "fdiv_weights", "require_parsed"]
 
 STATISTICS: tuple[str, ...] = tuple(_build.load().statistics())
 """Names of the statistics of :func:`fdiv_weights`, in order; csrc/include/fdpg/statistics.h."""
@@ -30,6 +30,15 @@ class Weights(NamedTuple):
 
     weights: Tensor
     statistics: Tensor
+
+
+def require_parsed(op: str, name: str, kind: type[Divergence | Baseline], value: object) -> None:
+    """Raises TypeError if an argument is not of its kind."""
+    if not isinstance(value, kind):
+        raise TypeError(
+            f"{op}: `{name}` must be a {kind.__name__}, got {value!r}. "
+            f"{kind.__name__}.parse makes one of a name"
+        )
 
 
 def fdiv_weights(
@@ -71,7 +80,10 @@ def fdiv_weights(
 
     Raises:
         RuntimeError: a shape, dtype, device, prompt, parameter or pairing that cannot be taken.
+        TypeError: ``divergence`` or ``baseline`` is none, but its name, say.
     """
+    require_parsed("fdiv_weights", "divergence", Divergence, divergence)
+    require_parsed("fdiv_weights", "baseline", Baseline, baseline)
     log_pi, log_q, log_score, log_z = (t.detach() for t in (log_pi, log_q, log_score, log_z))
     if divergence.is_custom:
         baseline.require_valid_for(divergence)

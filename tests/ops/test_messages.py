@@ -473,6 +473,22 @@ def test_second_derivative_is_refused(op: str) -> None:
         (logp + grad.square().sum()).backward()
 
 
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda: fdiv(divergence="js"),
+            "fdiv_weights: `divergence` must be a Divergence, got 'js'",
+        ),
+        (lambda: fdiv(baseline="loo"), "fdiv_weights: `baseline` must be a Baseline, got 'loo'"),
+        (lambda: terms(divergence="js"), "fdiv_terms: `divergence` must be a Divergence, got 'js'"),
+    ],
+)
+def test_a_name_is_not_parsed(call: Call, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        call()
+
+
 FORWARD: dict[str, Callable[[Tensor], Any]] = {
     "token_logprob": lambda x: ops.token_logprob(x, target()).logp,
     "linear_logprob": lambda x: ops.linear_logprob(x, torch.eye(V, dtype=F64), target()).logp,
