@@ -6,11 +6,12 @@ becomes a CUDA graph; on a CPU a list of the operations that PyTorch was asked f
 function, which is worth most in small models: what transformers does around them takes there as
 long as they do.
 
-It is recorded at the first steps of a shape; nothing is recorded or probed before. What there is no
-memory for is done as usual, with a warning. Each draw records anew, for a recording names weights
-as autocast has rounded them for one draw. Where it rounds none, on a CPU, a draw from the same
-model into the same memory goes on with what the last has recorded, once a step of its own has come
-to the same as one that is replayed.
+It is recorded at the first steps of a shape; nothing is recorded or probed before. A graph takes
+from memory of its own what a step takes as usual, which is measured as the first of a shape is
+done: where less is free, or what is free does not do after all, steps go on as usual, with a
+warning. Each draw records anew, for a recording names weights as autocast has rounded them for one
+draw. Where it rounds none, on a CPU, a draw from the same model into the same memory goes on with
+what the last has recorded, once a step of its own has come to the same as one that is replayed.
 
 The steps of families without a slot cache are not recorded, nor on a CPU those of compiled models
 and of short draws.
@@ -58,6 +59,9 @@ class Recorder(Protocol):
 
     Attributes:
         refused: whether there has been a step that cannot be recorded, of the model at hand.
+        warned: whether that has been said.
+        taken: by the number of slots and the reach, how many bytes a usual step has at most taken
+            that it gave back, of the model at hand; where that is measured.
         verifies: whether the first replays of a model are to be compared with its steps.
         every_draw: whether the first step of every draw makes what must outlive it (weights that
             are rounded for a draw), rather than the first of a reach in the first draw.
@@ -66,12 +70,17 @@ class Recorder(Protocol):
 
     device: torch.device
     refused: bool
+    warned: bool
+    taken: dict[tuple[int, int], int]
     verifies: bool
     every_draw: bool
     keeps: bool
 
-    def record(self, step: Step) -> Step:
-        """Does ``step``, and returns what does it again.
+    def usual(self, step: Step, shape: tuple[int, int]) -> None:
+        """Does ``step`` as usual; of a ``shape`` that is new it may measure what that takes."""
+
+    def record(self, step: Step, takes: int = 0) -> Step:
+        """Does ``step``, which takes so many bytes, and returns what does it again.
 
         Raises:
             NotRecordedError: it cannot be recorded.
@@ -86,7 +95,7 @@ class Replays:
     """A step on some slots, recorded for each number of keys that it attends to, and replayed.
 
     The first step of a reach runs as usual and makes what must outlive it (buffers, handles of
-    libraries), unless an earlier draw or step has; the next is recorded.
+    libraries), unless an earlier draw or step has, and is measured; the next is recorded.
 
     Args:
         step: of a reach.
@@ -107,13 +116,14 @@ class Replays:
     ) -> None:
         self.step, self.memory, self.recorder = step, memory, recorder
         self.recordings = recordings
-        self.ready = warm and not recorder.every_draw
+        self.ready = False  # whether this draw has made what must outlive it, once for all shapes
         self.verifies = recorder.verifies and not warm
         # The weights have changed since, and perhaps how they are used: one step tells.
         self.doubtful = bool(recordings)
-        self.usual: set[int] = set()  # reaches of steps done as usual
         self.unverified: set[int] = set()
-        recorder.refused &= warm  # by another model: this one may do better
+        if not warm:  # another model may do better
+            recorder.refused = recorder.warned = False
+            recorder.taken.clear()
         self.refused = recorder.refused
 
     def of(self, step: Callable[[int], None], memory: Sequence[Tensor]) -> Replays:
@@ -121,33 +131,35 @@ class Replays:
         it, if any."""
         other = copy.copy(self)
         other.step, other.memory = step, memory
-        other.usual, other.unverified = set(), set()
+        other.unverified = set()
         return other
 
     def __call__(self, reach: int) -> None:
-        reach = rounded_reach(reach, self.recorder.device)
-        replay = self.replays.get(reach)
-        if replay is not None:
+        recorder = self.recorder
+        reach = rounded_reach(reach, recorder.device)
+        shape = len(self.memory[0]), reach
+        if (replay := self.replays.get(reach)) is not None:
             self._again(reach, replay)
-        elif (self.ready or reach in self.usual) and not self.refused:
-            self._record(reach)
+        elif (self.ready or shape in recorder.taken) and not self.refused:
+            self._record(reach, recorder.taken.get(shape, 0))
         else:
-            self.step(reach)
-            self.usual.add(reach)
-            self.ready |= self.recorder.every_draw
+            recorder.usual(functools.partial(self.step, reach), shape)
+            self.ready |= recorder.every_draw
 
     @property
     def replays(self) -> dict[int, Step]:
         return self.recordings.setdefault(len(self.memory[0]), {})
 
-    def _record(self, reach: int) -> None:
+    def _record(self, reach: int, takes: int) -> None:
         step = functools.partial(self.step, reach)
         try:
-            self.replays[reach] = self.recorder.record(step)
+            self.replays[reach] = self.recorder.record(step, takes)
         except NotRecordedError as error:
             self.refused, self.recorder.refused = True, error.final
             if not error.done:
-                self._warn(f"sampling without CUDA graphs, which is right but slower: {error}")
+                if not self.recorder.warned:
+                    self._warn(f"sampling without CUDA graphs, which is right but slower: {error}")
+                self.recorder.warned = True
                 step()
             return
         if self.verifies:
@@ -213,7 +225,8 @@ class CudaRecorder:
     every_draw = keeps = False
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.refused = device, False
+        self.device, self.refused, self.warned = device, False, False
+        self.taken: dict[tuple[int, int], int] = {}
         self.stream = torch.cuda.Stream(device)
 
     @functools.cached_property
@@ -221,7 +234,34 @@ class CudaRecorder:
         with torch.cuda.device(self.device):
             return torch.cuda.MemPool()
 
-    def record(self, step: Step) -> Step:
+    def usual(self, step: Step, shape: tuple[int, int]) -> None:
+        if shape in self.taken:
+            return step()
+        before = torch.cuda.memory_stats(self.device)
+        step()
+        after, given = torch.cuda.memory_stats(self.device), "allocated_bytes.all"
+        # Two bounds: what there was at a time, perhaps before, for the peak is the user's and so is
+        # not reset; and what the step was given, one after the other.
+        at_a_time = after[f"{given}.peak"] - after[f"{given}.current"]
+        in_turn = after[f"{given}.allocated"] - before[f"{given}.allocated"]
+        self.taken[shape] = min(at_a_time, in_turn)
+        return None
+
+    def _free(self) -> int:
+        """How many bytes a graph may take: of the GPU, and of what the allocator has and nobody
+        uses, which is that of earlier graphs, too."""
+        there: int = torch.cuda.mem_get_info(self.device)[0]
+        kept, used = torch.cuda.memory_reserved, torch.cuda.memory_allocated
+        return there + kept(self.device) - used(self.device)
+
+    def record(self, step: Step, takes: int = 0) -> Step:
+        if takes > (free := self._free()):
+            raise NotRecordedError(
+                f"a step takes {takes / 2**20:.1f} MiB, and {free / 2**20:.1f} are free. "
+                "Way out: a smaller batch_size",
+                done=False,
+                final=False,
+            )
         try:
             try:
                 graph = self._captured(step)
@@ -280,9 +320,13 @@ class TapeRecorder:
     verifies = every_draw = keeps = True
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.refused = device, False
+        self.device, self.refused, self.warned = device, False, False
+        self.taken: dict[tuple[int, int], int] = {}
 
-    def record(self, step: Step) -> Step:
+    def usual(self, step: Step, shape: tuple[int, int]) -> None:
+        step()
+
+    def record(self, step: Step, takes: int = 0) -> Step:
         tape = Tape()
         with tape:
             step()

@@ -186,9 +186,9 @@ def recorded_by(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The steps that are recorded from now on."""
     record, found = TapeRecorder.record, []
 
-    def counted(self: TapeRecorder, step: Callable[[], None]) -> Any:
+    def counted(self: TapeRecorder, step: Callable[[], None], takes: int) -> Any:
         found.append(step)
-        return record(self, step)
+        return record(self, step, takes)
 
     monkeypatch.setattr(TapeRecorder, "record", counted)
     return found
@@ -339,6 +339,116 @@ def test_compiled_models_are_not_recorded(compiles: Callable[[Any], object]) -> 
 # CUDA graphs
 
 
+class _Gpu:
+    """What torch says of a GPU's memory, in place of torch. Each step ``takes`` so many bytes, and
+    the first leaves ``more``; each graph takes as many from a pool that they share."""
+
+    def __init__(self, free: int, takes: int = 0, more: int = 0) -> None:
+        self.free, self.takes, self.more = free, takes, more
+        self.allocated = self.peak = self.ever = self.pool = 0
+
+    def step(self) -> None:
+        self.ever += self.takes + self.more
+        self.allocated, self.more = self.allocated + self.more, 0
+        self.peak = max(self.peak, self.allocated + self.takes)
+
+    def capture(self) -> None:
+        grows = max(0, self.takes - self.pool)
+        assert grows <= self.free
+        self.free, self.pool = self.free - grows, self.pool + grows
+
+    def statistics(self, device: torch.device) -> dict[str, int]:
+        known = {"current": self.allocated, "peak": self.peak, "allocated": self.ever}
+        return {f"allocated_bytes.all.{key}": value for key, value in known.items()}
+
+    def stand_in(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name, said in {
+            "Stream": lambda device: None,
+            "empty_cache": lambda: None,
+            "mem_get_info": lambda device: (self.free, 1 << 40),
+            "memory_allocated": lambda device: self.allocated,
+            "memory_reserved": lambda device: self.allocated + self.pool,
+            "memory_stats": self.statistics,
+            "reset_peak_memory_stats": None,  # they are the user's
+        }.items():
+            monkeypatch.setattr(torch.cuda, name, said)
+
+
+@pytest.mark.parametrize(
+    ("peak", "leaves", "expected"),
+    [(0, 0, 100), (0, 1000, 100), (150, 0, 100), (5000, 0, 100), (1150, 1000, 150)],
+    ids=["alone", "makes buffers", "after more", "after much more", "after more, makes buffers"],
+)
+def test_what_a_step_takes_is_measured_once(
+    peak: int, leaves: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For each shape. Of a step that leaves memory after one that took more it is a bound."""
+    gpu = _Gpu(free=10_000, takes=100, more=leaves)
+    gpu.peak = peak
+    gpu.stand_in(monkeypatch)
+    recorder = CudaRecorder(torch.device("cpu"))
+    recorder.usual(gpu.step, (8, 128))
+    assert recorder.taken == {(8, 128): expected}
+    gpu.takes, gpu.peak = 500, 0
+    recorder.usual(gpu.step, (8, 128))
+    assert recorder.taken == {(8, 128): expected}
+    recorder.usual(gpu.step, (16, 128))
+    assert recorder.taken == {(8, 128): expected, (16, 128): 500}
+
+
+@pytest.mark.parametrize(
+    ("free", "fits"),
+    [(7 << 20, True), (4 << 20, True), (2 << 20, False)],
+    ids=["twice", "as the first has it", "not"],
+)
+def test_a_graph_is_captured_if_it_fits(
+    free: int, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once of each shape, after a usual step in a first draw, before any in the next. A second fits
+    where the first has what it takes. If none does there is one warning."""
+    model = language_model("gpt2")
+    eager = plain(model, monkeypatch)
+    gpu = _Gpu(free, takes=3 << 20)
+    gpu.stand_in(monkeypatch)
+    usual: list[tuple[int, int]] = []
+    captured: list[tuple[int, int]] = []
+
+    class Capturing(CudaRecorder):
+        def usual(self, step: Callable[[], None], shape: tuple[int, int]) -> None:
+            usual.append(shape)
+            super().usual(lambda: (step(), gpu.step())[0], shape)
+
+        def _captured(self, step: Any) -> Any:
+            gpu.capture()
+            _, row, reach = step.args
+            captured.append((len(row), reach))
+            return SimpleNamespace(replay=step)
+
+    monkeypatch.setattr(sampler_module, "recorder_for", Capturing)
+    monkeypatch.setitem(sampler_module.LEAST_SAVED, "cpu", 0)
+    sampler = Sampler(LONG, batch_size=8)
+    if not fits:
+        match = "without CUDA graphs, .*: a step takes 3.0 MiB, and 2.0 are free. .* batch_size$"
+        with pytest.warns(RuntimeWarning, match=match) as said:
+            drawn = [draw(sampler, model) for _ in range(2)]
+        assert (len(said), len(captured)) == (1, 0)
+        assert_equal(drawn[0], eager)
+        assert_equal(drawn[1], eager)
+        return
+    assert_equal(draw(sampler, model), eager)
+    assert len(set(captured)) == len(captured) > 1
+    assert len(set(usual)) == len(usual)
+    assert set(captured) <= set(usual)
+    usual.clear()
+    captured.clear()
+    assert_equal(draw(sampler, model), eager)
+    assert len(set(captured)) == len(captured) > 1
+    assert not usual
+    captured.clear()
+    draw(sampler, language_model("llama"))
+    assert set(captured) <= set(usual)
+
+
 @pytest.mark.parametrize(
     ("error", "tries"),
     # Out of memory: once more with the cache emptied, and again at the next draw.
@@ -353,13 +463,11 @@ def test_a_graph_that_cannot_be_captured_is_done_without(
     tried = []
 
     class Refusing(CudaRecorder):
-        def __init__(self, device: torch.device) -> None:
-            self.device, self.refused = device, False
-
         def _captured(self, step: Callable[[], None]) -> Any:
             tried.append(step)
             raise error("It does not fit.\nAnd more")
 
+    _Gpu(free=1).stand_in(monkeypatch)
     monkeypatch.setattr(sampler_module, "recorder_for", Refusing)
     sampler = Sampler(LONG, batch_size=8)
     match = r"without CUDA graphs, .*slower: It does not fit.$"
@@ -399,6 +507,7 @@ def test_the_allocator_is_told_of_the_end_of_a_capture(
         def replay(self) -> None:
             told.append("replay")
 
+    _Gpu(free=1).stand_in(monkeypatch)
     cuda, private = torch.cuda, torch._C
     monkeypatch.setattr(cuda, "Stream", lambda device: Stream())
     monkeypatch.setattr(cuda, "current_stream", lambda device: Stream())
