@@ -400,6 +400,7 @@ class LanguageModel:
         other._logits = None
         other._packed = {}
         _remove_dropout(other.model)
+        choose_layers(other.model, other.device)
         head = self.model.get_output_embeddings()
         if type(other.model.get_output_embeddings()) is not type(head):
             # The fused head reads the weight of the base, past any adapter.

@@ -72,6 +72,13 @@ def test_the_policy_is_the_base_until_it_learns(family: str, compute: Compute) -
     assert torch.equal(drawn.token_logprob, rollout.token_logprob)
 
 
+def test_layers_of_an_adapter_are_by_the_kernels_that_those_of_the_base_are_by() -> None:
+    policy = language_model("gpt2").with_adapter(rank=4)
+    linear = [module for module in policy.model.modules() if isinstance(module, nn.Linear)]
+    assert len(linear) > 8  # two for each layer of the base that has an adapter
+    assert {type(module) for module in linear} == {type(policy.model.lm_head)} != {nn.Linear}
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
 def test_adapters_learn_on_a_gpu(family: str) -> None:
