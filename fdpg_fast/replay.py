@@ -9,9 +9,10 @@ long as they do.
 It is recorded at the first steps of a shape; nothing is recorded or probed before. A graph takes
 from memory of its own what a step takes as usual, which is measured as the first of a shape is
 done: where less is free, or what is free does not do after all, steps go on as usual, with a
-warning. Each draw records anew, for a recording names weights as autocast has rounded them for one
-draw. Where it rounds none, on a CPU, a draw from the same model into the same memory goes on with
-what the last has recorded, once a step of its own has come to the same as one that is replayed.
+warning. Each draw records anew, for a recording may name weights as autocast has rounded them for
+one draw. On a CPU, where it names none but those whose memory the next draw rounds them into again
+(ops/matmul.py), a draw from the same model into the same memory goes on with what the last has
+recorded, once a step of its own has come to the same as one that is replayed.
 
 The steps of families without a slot cache are not recorded, nor on a CPU those of compiled models
 and of short draws.
@@ -25,7 +26,8 @@ import functools
 import math
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from types import CodeType
 from typing import Any, Protocol
 
@@ -34,8 +36,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdpg_fast.attention import rounded_reach
+from fdpg_fast.ops.matmul import packed_now
 
-__all__ = ["Recorder", "Recordings", "Replays", "Tape", "recorder_for"]
+__all__ = ["Recorder", "Recordings", "Replays", "Tape", "lasting", "recorder_for"]
 
 Step = Callable[[], None]
 Recordings = dict[int, dict[int, Step]]  # by the number of slots, and the reach
@@ -65,7 +68,7 @@ class Recorder(Protocol):
         verifies: whether the first replays of a model are to be compared with its steps.
         every_draw: whether the first step of every draw makes what must outlive it (weights that
             are rounded for a draw), rather than the first of a reach in the first draw.
-        keeps: whether a recording serves later draws, too, if no weight is rounded for one.
+        keeps: whether recordings serve later draws, too, if they are :func:`lasting`.
     """
 
     device: torch.device
@@ -89,6 +92,18 @@ class Recorder(Protocol):
 
 def recorder_for(device: torch.device) -> Recorder:
     return CudaRecorder(device) if device.type == "cuda" else TapeRecorder(device)
+
+
+def lasting(recordings: Recordings) -> bool:
+    """Whether all that they read in 16 bits is written by every draw, and has been by this one."""
+    read = (
+        id(tensor)
+        for steps in recordings.values()
+        for step in steps.values()
+        if isinstance(step, _Replay)
+        for tensor in step.rounded
+    )
+    return packed_now().issuperset(read)
 
 
 class Replays:
@@ -170,7 +185,7 @@ class Replays:
             return replay()
         kept, self.doubtful = self.doubtful, False
         self.unverified.discard(reach)
-        if self._repeats(reach, replay):
+        if self._repeats(reach, replay, kept):
             self.ready |= self.recorder.every_draw
             return None
         self.recordings.clear()
@@ -185,10 +200,13 @@ class Replays:
         )
         return None
 
-    def _repeats(self, reach: int, replay: Step) -> bool:
-        """Does a step, and whether ``replay`` comes to the same."""
+    def _repeats(self, reach: int, replay: Step, kept: bool) -> bool:
+        """Does a step, and whether ``replay``, ``kept`` from the last draw or not, comes to the
+        same, and will."""
         before = [tensor.clone() for tensor in self.memory]
         self.step(reach)
+        if kept and not lasting(self.recordings):
+            return False
         usual = [tensor.clone() for tensor in self.memory]
         self._restore(before)
         replay()
@@ -330,7 +348,18 @@ class TapeRecorder:
         tape = Tape()
         with tape:
             step()
-        return tape.function()
+        return _Replay(tape.function(), tape.rounded())
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """A step, and what it reads in 16 bits and does not write."""
+
+    replay: Step
+    rounded: list[Tensor]
+
+    def __call__(self) -> None:
+        self.replay()
 
 
 class Tape(TorchDispatchMode):
@@ -357,6 +386,7 @@ class Tape(TorchDispatchMode):
         self.last_use: dict[str, int] = {}  # of each of those: the line
         self.globals: dict[str, Any] = {}
         self.constants: dict[int, str] = {}  # names in globals, by id
+        self.written: set[int] = set()  # where memory of 16 bits is that operations write
         self.refusal = ""
 
     def __torch_dispatch__(
@@ -391,6 +421,12 @@ class Tape(TorchDispatchMode):
         replay: Step = names.pop("replay")  # no cycle: what it holds goes with it
         return replay
 
+    def rounded(self) -> list[Tensor]:
+        """What of the memory that it names has 16 bits and is not written: weights, as they were
+        rounded."""
+        known = filter(_is_16_bit, self.globals.values())
+        return [tensor for tensor in known if _place(tensor) not in self.written]
+
     def _write(self, op: Any, args: Any, kwargs: dict[str, Any], out: Any) -> None:
         given: dict[int, str | None] = {}  # tensors by id; the names of those that were made
         words = [self._word(value, given) for value in args]
@@ -416,6 +452,7 @@ class Tape(TorchDispatchMode):
             targets.append(name)
         for name in used:
             self.last_use[name] = number
+        self.written.update(map(_place, filter(_is_16_bit, _written(op, args, kwargs))))
         call = f"{self._constant(op)}({', '.join(words)})"
         if any(name != "_" for name in targets):
             comma = "" if results[0] is out else ","
@@ -458,6 +495,27 @@ def _nature(op: Any) -> tuple[bool, bool]:
     aliases = [r.alias_info for r in returns]
     is_view = all(alias is not None and not alias.is_write for alias in aliases)
     return any(tag in op.tags for tag in asking), bool(returns) and is_view
+
+
+def _written(op: Any, args: Any, kwargs: dict[str, Any]) -> Iterator[Any]:
+    for place, key in _outputs(op):
+        value = args[place] if place < len(args) else kwargs.get(key)
+        yield from value if isinstance(value, (list, tuple)) else [value]
+
+
+@functools.cache
+def _outputs(op: Any) -> list[tuple[int, str]]:
+    """Of those that it is given and writes: where they stand, and what they are called."""
+    arguments = enumerate(op._schema.arguments)
+    return [(i, a.name) for i, a in arguments if a.alias_info is not None and a.alias_info.is_write]
+
+
+def _is_16_bit(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.dtype.itemsize == 2
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _by_numbers(op: Any, args: Any) -> bool:

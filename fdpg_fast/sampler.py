@@ -37,7 +37,7 @@ from fdpg_fast import ops
 from fdpg_fast.attention import SHARED, SLOT, Decoder, SlotDecoder, rounded_reach
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.ops.matmul import own_products
-from fdpg_fast.replay import Recorder, Recordings, Replays, recorder_for
+from fdpg_fast.replay import Recorder, Recordings, Replays, lasting, recorder_for
 from fdpg_fast.rollout import Finish, PromptBatch, Rollout, Texts
 
 __all__ = ["LogitsError", "Sampler", "SamplingError"]
@@ -152,6 +152,8 @@ class Sampler:
                 stack.enter_context(_dividing_evenly(slots))
             decoder.prefill(work.distinct, work.distinct_index.bincount().tolist())
             self._run(model, work, decoder, warm)
+            if not lasting(self._recordings):
+                self._recordings.clear()
         rollout = work.rollout(model)
         self._decoder = work.decoder(model, reuse=decoder)  # its memory, no prompts
         self._work = work
@@ -207,7 +209,7 @@ class Sampler:
         """What records steps, and those of the last draw that are still of this memory."""
         if self._recorder is None or self._recorder.device != model.device:
             self._recorder = recorder_for(model.device)
-        if not (self._recorder.keeps and model.compute == "fp32"):
+        if not self._recorder.keeps:
             return self._recorder, {}
         tensors = itertools.chain(model.model.parameters(), model.model.buffers())
         known, self._weights = self._weights, [id(x) for x in tensors]

@@ -55,6 +55,7 @@ __all__ = [
     "may_round",
     "own_products",
     "packed_like",
+    "packed_now",
     "packed_once",
     "product",
     "rounded_products",
@@ -301,6 +302,12 @@ def packed_once(weight: Tensor) -> Tensor | None:
         _PACK_OP(packed, columns)
         found = known[0][key] = weight, packed
     return found[1]
+
+
+def packed_now() -> set[int]:
+    """The ids of what :func:`packed_once` has given, since :func:`rounding_once` was entered."""
+    known = _packed.get()
+    return set() if known is None else {id(packed) for _, packed in known[0].values()}
 
 
 def is_ours(a: Tensor, b: Tensor, *, fused: bool = False) -> bool:
