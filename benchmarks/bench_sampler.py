@@ -40,6 +40,8 @@ from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
     LlamaConfig,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 from transformers.pytorch_utils import Conv1D
 
@@ -340,6 +342,64 @@ def test_gpt2(contest: Contest, compute: Literal["fp32", "bf16"]) -> None:
         dtype=compute,
         least_rounds=3,
         tokens=drawn.samples * drawn.tokens,
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=NEEDS_CUDA)])
+def test_t5(contest: Contest, device: str) -> None:
+    """Samples of some articles, which have one length, so that `generate` need not pad."""
+    torch.manual_seed(0)
+    config = T5Config(num_layers=6, d_kv=64, decoder_start_token_id=0)  # of t5-small
+    plain = T5ForConditionalGeneration(config).eval().to(device)
+    articles, each, tokens = torch.randint(2, config.vocab_size, (16, 128)), 8, 32
+    model = LanguageModel.from_model(
+        copy.deepcopy(plain), compute="fp32", eos_ids=(), device=device
+    )
+    texts = tuple(map(tuple, articles.tolist()))
+    prompts = PromptBatch(torch.arange(len(texts)), texts, ("",) * len(texts))
+    sampler = Sampler(tokens, len(texts) * each)
+    key = 0
+
+    def ours() -> Rollout:
+        nonlocal key
+        key += 1
+        return sampler.draw(model, prompts, each, key)
+
+    def generate(**options: Any) -> Any:
+        return plain.generate(
+            articles.to(device),
+            num_return_sequences=each,
+            do_sample=True,
+            top_k=0,
+            top_p=1.0,
+            temperature=1.0,
+            min_new_tokens=tokens,
+            max_new_tokens=tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+            **options,
+        )
+
+    rollout = ours()
+    sampled = rollout.tokens[:, -tokens:]
+    with torch.no_grad():
+        written = torch.nn.functional.pad(sampled[:, :-1], (1, 0))
+        read = articles.to(device).repeat_interleave(each, 0)
+        logits = plain(input_ids=read, decoder_input_ids=written).logits
+    expected = logits.log_softmax(-1).gather(-1, sampled[..., None])[..., 0]
+    torch.testing.assert_close(rollout.token_logprob, expected, rtol=0, atol=1e-3)
+    assert len(generate()) == len(sampled)
+    contest.run(
+        ours,
+        {
+            "generate": generate,
+            "generate, static cache": lambda: generate(cache_implementation="static"),
+        },
+        shape=f"{len(texts)} prompts of 128 tokens x {each} samples x {tokens} tokens",
+        dtype="fp32",
+        device=device,
+        least_rounds=3,
+        tokens=len(sampled) * tokens,
     )
 
 

@@ -354,7 +354,7 @@ def _comparison(runs: Sequence[_Run]) -> str:
         row = [label]
         for group in groups:
             of_runs = [tables[run.name].get(label, ("", "", "")) for run in group]
-            base, goal = (next((c[i] for c in of_runs if c[i]), "") for i in (0, 2))
+            base, _, goal = of_runs[0]  # of one run, whose samples all cells of the column are of
             row += [base, *[cells[1] for cells in of_runs], goal]
         rows.append(row)
     note = page.note("± one standard error. p: the target, π: the tuned model, a: the base.")

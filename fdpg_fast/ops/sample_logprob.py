@@ -44,7 +44,9 @@ def sample_logprob(
     """Draws from softmax(logits * inv_temperature), row by row.
 
     The random number of a row is a function of (seed, sample_id, position) alone, so a sample does
-    not depend on the batch it is drawn in, nor on how many devices draw. Not differentiable.
+    not depend on the batch it is drawn in, nor on how many devices draw. Not differentiable: what
+    is drawn has no gradient, and its log-prob is returned without one (for that, see
+    :func:`token_logprob`).
 
     Args:
         logits: ``[N, V]`` fp32, bf16, fp16 or fp64, contiguous along the vocabulary.
