@@ -587,6 +587,11 @@ class LanguageModel:
         dtype = torch.float16 if self.compute == "fp16" else torch.bfloat16
         return torch.autocast(self.device.type, dtype=dtype, enabled=self.compute != "fp32")
 
+    def _apart(self) -> torch.autocast:
+        """Outside any autocast of the caller's, which would round what a gradient goes back through
+        in fp32, and whose copies of weights would outlive them."""
+        return torch.autocast(self.device.type, enabled=False, cache_enabled=False)
+
     def _head_products(self) -> contextlib.AbstractContextManager[None]:
         # A CPU would round to bf16, which is less than fp16 promises.
         if self.compute == "bf16" or (self.compute == "fp16" and self.device.type == "cuda"):
@@ -682,11 +687,12 @@ class LanguageModel:
         count = 3 if entropy else 1
         empty = torch.zeros(shape, dtype=torch.float32, device=self.device)
         results = [empty.clone() for _ in range(count)]
-        for batch in self._micro_batches(rollout, None, micro_batch, SCORE_TOKENS):
-            scored = self._score(batch, entropy)
-            for result, values in zip(results, scored, strict=False):
-                assert values is not None  # entropy is the third, there if asked for
-                result[batch.row, batch.column] = values
+        with self._apart():
+            for batch in self._micro_batches(rollout, None, micro_batch, SCORE_TOKENS):
+                scored = self._score(batch, entropy)
+                for result, values in zip(results, scored, strict=False):
+                    assert values is not None  # entropy is the third, there if asked for
+                    result[batch.row, batch.column] = values
         return ops.TokenLogprob(*results) if entropy else results[0]
 
     def sequence_logprob(self, rollout: Rollout, *, micro_batch: int | None = None) -> Tensor:
@@ -694,6 +700,8 @@ class LanguageModel:
         values = self.token_logprob(rollout, micro_batch=micro_batch)
         return ops.sequence_logprob(values, rollout.lengths)
 
+    @torch.inference_mode(False)  # whatever the caller is in: with no gradient recorded, all
+    @torch.enable_grad()  # weights but the head's would get none, without a word
     def accumulate_gradient(
         self,
         rollout: Rollout,
@@ -740,11 +748,12 @@ class LanguageModel:
             )
         coefficient = (-weights / denominator).float()
         used = (weights != 0).cpu()
-        result = torch.zeros(len(rollout), rollout.token_logprob.shape[1], device=self.device)
+        shape = (len(rollout), rollout.token_logprob.shape[1])
+        result = torch.zeros(shape, dtype=torch.float32, device=self.device)
         skipped = (~used).to(self.device)[:, None]
         inside = torch.arange(result.shape[1], device=self.device) < rollout.lengths[:, None]
         result.masked_fill_(skipped & inside, torch.nan)
-        with self._checkpointing(), self._scaled(coefficient) as scaled:
+        with self._apart(), self._checkpointing(), self._scaled(coefficient) as scaled:
             for batch in self._micro_batches(rollout, used, micro_batch, GRADIENT_TOKENS):
                 result[batch.row, batch.column] = self._backward(
                     batch, scaled[batch.row], rollout.lse[batch.row, batch.column]
@@ -1076,7 +1085,7 @@ class LanguageModel:
         """fp32 without gradients: what is compared is the computation, not its rounding."""
         compute, self.compute = self.compute, "fp32"
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self._apart():
                 yield
         finally:
             self.compute = compute

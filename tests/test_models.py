@@ -7,7 +7,7 @@ import json
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -328,6 +328,64 @@ def test_gradients_add_up_over_calls() -> None:
         model.accumulate_gradient(rollout.select(rows), weights[rows], denominator=7)
     for a, b in zip(gradients(model), whole, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+CALLERS: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] = {
+    "no_grad": torch.no_grad,
+    "inference_mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "another default type": lambda: default_dtype(torch.bfloat16),
+}
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("caller", CALLERS)
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_what_the_caller_has_set_does_not_matter_to_a_gradient(
+    family: str, compute: Any, caller: str
+) -> None:
+    """Nor do weights of before an update, which a caller's autocast would keep in 16 bits."""
+    model = language_model(family, eos_ids=EOS, compute=compute)
+    rollout = draw(model)
+    weights = torch.randn(len(rollout), dtype=torch.float64)
+
+    def found() -> list[Tensor]:
+        logp = model.accumulate_gradient(rollout, weights, denominator=7)
+        return [logp, *gradients(model), model.token_logprob(rollout)]
+
+    def update(factor: float) -> None:
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(factor)
+
+    plain = [found()]
+    update(0.5)
+    plain.append(found())
+    update(2.0)
+    with CALLERS[caller]():
+        there = [found()]
+        update(0.5)
+        there.append(found())
+    for ours, theirs in zip(there, plain, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+        assert all(x.dtype == torch.float32 for x in ours)
+
+
+def test_a_model_is_the_same_where_autocast_is_on() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = language_model("llama")
+    assert model.checks == language_model("llama").checks
 
 
 def test_samples_of_weight_zero_are_not_computed() -> None:
