@@ -252,7 +252,7 @@ def measure_target(
     """The same of the target p itself, from the same samples by self-normalised weights p/q.
 
     Only as good as ``ess``, the effective number of samples (summed over prompts). ``replicas`` as
-    for :class:`Mean`.
+    for :class:`Mean`. Standard errors take ``log_z`` for certain.
 
     Returns:
         ``kl_to_base``, ``moment: NAME``, ``moment_se: NAME``, ``entropy``, ``entropy_per_token``,

@@ -11,7 +11,8 @@ all of them, the mean of P / q over the pool. All columns of a table made from i
 come from the same samples.
 
 The models draw with the same random numbers, so a draw gives M samples that may be much alike, and
-counts as one in every standard error. Those of divergences include what Z is uncertain by.
+counts as one in every standard error. Those of divergences, and of the target's entropy, include
+what Z is uncertain by.
 
 Legend: M models, B samples of each, G prompts.
 """
@@ -85,12 +86,28 @@ class Pool:
         return measures
 
     def target(self) -> Measures:
-        """What :func:`fdpg_fast.metrics.measure_target` says of p itself, and ``log_z``."""
+        """What :func:`fdpg_fast.metrics.measure_target` says of p itself, and ``log_z``.
+
+        An entropy is the mean of -log p, and its error includes what Z is uncertain by.
+        """
         measures = measure_target(
             self.rollout, self.scores, self.log_z, replicas=len(self.log_prob)
         )
+        measures["entropy_se"] = self._surprise_error(torch.zeros_like(self._excess))
+        even = measures["entropy_per_token"] * self.rollout.lengths  # a sample's share
+        measures["entropy_per_token_se"] = self._surprise_error(even) / measures["length"]
         known = torch.where(self._mean.use, self.log_z, 0.0).sum() / self._mean.use.sum()
         return measures | {"log_z": known, "log_z_se": self.log_z_se}
+
+    def _surprise_error(self, less: Tensor) -> Tensor:
+        """The standard error of the mean under p of -log p(x) ``less`` a number for each sample."""
+        ratio = torch.where(self._has_target, self._excess + 1, 0.0)
+        surprise = self.log_z[self._prompt] - self.scores.log_score - less
+
+        def terms(z: float) -> Tensor:
+            return torch.where(ratio > 0, ratio * math.exp(-z) * (surprise + z), 0.0)
+
+        return self._mean(with_plug_ins(terms, [self._excess], self._mean, self._prompt))[1]
 
     def _divergence(self, log_pi: Tensor, divergence: Divergence) -> tuple[Tensor, Tensor]:
         def terms(z: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -17,6 +18,7 @@ from fdpg_fast.targets import Base, Target
 DOG = contains("dog", name="dog")
 WHICH = tuple(map(Divergence.parse, ("kl", "reverse_kl", "tv", "js", "alpha(0.5)")))
 PROMPTS, RUNS, DRAWS = 2, 150, 200
+LENGTHS = torch.tensor([len(text.split()) for text in TEXTS]).double()
 
 
 class Setting:
@@ -111,6 +113,28 @@ def test_what_the_target_is_itself(setting: Setting, pools: list[Pool]) -> None:
         assert values == pytest.approx([1.0] * RUNS)
     else:
         assert_right(values, [one[f"moment_se: {name}"].item() for one in targets], exact)
+
+
+@pytest.mark.parametrize("name", ["entropy", "entropy_per_token"])
+def test_the_targets_entropy_is_as_uncertain_as_its_normaliser(
+    setting: Setting, pools: list[Pool], name: str
+) -> None:
+    """-log p has log Z in it, which comes from the same samples: errors may add up, or cancel."""
+    targets = [of_lengths(pool).target() for pool in pools]
+    surprise = torch.where(setting.p > 0, -setting.p.log(), 0.0)
+    exact = (setting.p * surprise).sum(1).mean().item()
+    if name == "entropy_per_token":
+        exact /= (setting.p @ LENGTHS).mean().item()
+    values, errors = ([one[k].item() for one in targets] for k in (name, f"{name}_se"))
+    assert_right(values, errors, exact)
+
+
+def of_lengths(pool: Pool) -> Pool:
+    """The same of texts that are longer than a token."""
+    rollouts = [
+        dataclasses.replace(r, lengths=LENGTHS.long()[r.tokens[:, 1]]) for r in pool.rollouts
+    ]
+    return Pool(rollouts, pool.of_rollouts, pool.log_prob)
 
 
 def test_a_collapsed_model_does_not_see_what_it_misses() -> None:
