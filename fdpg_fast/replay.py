@@ -12,7 +12,8 @@ done: where less is free, or what is free does not do after all, steps go on as 
 warning. Each draw records anew, for a recording may name weights as autocast has rounded them for
 one draw. On a CPU, where it names none but those whose memory the next draw rounds them into again
 (ops/matmul.py), a draw from the same model into the same memory goes on with what the last has
-recorded, once a step of its own has come to the same as one that is replayed.
+recorded, once a step of its own, of more than one key, has come to the same as one that is
+replayed.
 
 The steps of families without a slot cache are not recorded, nor on a CPU those of compiled models
 and of short draws.
@@ -133,7 +134,8 @@ class Replays:
         self.recordings = recordings
         self.ready = False  # whether this draw has made what must outlive it, once for all shapes
         self.verifies = recorder.verifies and not warm
-        # The weights have changed since, and perhaps how they are used: one step tells.
+        # The weights have changed since, and perhaps how they are used: one step tells, but for
+        # one of a single key, where all that attention could do comes to the same.
         self.doubtful = bool(recordings)
         self.unverified: set[int] = set()
         if not warm:  # another model may do better
@@ -151,11 +153,12 @@ class Replays:
 
     def __call__(self, reach: int) -> None:
         recorder = self.recorder
+        untold = self.doubtful and reach == 1  # a replay might leave other keys than its own behind
         reach = rounded_reach(reach, recorder.device)
-        shape = len(self.memory[0]), reach
-        if (replay := self.replays.get(reach)) is not None:
+        shape, replay = (len(self.memory[0]), reach), self.replays.get(reach)
+        if replay is not None and not untold:
             self._again(reach, replay)
-        elif (self.ready or shape in recorder.taken) and not self.refused:
+        elif (self.ready or shape in recorder.taken) and not self.refused and not untold:
             self._record(reach, recorder.taken.get(shape, 0))
         else:
             recorder.usual(functools.partial(self.step, reach), shape)

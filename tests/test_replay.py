@@ -323,6 +323,34 @@ def test_recordings_serve_an_adapter_while_it_learns_and_not_without_it(
     assert not recorded
 
 
+@pytest.mark.parametrize("change", ["a scale", "keys"])
+def test_a_change_that_a_single_key_does_not_show_is_found(
+    change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As an adapter on queries and keys that is switched off, where prompts are of one token. And
+    what the first step of a draw has stored is not what an earlier one would have."""
+    model = language_model("llama")
+
+    def draw(sampler: Sampler) -> Rollout:
+        return sampler.draw(model, batch([7], [9]), 4, key=7)
+
+    sampler = Sampler(LONG, batch_size=8)
+    draw(sampler)
+    for layer in model.model.model.layers:
+        if change == "a scale":
+            layer.self_attn.scaling *= 3.0
+        else:
+            layer.self_attn.k_proj.register_forward_hook(lambda module, args, out: out * 3.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler_module, "_can_be_replayed", lambda decoder, steps: False)
+        expected = draw(Sampler(LONG, batch_size=8))
+    recorded = recorded_by(monkeypatch)
+    for again in (True, False):
+        recorded.clear()
+        assert_equal(draw(sampler), expected)
+        assert bool(recorded) == again
+
+
 @pytest.mark.parametrize("how", ["counts its calls", "bypasses the dispatcher"])
 def test_a_step_that_cannot_be_replayed_is_found_out(
     how: str, monkeypatch: pytest.MonkeyPatch
