@@ -25,9 +25,8 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 import transformers
@@ -47,26 +46,32 @@ from fdpg_fast.attention import (
 from fdpg_fast.layers import choose_layers
 from fdpg_fast.ops.linear_head import project
 from fdpg_fast.ops.matmul import (
-    gpu_has_bf16,
-    has_16_bit_products,
     rounded_products,
     rounding_once,
 )
 from fdpg_fast.packing import Packing, announced
+from fdpg_fast.pretrained import (
+    EMBEDDED,
+    MADE_BY,
+    Compute,
+    ModelError,
+    checkpoint_activations,
+    compute_of,
+    context_length,
+    device_of,
+    embedded_model,
+    eos_ids_of,
+    expect_no_mask,
+    first_line,
+    no_progress_bar,
+    remove_dropout,
+    rope_limit,
+    why_not_loaded,
+)
 from fdpg_fast.rollout import Rollout
 
 __all__ = ["Head", "LanguageModel", "MicroBatch", "ModelError", "difference"]
 
-Compute = Literal["auto", "fp32", "bf16", "fp16"]
-
-# Models inside the package: name -> folder of assets/.
-EMBEDDED = {"default": "model", "embedded:arithmetic": "arithmetic"}
-
-# Most tokens that a model can read, if nothing in it says how many.
-UNLIMITED = 1 << 30
-
-# Who made a saved model, in its generation config: the ids there that end a sample are all.
-MADE_BY = "fdpg_fast"
 
 # Tokens in one forward pass, padding included, without and with a gradient to keep activations for.
 SCORE_TOKENS = 8192
@@ -87,10 +92,6 @@ PACKING_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 # Where layers see a window only, if it is no longer than this, the self-test decodes so many tokens
 # past it: four forward passes of one text at load.
 LONGEST_WINDOW, BEYOND = {"cpu": 1024, "cuda": 4096}, 8
-
-
-class ModelError(RuntimeError):
-    """A model that cannot be loaded or used; the message names it and the way out."""
 
 
 @dataclass(frozen=True)
@@ -170,18 +171,18 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.trust_remote_code = False
         self.name = name or type(model).__name__
-        self.device = _device(device)
-        self.compute = _compute(compute, self.device)
+        self.device = device_of(device)
+        self.compute = compute_of(compute, self.device)
         self.model: Any = model.to(device=self.device, dtype=torch.float32).eval()
-        _remove_dropout(self.model)
-        _expect_no_mask(self.model)
+        remove_dropout(self.model)
+        expect_no_mask(self.model)
         choose_layers(self.model, self.device)
 
         config = self.model.config.get_text_config(decoder=True)
         self.layers: int = config.num_hidden_layers
         self.vocab_size: int = config.vocab_size
-        self.context_length = _context_length(config, tokenizer)
-        if (limit := _rope_limit(config)) is not None and limit < self.context_length:
+        self.context_length = context_length(config, tokenizer)
+        if (limit := rope_limit(config)) is not None and limit < self.context_length:
             warnings.warn(
                 f"{self.name}: reads up to {limit} tokens here, not {self.context_length}: a text "
                 "longer than that changes the rotary positions (longrope) of all in its batch, so "
@@ -191,7 +192,7 @@ class LanguageModel:
             )
             self.context_length = limit
         if eos_ids is None:
-            eos_ids = _eos_ids(self.model, tokenizer, self.vocab_size)
+            eos_ids = eos_ids_of(self.model, tokenizer, self.vocab_size)
         self.eos_ids = eos_ids
         self._replace_generation_config()
 
@@ -204,7 +205,7 @@ class LanguageModel:
         self._packed: dict[int, Tensor] = {}  # memory of `unchanging`
         self.activation_checkpointing = activation_checkpointing
         if activation_checkpointing:
-            _checkpoint_activations(self.model)
+            checkpoint_activations(self.model)
         self._stock_attention: str = self.model.config._attn_implementation
         self.attention = self._stock_attention
         self.packs, self._packed_kernel = False, ""
@@ -248,7 +249,7 @@ class LanguageModel:
             raise ModelError(
                 f"model {name!r}: not in the package, which has {', '.join(EMBEDDED)}."
             )
-        source = adapter = _embedded_model(EMBEDDED[name]) if name in EMBEDDED else name
+        source = adapter = embedded_model(EMBEDDED[name]) if name in EMBEDDED else name
         # No hub name looks like this, so do not wait a minute for the network to say so.
         is_path = source.startswith((".", "/", "~")) or source.count("/") > 1
         if is_path and not Path(source).is_dir():
@@ -256,7 +257,7 @@ class LanguageModel:
                 f"model {name!r}: no such folder. Check the path; if a run's model has moved, "
                 "say where to in its config.yaml."
             )
-        with _no_progress_bar():
+        with no_progress_bar():
             try:
                 source = adapters.base_of(source) or source
                 kind = _kind(
@@ -274,7 +275,7 @@ class LanguageModel:
                 raise
             except Exception as error:  # a checkpoint can be wrong in any way
                 wanted = name if source == adapter else source
-                raise ModelError(_why_not_loaded(wanted, error)) from error
+                raise ModelError(why_not_loaded(wanted, error)) from error
         loaded = kind(
             model,
             tokenizer,
@@ -399,7 +400,7 @@ class LanguageModel:
         other._adapter, other.model = adapted, adapted.get_base_model().eval()
         other._logits = None
         other._packed = {}
-        _remove_dropout(other.model)
+        remove_dropout(other.model)
         choose_layers(other.model, other.device)
         head = self.model.get_output_embeddings()
         if type(other.model.get_output_embeddings()) is not type(head):
@@ -430,7 +431,7 @@ class LanguageModel:
         never merged; transformers loads it where peft is installed.
         """
         self._replace_generation_config()  # `eos_ids` may have been set since
-        with _no_progress_bar():
+        with no_progress_bar():
             if self._adapter is None:
                 self.model.save_pretrained(folder)
             else:
@@ -1030,7 +1031,7 @@ class LanguageModel:
                 error = self._packing_error()
                 problem = f"packed sequences differ from single ones by {error:.2g} nats"
             except Exception as refusal:  # of a family or a kernel; padded rows are right
-                error, problem = math.inf, _first_line(refusal)
+                error, problem = math.inf, first_line(refusal)
             if error <= PACKING_TOLERANCE[self.compute]:
                 self.packs, self.checks["packing"] = True, error
                 why = f" ({'; '.join(problems)})" if problems else ""
@@ -1048,7 +1049,7 @@ class LanguageModel:
             self.model.set_attn_implementation(name)
         except (ValueError, ImportError, KeyError) as error:
             raise ModelError(
-                f"{self.name}: cannot use attention {name!r}: {_first_line(error)}. `fdpg env` "
+                f"{self.name}: cannot use attention {name!r}: {first_line(error)}. `fdpg env` "
                 "lists what there is; 'auto' chooses."
             ) from error
         self.attention = name
@@ -1076,7 +1077,7 @@ class LanguageModel:
                     return None
                 problem = f"{family} differs by {error:.2g} nats"
             except Exception as error:  # an unknown family may fail in any way; stock is right
-                problem = f"{family} fails with {type(error).__name__}: {_first_line(error)}"
+                problem = f"{family} fails with {type(error).__name__}: {first_line(error)}"
         self._use_attention(self._stock_attention)
         return problem
 
@@ -1305,146 +1306,3 @@ def _kind(config: Any) -> type[LanguageModel]:
     from fdpg_fast.encoder_decoder import EncoderDecoderModel  # which is a LanguageModel itself
 
     return EncoderDecoderModel
-
-
-def _device(name: str | torch.device) -> torch.device:
-    if str(name) == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    expected = "device: expected auto, cpu, cuda or cuda:N"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ModelError(f"{expected}, got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ModelError(f"{expected}, got {str(name)!r}, which has no kernels of ours")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(f"device {name!r}: this torch sees no GPU. Use 'auto' or 'cpu'.")
-    if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
-        raise ModelError(f"device {str(name)!r}: expected cuda:0 to cuda:{count - 1}. Use 'auto'.")
-    if device.type == "cuda" and device.index is None:  # as tensors there say of themselves
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
-
-
-def _compute(wanted: str, device: torch.device) -> str:
-    if wanted not in get_args(Compute):
-        raise ModelError(f"compute: expected {', '.join(get_args(Compute))}, got {wanted!r}")
-    if wanted != "auto":
-        if wanted != "fp32" and device.type == "cpu" and not has_16_bit_products(wanted):
-            warnings.warn(
-                f"compute: torch has no {wanted} products for this CPU, and what it does instead "
-                "can take a hundred times as long as fp32. Use compute fp32, which is also more "
-                "exact.",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-        return wanted
-    return "bf16" if device.type == "cuda" and gpu_has_bf16(device) else "fp32"
-
-
-def _remove_dropout(model: nn.Module) -> None:
-    """Set every dropout to zero: pi(x) must be one number, the same in each pass."""
-    config = getattr(model, "config", None)
-    for part in (config, *model.modules()):
-        for name, value in list(vars(part).items()) if part is not None else []:
-            if "drop" in name and isinstance(value, float):
-                setattr(part, name, 0.0)
-        if isinstance(part, nn.modules.dropout._DropoutNd):
-            part.p = 0.0
-
-
-def _expect_no_mask(model: nn.Module) -> None:
-    """Have transformers not ask, in every forward pass, whether a text without a mask begins or
-    ends with its padding id. Here one may: as the begin-of-text token that the same id often is, or
-    as padding on the right, which causal attention never sees."""
-    for module in model.modules():
-        if hasattr(module, "warn_if_padding_and_no_attention_mask"):
-            vars(module)["warn_if_padding_and_no_attention_mask"] = _no_question
-
-
-def _no_question(input_ids: Tensor, attention_mask: Tensor | None) -> None: ...
-
-
-def _checkpoint_activations(model: Any) -> None:
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # the name since transformers 5.2x
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-
-
-def _context_length(config: Any, tokenizer: Any) -> int:
-    # T5 knows of two tokens only how far apart they are: n_positions, and the length that its
-    # tokenizer speaks of, are those that it was trained on.
-    if hasattr(config, "relative_attention_num_buckets"):
-        return UNLIMITED
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-        length = getattr(config, name, None)
-        if isinstance(length, int) and length > 0:
-            return length
-    length = getattr(tokenizer, "model_max_length", None)
-    return length if isinstance(length, int) and 0 < length < UNLIMITED else UNLIMITED
-
-
-def _rope_limit(config: Any) -> int | None:
-    """The longest text whose rotary positions do not depend on what it is batched with. Those of
-    longrope are scaled once any text is longer; of dynamic NTK as well, but that limit is
-    ``max_position_embeddings``, as of every model."""
-    rope, name = getattr(config, "rope_parameters", None) or {}, "original_max_position_embeddings"
-    each = [rope, *(own for own in rope.values() if isinstance(own, dict))]  # by kind of layer
-    long = [own for own in each if own.get("rope_type") == "longrope"]
-    return min((own.get(name) or getattr(config, name) for own in long), default=None)
-
-
-def _eos_ids(model: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:
-    """The ids that :meth:`LanguageModel.save` has written, or all that anything in the checkpoint
-    calls end-of-text. Each source may name one or many, or (a config's default) one that the
-    vocabulary does not have."""
-    generation = getattr(model, "generation_config", None)
-    saved_by_us = getattr(generation, "made_by", None) == MADE_BY
-    ids: list[int] = []
-    for source in (generation,) if saved_by_us else (generation, model.config, tokenizer):
-        named = getattr(source, "eos_token_id", None)
-        ids += named if isinstance(named, (list, tuple)) else [named] if named is not None else []
-    return tuple(dict.fromkeys(i for i in ids if 0 <= i < vocab_size))
-
-
-def _embedded_model(folder: str) -> str:
-    path = Path(str(resources.files("fdpg_fast"))) / "assets" / folder
-    if not (path / "config.json").is_file():
-        raise ModelError(
-            f"the embedded model is missing from {path}: the installation is incomplete. "
-            "Install again, or name a model."
-        )
-    return str(path)
-
-
-def _why_not_loaded(name: str, error: Exception) -> str:
-    if Path(name).is_dir():
-        remedy = "Is it a folder that save_pretrained wrote, with config, weights and tokenizer?"
-        if "trust_remote_code" in str(error):
-            remedy = "Set trust_remote_code if you trust the Python code it brings."
-        return f"model {name!r}: cannot be loaded: {_first_line(error)}. {remedy}"
-    return (
-        f"model {name!r}: no such folder here, and as a Hugging Face name it cannot be loaded: "
-        f"{_first_line(error)}. Check the spelling; without a network give a local folder, set "
-        "HF_HOME to a cache that has it, or leave the name empty for the embedded story model."
-    )
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0].rstrip(".") if text else type(error).__name__
-
-
-@contextlib.contextmanager
-def _no_progress_bar() -> Iterator[None]:
-    """Of transformers, for reading or writing a file."""
-    log = transformers.utils.logging
-    shown = log.is_progress_bar_enabled()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            log.enable_progress_bar()

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 
-from fdpg_fast.models import Compute, LanguageModel
+from fdpg_fast.models import LanguageModel
+from fdpg_fast.pretrained import Compute
 from fdpg_fast.rollout import PromptBatch, Rollout
 
 VOCAB = 61  # prime: nothing is aligned by luck

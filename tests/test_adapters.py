@@ -20,7 +20,8 @@ from fdpg_fast import trainer as training
 from fdpg_fast.adapters import AdapterError
 from fdpg_fast.cli import main
 from fdpg_fast.config import ConfigError
-from fdpg_fast.models import Compute, LanguageModel
+from fdpg_fast.models import LanguageModel
+from fdpg_fast.pretrained import Compute
 from fdpg_fast.progress import SilentDisplay
 from fdpg_fast.rollout import Rollout
 from fdpg_fast.run_directory import RunDirectory, RunDirectoryError

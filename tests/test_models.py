@@ -27,7 +27,7 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from fdpg_fast import environment, models, ops
+from fdpg_fast import environment, models, ops, pretrained
 from fdpg_fast._build import load
 from fdpg_fast.attention import SLOT, SLOT_MASKED, attention_report
 from fdpg_fast.models import Head, LanguageModel, ModelError
@@ -102,11 +102,11 @@ def test_half_compute_keeps_log_probs_in_fp32(compute: str, least: float, most: 
 def test_compute_that_is_slow_here_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     assert matmul.has_16_bit_products("bf16") or not load().has_packed_products()
     for fast, compute in ((False, "fp32"), (False, "auto"), (True, "bf16")):
-        monkeypatch.setattr(models, "has_16_bit_products", lambda _, fast=fast: fast)
+        monkeypatch.setattr(pretrained, "has_16_bit_products", lambda _, fast=fast: fast)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             language_model("llama", compute=compute)
-    monkeypatch.setattr(models, "has_16_bit_products", lambda compute: compute == "bf16")
+    monkeypatch.setattr(pretrained, "has_16_bit_products", lambda compute: compute == "bf16")
     with pytest.warns(RuntimeWarning, match="torch has no fp16 products for this CPU.*Use.* fp32"):
         language_model("llama", compute="fp16")
 
@@ -178,7 +178,7 @@ def test_auto_compute_is_bf16_on_a_gpu_that_has_it(
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
     monkeypatch.setattr(environment, "attention_report", lambda: [])
-    assert models._compute("auto", torch.device("cuda", 0)) == compute
+    assert pretrained.compute_of("auto", torch.device("cuda", 0)) == compute
     said = "used" if compute == "bf16" else "not used: it has none"
     assert dict(environment.describe())["cuda:0"] == f"a GPU; bf16 {said}"
 
