@@ -81,7 +81,7 @@ class Texts(Sequence[str]):
     __hash__ = None  # type: ignore[assignment]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)  # not number by number
 class Rollout:
     """Samples x ~ q, grouped by prompt, with what q said of them.
 
@@ -119,6 +119,10 @@ class Rollout:
 
     def __len__(self) -> int:
         return self.tokens.shape[0]
+
+    def __repr__(self) -> str:
+        count, longest = len(self.prompts), self.token_logprob.shape[1]
+        return f"Rollout({len(self)} samples of {count} prompts, up to {longest} tokens)"
 
     @property
     def finished(self) -> Tensor:

@@ -788,11 +788,14 @@ def _load_classifier(
     """The function over texts, the label's own name, whether there is a single raw output."""
     import transformers  # heavy, and needed by this scorer only
 
+    from fdpg_fast.pretrained import no_progress_bar
+
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            name_or_path, dtype=torch.float32
-        )
+        with no_progress_bar():
+            tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_path)
+            model = transformers.AutoModelForSequenceClassification.from_pretrained(
+                name_or_path, dtype=torch.float32
+            )
     except (OSError, ValueError) as error:
         first_line = (str(error).splitlines() or [""])[0]
         raise ScorerError(

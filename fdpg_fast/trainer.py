@@ -84,7 +84,7 @@ class Trainer:
         stop: ends samples early: given the text sampled so far, is it whole? ``FILE.py:FUNCTION``
             is a setting like others. A Python function the run's folder cannot hold: give it again
             to go on; ``fdpg sample`` and ``fdpg evaluate`` will refuse, and say the way out.
-        config: every setting at once, in place of the keywords.
+        config: every setting at once; a keyword goes before what it says.
         settings: any key of :class:`Config` without its part: ``steps=100, learning_rate=1e-5``.
 
     Raises:

@@ -379,6 +379,8 @@ def test_a_yaml_file_with_a_python_scorer_beside_it(model: Path, tmp_path: Path)
         (["train", "dog", "--out", "x", "--prompts.source", "no.txt"], "cannot read no.txt"),
         (["sweep", "dog", "--out", "x", "--objective.divergence", "kl"], "Way out: --divergences"),
         (["sweep", "dog", "--out", "x", "--objective.divergence=kl"], "Way out: --divergences"),
+        (["train", "dog", "--out", ""], "--out: expected a folder, got an empty name"),
+        (["sample", ""], "DIR: expected a folder, got an empty name"),
         (["sample", "nowhere"], "no folder nowhere"),
         (["sample", "nowhere", "-n", "0"], "-n"),
         (["evaluate", "nowhere"], "no folder nowhere"),

@@ -33,6 +33,14 @@ def test_select_keeps_prompts_and_order() -> None:
     )
 
 
+def test_a_rollout_is_itself_and_says_what_it_holds_in_a_line() -> None:
+    model, sampler = language_model("gpt2"), Sampler(8)
+    one, same = (sampler.draw(model, batch([7, 3], [9]), 5, key=0) for _ in range(2))
+    assert one in [same, one]
+    assert one != same
+    assert repr(one) == "Rollout(10 samples of 2 prompts, up to 8 tokens)"
+
+
 def test_what_is_looked_at_is_of_all_prompts() -> None:
     rollout = Sampler(1).draw(language_model("gpt2"), batch([7], [9], [3], [5]), 5, key=0)
     for count, expected in ((2, "7 3"), (4, "7 9 3 5"), (0, "")):

@@ -485,6 +485,11 @@ def folder(tmp_path_factory):
 TEXTS = ("good dog", "bad", "a good good a bad dog", "", "good " * 100)
 
 
+def test_classifier_loads_in_silence(folder, capfd):
+    classifier(str(folder), 0)(["a b"])
+    assert capfd.readouterr() == ("", "")
+
+
 def test_classifier_gives_label_probabilities(folder):
     each = [classifier(str(folder), label, batch_size=2) for label in range(3)]
     assert [s.name for s in each] == ["P(NEGATIVE)", "P(neutral)", "P(POSITIVE)"]
