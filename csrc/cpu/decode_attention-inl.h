@@ -9,10 +9,11 @@
 // keys, and for one query per row spends its time on tiling: on a model of 16 heads of 8 it was
 // half of a decoding step.
 //
-// A sequence's result depends on nothing but its own query and live keys.
+// A sequence's result depends on nothing but its own query, live keys and bias.
 #pragma once
 
 #include <cstdint>
+#include <limits>
 
 #include "fdpg/types.h"  // load, store
 #include "logits-inl.h"  // tanh
@@ -53,10 +54,13 @@ class DecodeAttention {
       }
       for (int64_t e = 0; e < p.value_size; e += S::kLanes) S::store(out_[g] + e, S::broadcast(0));
       const int64_t h = head + g * group.head;
-      // A sink is a term of the normaliser with no value.
-      most_[g] =
-          p.sinks ? static_cast<const Real*>(p.sinks)[h] : -static_cast<Real>(__builtin_inff());
-      sum_[g] = p.sinks ? 1 : 0;
+      // A sink is a term of the normaliser with no value. The largest score starts as the least
+      // number, of which minus infinity may be subtracted: keys with that score weigh nothing.
+      constexpr Real kNone = -static_cast<Real>(__builtin_inff());
+      constexpr Real kLeast = std::numeric_limits<Real>::lowest();
+      const Real sink = p.sinks ? static_cast<const Real*>(p.sinks)[h] : kNone;
+      most_[g] = sink < kLeast ? kLeast : sink;
+      sum_[g] = sink == kNone ? 0 : 1;
       bias_[g] =
           p.bias ? static_cast<const Real*>(p.bias) + h * p.bias_stride + p.tokens - end : nullptr;
     }
@@ -242,10 +246,11 @@ struct Item {
         first(p.begin ? p.begin[sequence] : 0),
         last(p.end[sequence]),
         bad(first < 0 || first > last || last > p.tokens || row < 0 || row >= p.cache_rows),
-        keys(static_cast<const T*>(p.keys) + (bad ? 0 : row) * p.key_stride[0] +
-             head * p.key_stride[1]),
-        values(static_cast<const T*>(p.values) + (bad ? 0 : row) * p.value_stride[0] +
-               head * p.value_stride[1]) {}
+        keys(bad ? nullptr
+                 : static_cast<const T*>(p.keys) + row * p.key_stride[0] + head * p.key_stride[1]),
+        values(bad ? nullptr
+                   : static_cast<const T*>(p.values) + row * p.value_stride[0] +
+                         head * p.value_stride[1]) {}
 
   FDPG_ALWAYS_INLINE bool reads_the_same(const Item& other) const {
     return row == other.row && head == other.head && first == other.first && last == other.last;

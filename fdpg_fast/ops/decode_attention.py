@@ -35,9 +35,8 @@ def cache_append_(
         RuntimeError: a shape, dtype, device, stride or position that does not fit, or a gradient
             is asked for.
     """
-    if torch.is_grad_enabled():
-        states = {"keys": keys, "values": values, "new_keys": new_keys, "new_values": new_values}
-        refuse_gradient("cache_append_", "Use torch.cat, or torch.no_grad()", **states)
+    states = {"keys": keys, "values": values, "new_keys": new_keys, "new_values": new_values}
+    refuse_gradient("cache_append_", "Use torch.cat, or torch.no_grad()", **states)
     _APPEND_OP(keys, values, new_keys, new_values, position)
 
 
@@ -71,8 +70,8 @@ def decode_attention(
             tokens is ``begin = end - W``. An empty span gives zeros; one that cannot be, NaN on a
             CUDA device.
         rows: ``[B]`` int64 in [0, R): which row of the cache each sequence reads, as samples of one
-            prompt may share its keys; neighbours that share one are fastest. Without, R is B, and
-            sequence b reads row b. One that cannot be is as such a span.
+            prompt may share its keys; on a CPU neighbours that share one are fastest. Without, R is
+            B, and sequence b reads row b. One out of range gives NaN on a CUDA device.
         bias: ``[H, T]``, added to scores by how far a key is from the last one, which has column
             T - 1 (T5).
         scale: ``D ** -0.5`` by default.
@@ -86,10 +85,9 @@ def decode_attention(
         RuntimeError: a shape, dtype, device, stride, span or row that does not fit, or a gradient
             is asked for.
     """
-    if torch.is_grad_enabled():
-        instead = "Use torch's scaled_dot_product_attention, or torch.no_grad()"
-        states = {"query": query, "keys": keys, "values": values, "bias": bias, "sinks": sinks}
-        refuse_gradient("decode_attention", instead, **states)
+    instead = "Use torch's scaled_dot_product_attention, or torch.no_grad()"
+    states = {"query": query, "keys": keys, "values": values, "bias": bias, "sinks": sinks}
+    refuse_gradient("decode_attention", instead, **states)
     of_sums = torch.float64 if query.dtype == torch.float64 else torch.float32
     if bias is not None:
         bias = bias.to(of_sums).contiguous()

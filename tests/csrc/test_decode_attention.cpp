@@ -110,7 +110,7 @@ void test_against_long_double(const std::string& isa) {
        {Shape{1, 1, 1, 1, 1, 1, 0, false}, Shape{6, 4, 2, 37, 8, 8, 0, false},
         Shape{3, 20, 2, 300, 17, 33, 0, true}, Shape{4, 3, 3, 257, 64, 16, 2, true},
         Shape{2, 2, 1, 129, 40, 128, 0.5, false}, Shape{50, 2, 2, 140, 16, 24, 0, true, 3, true},
-        Shape{40, 4, 2, 33, 8, 8, 0, false, 4, false},
+        Shape{40, 2, 2, 33, 8, 8, 2, false, 3, true}, Shape{40, 4, 2, 33, 8, 8, 0, false, 4, false},
         Shape{3, 6, 2, 300, 8, 8, 2, true, 0, true}}) {
     for_each_dtype([&](Dtype dtype, auto tag) {
       using T = decltype(tag);
@@ -154,12 +154,40 @@ void test_reports_the_first_row_that_is_none(const std::string&) {
   }
 }
 
+void test_the_first_is_named_whatever_the_order(const std::string&) {
+  Problem<float> problem({4, 2, 2, 5, 8, 4, 0, false, 2});
+  problem.begin = {0, 0, 0, 0};
+  problem.end = {9, 5, 5, 9};
+  CHECK(cpu::decode_attention(problem.params(Dtype::kFloat32), 3, 8) == 0);
+}
+
+// Of the first keys, and of all.
+void test_keys_of_minus_infinity_weigh_nothing(const std::string&) {
+  for (const bool sinks : {false, true}) {
+    Problem<float> problem({1, 1, 1, 300, 8, 8, 0, sinks, 0, true});
+    problem.begin = {0};
+    problem.end = {300};
+    for (float& x : problem.keys) x = 0;
+    for (float& x : problem.values) x = 2;
+    problem.sinks[0] = -std::numeric_limits<float>::infinity();
+    for (int t = 0; t < 300; ++t) {
+      problem.bias[t] = t < 200 ? -std::numeric_limits<float>::infinity() : 0;
+    }
+    CHECK(cpu::decode_attention(problem.params(Dtype::kFloat32), 0, 1) == kOk);
+    for (const float x : problem.out) CHECK(std::fabs(x - 2) < 1e-6f);
+    for (float& x : problem.bias) x = -std::numeric_limits<float>::infinity();
+    CHECK(cpu::decode_attention(problem.params(Dtype::kFloat32), 0, 1) == kOk);
+    for (const float x : problem.out) CHECK(std::isnan(x));
+  }
+}
+
 // Whether it is taken with others depends on what else there is.
 void test_sharing_a_row_changes_no_bit(const std::string&) {
   Problem<float> problem({40, 2, 2, 150, 17, 24, 0, true, 3, true});
   const auto p = problem.params(Dtype::kFloat32);
   CHECK(cpu::decode_attention(p, 0, 80) == kOk);
   const std::vector<float> together = problem.out;
+  std::fill(problem.out.begin(), problem.out.end(), -7.0f);
   for (int i = 0; i < 80; ++i) CHECK(cpu::decode_attention(p, i, i + 1) == kOk);
   CHECK(problem.out == together);
 }
@@ -201,6 +229,8 @@ int main() {
   for_each_isa(test_against_long_double);
   for_each_isa(test_reports_the_first_bad_span_and_does_the_rest);
   for_each_isa(test_reports_the_first_row_that_is_none);
+  for_each_isa(test_the_first_is_named_whatever_the_order);
+  for_each_isa(test_keys_of_minus_infinity_weigh_nothing);
   for_each_isa(test_sharing_a_row_changes_no_bit);
   for_each_isa(test_a_range_touches_only_its_items);
   return test_result();

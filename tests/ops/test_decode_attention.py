@@ -140,6 +140,32 @@ def test_a_bias_counts_from_the_last_key() -> None:
     assert torch.equal(ops.decode_attention(x.query, *room, x.end, bias=bias), whole)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_a_bias_of_minus_infinity_hides_keys(dtype: torch.dtype, cpu_isa: str) -> None:
+    """More of them than are read at a time."""
+    x = make(Case(3, 2, 2, 300, 16, 8)).to(dtype)
+    x = x._replace(end=torch.tensor([300, 280, 299]))
+    keys, values = (t.nan_to_num() for t in x[1:3])
+    bias = torch.zeros(2, 300)
+    bias[:, :200] = -math.inf
+    got = ops.decode_attention(x.query, keys, values, x.end, bias=bias)
+    expected = ops.decode_attention(x.query, keys, values, x.end, begin=x.end - 100)
+    torch.testing.assert_close(got, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_nothing_is_no_error() -> None:
+    for b, h, r, t in ((0, 2, 3, 5), (2, 0, 3, 5), (2, 2, 3, 0), (0, 2, 0, 5)):
+        cache = torch.zeros(r, max(h, 1), t, 8)
+        rows, end = torch.zeros(b, dtype=torch.int64), torch.zeros(b, dtype=torch.int64)
+        query, bias = torch.ones(b, h, 8), torch.ones(h, t)
+        out = ops.decode_attention(query, cache, cache, end, rows=rows, bias=bias)
+        assert out.shape == (b, h, 8)
+        assert not out.any()
+    cache, end = torch.zeros(0, 2, 5, 8), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match=r"`rows` must be in \[0, 0\), got 0 at sequence 0"):
+        ops.decode_attention(torch.ones(2, 2, 8), cache, cache, end, rows=end)
+
+
 def test_slices_and_transposes_of_a_cache() -> None:
     x = make(Case(3, 4, 2, 9, 8, 8))
     whole = ops.decode_attention(*x[:4])

@@ -43,7 +43,7 @@ struct Problem {
         keys(s.cache_rows() * s.key_heads * s.tokens * (s.size + s.room), s.offset),
         values(s.cache_rows() * s.key_heads * s.tokens * (s.value_size + s.room), s.offset),
         out(s.sequences * s.heads * s.value_size),
-        bias(s.heads * s.tokens),
+        bias(s.heads * bias_stride()),
         sinks(s.heads) {
     std::mt19937 engine(7);
     std::normal_distribution<double> normal(0, 1.2);
@@ -59,7 +59,7 @@ struct Problem {
     // By how far a key is from the last one, whatever room there is for tokens.
     for (int64_t h = 0; h < s.heads; ++h) {
       for (int64_t t = s.tokens; t-- > 0;) {
-        bias[h * s.tokens + t] = static_cast<float>((h + 3 * (s.tokens - t)) % 17) / 4;
+        bias[h * bias_stride() + t] = static_cast<float>((h + 3 * (s.tokens - t)) % 17) / 4;
       }
     }
     for (int64_t row = 0; row < s.cache_rows() * s.key_heads; ++row) {
@@ -93,7 +93,13 @@ struct Problem {
     }
   }
 
-  DecodeAttentionParams params(Dtype dtype) { return params_of(*this, dtype, 0, s.room); }
+  int64_t bias_stride() const { return s.tokens + 3; }
+
+  DecodeAttentionParams params(Dtype dtype) {
+    DecodeAttentionParams p = params_of(*this, dtype, 0, s.room);
+    p.bias_stride = bias_stride();
+    return p;
+  }
 
   std::vector<T> on_cpu(Dtype dtype) {
     CHECK(cpu::decode_attention(params(dtype), 0, s.sequences * s.key_heads) == kOk);
@@ -127,6 +133,9 @@ void check(Dtype dtype, const Placed& shape) {
   const std::vector<T> expected = problem.on_cpu(dtype);
   problem.forbid(problem.keys, shape.size);
   problem.forbid(problem.values, shape.value_size);
+  for (int64_t h = 0; h < shape.heads; ++h) {
+    problem.bias.forbid(h * problem.bias_stride() + shape.tokens, 3);
+  }
   std::vector<T> first;
   for_each_schedule([&](int schedule) {
     const std::vector<T> got = problem.on_device(dtype);
