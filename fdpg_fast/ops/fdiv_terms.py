@@ -51,9 +51,8 @@ def fdiv_terms(
         TypeError: ``divergence`` is none, but its name, say.
     """
     require_parsed("fdiv_terms", "divergence", Divergence, divergence)
-    if torch.is_grad_enabled():
-        logs = {"log_pi": log_pi, "log_q": log_q, "log_score": log_score, "log_z": log_z}
-        refuse_gradient("fdiv_terms", "Weigh log-probs by fdiv_weights, or .detach() it", **logs)
+    logs = {"log_pi": log_pi, "log_q": log_q, "log_score": log_score, "log_z": log_z}
+    refuse_gradient("fdiv_terms", "Weigh log-probs by fdiv_weights, or .detach() it", **logs)
     if divergence.is_custom:
         return custom_divergence.terms(log_pi, log_q, log_score, log_z, prompt, divergence)
     result: Tensor = _OP(

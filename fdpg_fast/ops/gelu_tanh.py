@@ -29,8 +29,7 @@ def gelu_tanh(x: Tensor) -> Tensor:
     Raises:
         RuntimeError: a dtype that does not fit, or a gradient is asked for.
     """
-    if torch.is_grad_enabled():
-        refuse_gradient("gelu_tanh", "Use torch.nn.functional.gelu, or torch.no_grad()", x=x)
+    refuse_gradient("gelu_tanh", "Use torch.nn.functional.gelu, or torch.no_grad()", x=x)
     result: Tensor = _OP(x)
     return result
 

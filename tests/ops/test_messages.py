@@ -495,21 +495,26 @@ FORWARD: dict[str, Callable[[Tensor], Any]] = {
     "sequence_logprob": lambda x: ops.sequence_logprob(x, ids(1, 2, 3)),
     "fdiv_terms": lambda x: terms(log_pi=x.flatten()[:B]),
     "gelu_tanh": ops.gelu_tanh,
+    "decode_attention": lambda x: ops.decode_attention(x[None], *CACHE, ids(2)),
+    "cache_append_": lambda x: ops.cache_append_(*CACHE, *2 * [x[None, :, None]], ids(0)),
 }
+CACHE = torch.ones(2, 1, N, 2, V, dtype=F64)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # of torch.func.jvp itself
 @pytest.mark.parametrize("op", FORWARD)
-def test_forward_mode_is_refused(op: str) -> None:
-    """Torch would take the result for a constant, and its derivative for zero."""
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_refused(op: str, grad: bool) -> None:
+    """Torch would take the result for a constant, and its derivative for zero, in no_grad, too."""
     x = torch.randn(N, V, dtype=F64)
     message = f"{op}: .* has no forward-mode derivative"
-    with pytest.raises(NotImplementedError, match=message):
-        torch.func.jvp(FORWARD[op], (x,), (x,))
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
-        FORWARD[op](forward_ad.make_dual(x, x))
-    with forward_ad.dual_level():  # of something else
-        assert torch.equal(FORWARD[op](x), FORWARD[op](x))
+    with torch.set_grad_enabled(grad):
+        with pytest.raises(NotImplementedError, match=message):
+            torch.func.jvp(FORWARD[op], (x,), (x,))
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=message):
+            FORWARD[op](forward_ad.make_dual(x, x))
+        with forward_ad.dual_level():  # of something else
+            FORWARD[op](x)
 
 
 def test_inplace_backward_twice_is_refused() -> None:
