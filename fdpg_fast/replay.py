@@ -169,6 +169,8 @@ class Replays:
         return self.recordings.setdefault(len(self.memory[0]), {})
 
     def _record(self, reach: int, takes: int) -> None:
+        if self.doubtful:  # to be compared, it would say nothing of those from before
+            self._forget()
         step = functools.partial(self.step, reach)
         try:
             self.replays[reach] = self.recorder.record(step, takes)
@@ -191,10 +193,8 @@ class Replays:
         if self._repeats(reach, replay, kept):
             self.ready |= self.recorder.every_draw
             return None
-        self.recordings.clear()
-        self.unverified.clear()
+        self._forget()
         if kept:  # by what is not of the past it may be recorded as well
-            self.verifies = self.recorder.verifies
             return None
         self.refused = self.recorder.refused = True
         self._warn(
@@ -202,6 +202,12 @@ class Replays:
             "recorded and replayed gave other tokens. Does the model keep numbers in Python?"
         )
         return None
+
+    def _forget(self) -> None:
+        """What is recorded, of this draw and before; what will be is compared."""
+        self.recordings.clear()
+        self.unverified.clear()
+        self.doubtful, self.verifies = False, self.recorder.verifies
 
     def _repeats(self, reach: int, replay: Step, kept: bool) -> bool:
         """Does a step, and whether ``replay``, ``kept`` from the last draw or not, comes to the
@@ -264,7 +270,8 @@ class CudaRecorder:
         # Two bounds: what there was at a time, perhaps before, for the peak is the user's and so is
         # not reset; and what the step was given, one after the other.
         at_a_time = after[f"{given}.peak"] - after[f"{given}.current"]
-        in_turn = after[f"{given}.allocated"] - before[f"{given}.allocated"]
+        kept = max(0, after[f"{given}.current"] - before[f"{given}.current"])  # buffers, a cache
+        in_turn = after[f"{given}.allocated"] - before[f"{given}.allocated"] - kept
         self.taken[shape] = min(at_a_time, in_turn)
         return None
 

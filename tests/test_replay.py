@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fdpg_fast import sampler as sampler_module
+from fdpg_fast.attention import REACH_STEP
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.ops.matmul import has_rounded_products
 from fdpg_fast.replay import CudaRecorder, NotRecordedError, Replays, Tape, TapeRecorder
@@ -277,6 +278,22 @@ def test_recordings_of_a_model_that_has_changed_since_are_made_anew(
         assert bool(recorded) == again
 
 
+def test_a_step_that_no_earlier_draw_has_recorded_says_nothing_of_those_that_one_has(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A draw that begins with more keys than the last has seen, and comes to as few later."""
+    model = language_model("gpt2", changes={"n_positions": 100})
+    sampler, long = Sampler(LONG, batch_size=8), [3] * (REACH_STEP["cpu"] + 1)
+    short = REACH_STEP["cpu"] + 1 - LONG  # rounded, the same memory; the last token is not read
+    sampler.draw(model, batch([5] * short, [7] * short), 8, key=7)
+    model.model.transformer.ln_f.register_forward_hook(lambda module, args, out: out * 1.5)
+    prompts = batch(long, [5] * short)
+    found = sampler.draw(model, prompts, 8, key=7)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler_module, "_can_be_replayed", lambda decoder, steps: False)
+        assert_equal(found, Sampler(LONG, batch_size=8).draw(model, prompts, 8, key=7))
+
+
 def nudge(model: LanguageModel) -> None:
     """By so little that a step's log-probs may stay what they are, to the bit."""
     with torch.no_grad():
@@ -471,13 +488,13 @@ class _Gpu:
 
 @pytest.mark.parametrize(
     ("peak", "leaves", "expected"),
-    [(0, 0, 100), (0, 1000, 100), (150, 0, 100), (5000, 0, 100), (1150, 1000, 150)],
+    [(0, 0, 100), (0, 1000, 100), (150, 0, 100), (5000, 0, 100), (1150, 1000, 100)],
     ids=["alone", "makes buffers", "after more", "after much more", "after more, makes buffers"],
 )
 def test_what_a_step_takes_is_measured_once(
     peak: int, leaves: int, expected: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """For each shape. Of a step that leaves memory after one that took more it is a bound."""
+    """For each shape, and without what the step leaves."""
     gpu = _Gpu(free=10_000, takes=100, more=leaves)
     gpu.peak = peak
     gpu.stand_in(monkeypatch)
