@@ -43,25 +43,53 @@ class RunDirectoryError(CheckpointError):
 
 
 class _Claim:
-    """That no other process trains in a folder; it ends with this object, or the process."""
+    """That no other process of this machine trains in a folder. It ends with this object, or with
+    the process: a lock of the kernel's, where the file system has such."""
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = os.open(folder, os.O_RDONLY)
+    def __init__(self, opened: int) -> None:
+        self.opened = opened
+
+    def close(self) -> None:
+        if self.opened >= 0:
+            os.close(self.opened)
+        self.opened = -1
+
+    __del__ = close
+
+    @classmethod
+    def of(cls, folder: Path) -> _Claim:
+        try:
+            claim = cls(os.open(folder, os.O_RDONLY))
+        except OSError as error:
+            raise RunDirectoryError(f"run: cannot open {folder}: {error.strerror}") from error
+        found = os.fstat(claim.opened)
+        # A second lock would shut out a process that has one, which may open its runs as often as
+        # it likes, by any name.
+        if (known := _claims.get((found.st_dev, found.st_ino))) is not None:
+            return known
         with contextlib.suppress(OSError):  # of a file system without locks
             try:
-                fcntl.flock(self._folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(claim.opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise RunDirectoryError(
                     f"run: another process is training in {folder}. Way out: wait for its end or "
                     "stop it, or another --out"
                 ) from None
+        _claims[found.st_dev, found.st_ino] = claim
+        return claim
 
-    def __del__(self) -> None:
-        os.close(self._folder)
+
+_claims: weakref.WeakValueDictionary[tuple[int, int], _Claim] = weakref.WeakValueDictionary()
 
 
-# A second lock would shut out a process that has one, which may open its runs as often as it likes.
-_claims: weakref.WeakValueDictionary[Path, _Claim] = weakref.WeakValueDictionary()
+def _disclaim() -> None:
+    """In a process that was forked: claims are its parent's, which they would outlive here."""
+    for claim in list(_claims.values()):
+        claim.close()
+    _claims.clear()
+
+
+os.register_at_fork(after_in_child=_disclaim)
 
 
 class RunDirectory:
@@ -136,9 +164,7 @@ class RunDirectory:
 
     def claim(self) -> None:
         """Raises RunDirectoryError if another process trains here; none can before a release."""
-        path = self.path.resolve()
-        self._claim = _claims.get(path) or _Claim(path)
-        _claims[path] = self._claim
+        self._claim = _Claim.of(self.path)
 
     def release(self) -> None:
         """Lets other processes go on with the run."""

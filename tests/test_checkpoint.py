@@ -238,3 +238,28 @@ def test_one_process_at_a_time_trains_in_a_folder(tmp_path: Path) -> None:
     assert "another process" in elsewhere()
     again.release()
     assert elsewhere() == ""
+
+
+def test_a_process_that_is_forked_has_no_claim_and_keeps_none(tmp_path: Path) -> None:
+    """As the workers of a scorer's pool."""
+    code = """
+import os, sys
+from fdpg_fast.config import Config
+from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
+run, (theirs, tell), (wait, go) = RunDirectory.create(sys.argv[1], Config()), os.pipe(), os.pipe()
+if os.fork() == 0:
+    try:
+        RunDirectory.resume(sys.argv[1], None)
+    except RunDirectoryError as error:
+        os.write(tell, str(error).encode())
+    os.read(wait, 1)
+    os._exit(0)
+said = os.read(theirs, 1000).decode()
+run.release()
+RunDirectory.resume(sys.argv[1], None)  # though the child lives
+os.write(go, b".")
+print(said)
+"""
+    words = [sys.executable, "-c", code, str(tmp_path / "run")]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert "another process is training" in done.stdout, done.stderr
