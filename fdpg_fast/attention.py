@@ -434,8 +434,8 @@ class Decoder(Protocol):
     def positions(self) -> Tensor: ...
 
     def prefill(self, prompts: Sequence[Sequence[int]], uses: Sequence[int]) -> None:
-        """Take N prompts, each of which is read once, all but its last token, and will be assigned
-        ``uses[i]`` times."""
+        """Take N prompts, each of which is read once, all but its last token unless that is an
+        encoder's, too, and will be assigned ``uses[i]`` times."""
 
     def assign(self, slots: Tensor, prompts: Tensor) -> None:
         """Put prompt ``prompts[i]`` in slot ``slots[i]``, ready for its last token."""

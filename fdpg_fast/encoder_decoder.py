@@ -320,7 +320,7 @@ class EncoderDecoderModel(LanguageModel):
         length = min(self.context_length, rounded_reach(length, self.device))
         cache = reuse.cache if isinstance(reuse, PromptDecoder) else None
         if cache is None or not (
-            (cache.slots == slots and cache.length >= length)
+            (cache.slots == slots and length <= cache.length <= self.context_length)
             and (cache.prompts.slots >= rows and cache.prompts.length >= width)
             and len(cache.layers) == self.decoder_layers
             and cache.positions.device == self.device
@@ -355,7 +355,7 @@ class EncoderDecoderModel(LanguageModel):
             self.write(tokens, _Source(state, state.new_ones(1, 1, dtype=torch.bool), None))
         finally:
             handle.remove()
-        return tables[0].flatten(0, -2)
+        return tables[0].flatten(0, -2).clone()
 
     # --- log-probs ------------------------------------------------------------------------------
 

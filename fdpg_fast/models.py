@@ -647,7 +647,7 @@ class LanguageModel:
         # Few lengths, so that prompts of another width at every step find memory that fits.
         length = min(self.context_length, rounded_reach(length, self.device))
         cache = reuse.cache if isinstance(reuse, SlotDecoder) else None
-        if cache is None or not (
+        if type(cache) is not SlotCache or not (
             cache.slots == slots
             and cache.length >= length
             and len(cache.layers) == self.layers

@@ -154,6 +154,7 @@ class Sampler:
         work = _Work(model, prompts, *of_samples, slots, reuse=written)
         decoder = work.decoder(model, reuse=before)
         warm = _continues(decoder, before)
+        before = written = None  # memory that does not fit goes before there is new
         with model.unchanging(), contextlib.ExitStack() as stack:
             if self.deterministic:
                 assert isinstance(decoder, SlotDecoder)

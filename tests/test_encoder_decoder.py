@@ -64,8 +64,8 @@ def assert_close(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("slots", [100, 6000])
 def test_samples_follow_the_law_of_the_model(slots: int) -> None:
-    """chi-squared against every sample of up to three tokens, after two prompts: also where K is no
-    divisor of the slots, so that a prompt's samples are drawn in several waves."""
+    """chi-squared against every sample of up to three tokens, after two prompts: also where slots
+    are refilled, with the prompt that they had and with the other."""
     model = language_model("t5", eos_ids=(0,), changes={"vocab": 5})
     prompts, each = batch([4, 1, 2], [3]), 3000
     rollout = Sampler(3, batch_size=slots).draw(model, prompts, each, key=11)
@@ -206,6 +206,17 @@ def test_a_sampler_keeps_memory_that_fits_and_no_prompts() -> None:
         assert not decoder.found
 
 
+def test_a_model_takes_over_memory_that_is_longer_than_what_it_can_read() -> None:
+    """And a model without an encoder none of one that has one."""
+    sampler = Sampler(40, batch_size=5)
+    for name in ("t5", "bart", "llama", "t5"):
+        changes = {"max_position_embeddings": 60} if name == "llama" else {}
+        model = language_model(name, eos_ids=EOS, changes=changes)
+        found = sampler.draw(model, PROMPTS, 4, key=1)
+        assert_same_samples(found, Sampler(40, batch_size=5).draw(model, PROMPTS, 4, key=1))
+        assert isinstance(sampler._decoder, PromptDecoder) == (name != "llama")
+
+
 def test_micro_batches_hold_every_sample_once(model: EncoderDecoderModel) -> None:
     """And no more tokens than they should, those of the prompts included, unless one sample has."""
     rollout = draw(model)
@@ -232,26 +243,36 @@ class _Questions(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
+def keys_at(decoder: PromptDecoder) -> tuple[int, int]:
+    own, prompts = decoder.cache.slot_layers[0], decoder.cache.prompts.slot_layers[0]
+    return own.keys.data_ptr(), prompts.keys.data_ptr()
+
+
 def test_a_step_asks_the_device_nothing(
     model: EncoderDecoderModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the memory of the samples is kept, within a draw and from one to the next."""
     if model.name in UNFIT:
         pytest.skip(f"transformers {TRANSFORMERS} asks when it makes a mask for {model.name}")
+    monkeypatch.setattr(sampler_module, "_can_be_replayed", lambda decoder, steps: False)
+    monkeypatch.setitem(sampler_module.LEAST_SAVED, "cpu", 0)
     sampler = Sampler(40, batch_size=7)
     sampler.draw(model, PROMPTS, 6, key=3)
-    step, places = sampler_module._Work.step, set()
+    step, decoder = sampler_module._Work.step, sampler._decoder
+    assert isinstance(decoder, PromptDecoder)
+    places, slots = {keys_at(decoder)}, set()
 
     def watched(work: Any, decoder: PromptDecoder, row: Tensor, reach: int) -> None:
         with _Questions(), monkeypatch.context() as patch:
             patch.setattr(Tensor, "tolist", None)  # dispatches nothing that the mode could see
             step(work, decoder, row, reach)
-        for cache in (decoder.cache, decoder.cache.prompts):
-            places.add(cache.slot_layers[0].keys.data_ptr())
+        places.add(keys_at(decoder))
+        slots.add(len(row))
 
     monkeypatch.setattr(sampler_module._Work, "step", watched)
     sampler.draw(model, PROMPTS, 6, key=4)
-    assert len(places) == 2
+    assert len(places) == 1
+    assert len(slots) > 1
 
 
 def test_samples_longer_than_what_memory_is_taken_at_a_time(model: EncoderDecoderModel) -> None:
@@ -320,12 +341,18 @@ def test_what_is_wrong_is_found_at_load(monkeypatch: pytest.MonkeyPatch) -> None
         language_model("t5")
 
 
+class _OfOthers(_Slots):
+    def __init__(self, rows: Tensor, lengths: Tensor) -> None:
+        super().__init__(rows.flip(0), lengths)
+
+
 @pytest.mark.parametrize(
     ("family", "wrong"),
     [
         ("t5", ("PromptCache.get_seq_length", lambda self, layer=0: 0)),
         ("bart", ("_by_slot", lambda module, args, out: out)),
-        ("bart", ("_Slots", lambda rows, lengths: _Slots(rows.flip(0), lengths))),
+        ("bart", ("_Slots", _OfOthers)),
+        ("t5", ("_Slots", _OfOthers)),
     ],
 )
 def test_what_decoding_gets_wrong_is_found_at_load(
@@ -335,7 +362,7 @@ def test_what_decoding_gets_wrong_is_found_at_load(
     right = draw(language_model(family, eos_ids=EOS))
     name, function = wrong
     monkeypatch.setattr(f"fdpg_fast.encoder_decoder.{name}", function)
-    with pytest.warns(RuntimeWarning, match="sampling without a key-value cache"):
+    with pytest.warns(RuntimeWarning, match="without a key-value cache, .* differs by"):
         model = language_model(family, eos_ids=EOS)
     for slots in (5, 64):
         assert_same_samples(draw(model, slots), right)
