@@ -319,7 +319,7 @@ class _KeysParser(_Parser):
 
     def __init__(self, command: str) -> None:
         super().__init__(prog=f"fdpg {command}", add_help=False, allow_abbrev=False)
-        self.add_argument("--out", type=_folder)
+        self.add_argument("--out", type=_path)
         self.add_argument("-h", "--help", action="store_true")
 
     def read(self, words: Sequence[str]) -> tuple[str | None, argparse.Namespace, list[str]]:
@@ -329,9 +329,9 @@ class _KeysParser(_Parser):
         return recipe, *self.parse_known_args(words[recipe is not None :])
 
 
-def _folder(name: str) -> Path:
+def _path(name: str) -> Path:
     if not name:  # as a shell makes of a variable that is not set; Path takes it for "here"
-        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+        raise argparse.ArgumentTypeError("expected a path, got an empty name")
     return Path(name)
 
 
@@ -350,7 +350,7 @@ def _parser() -> argparse.ArgumentParser:
     commands.add_parser("train", help="tune a model, as a recipe or a YAML file says")
     commands.add_parser("sweep", help="compare divergences: several runs, one report")
     part = _command(commands, "sample", sample, "draw texts from the tuned model of a run")
-    part.add_argument("folder", metavar="DIR", type=_folder)
+    part.add_argument("folder", metavar="DIR", type=_path)
     part.add_argument("-n", type=_positive, default=3, help="texts (default: 3)")
     part.add_argument(
         "--prompt",
@@ -378,14 +378,14 @@ def _parser() -> argparse.ArgumentParser:
     by.add_argument("--look", type=_positive, help=f"samples to choose beta by (default: {LOOK})")
 
     part = _command(commands, "evaluate", evaluate, "measure base and tuned model of a run")
-    part.add_argument("folder", metavar="DIR", type=_folder)
+    part.add_argument("folder", metavar="DIR", type=_path)
     part.add_argument("--samples", type=_positive, help="fresh samples (default: the run's)")
     part.add_argument("--seed", type=int, help="of the samples (default: the last one's + 1)")
 
     part = _command(commands, "report", report, "plots and samples of runs, as one HTML file")
-    part.add_argument("folders", metavar="DIR", type=_folder, nargs="+")
+    part.add_argument("folders", metavar="DIR", type=_path, nargs="+")
     part.add_argument(
-        "--to", type=Path, help="file (default: DIR/report.html, or comparison.html for several)"
+        "--to", type=_path, help="file (default: DIR/report.html, or comparison.html for several)"
     )
 
     _command(commands, "env", env, "what is installed, what is used, and why")

@@ -504,9 +504,9 @@ class _Loader(yaml.SafeLoader):
     refuses a key that is there twice, as YAML does (PyYAML alone drops the first)."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        pairs = node.value if isinstance(node, yaml.MappingNode) else ()  # else: refused below
         seen = set()
-        for key in scalars:
+        for key in (key for key, _ in pairs if isinstance(key, yaml.ScalarNode)):
             if (key.tag, key.value) in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key `{key.value}` is there twice", key.start_mark
