@@ -13,7 +13,6 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
 
 #include "fdpg/types.h"  // load, store
 #include "logits-inl.h"  // tanh
@@ -57,7 +56,7 @@ class DecodeAttention {
       // A sink is a term of the normaliser with no value. The largest score starts as the least
       // number, of which minus infinity may be subtracted: keys with that score weigh nothing.
       constexpr Real kNone = -static_cast<Real>(__builtin_inff());
-      constexpr Real kLeast = std::numeric_limits<Real>::lowest();
+      constexpr Real kLeast = sizeof(Real) == 8 ? static_cast<Real>(-__DBL_MAX__) : -__FLT_MAX__;
       const Real sink = p.sinks ? static_cast<const Real*>(p.sinks)[h] : kNone;
       most_[g] = sink < kLeast ? kLeast : sink;
       sum_[g] = sink == kNone ? 0 : 1;
