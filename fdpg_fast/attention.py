@@ -153,6 +153,11 @@ class SlotCache(Cache):
         self.slot_layers = [_SlotLayer(self) for _ in range(layers)]
         super().__init__(layers=[*self.slot_layers])
 
+    def fits(self, layers: int, slots: int, length: int, device: torch.device) -> bool:
+        """Whether it can be memory of so many slots, each of up to ``length`` tokens."""
+        of_this_size = slots == self.slots and length <= self.length
+        return of_this_size and layers == len(self.layers) and device == self.positions.device
+
     def first(self, slots: int, moved: Tensor, into: Tensor) -> SlotCache:
         """As :meth:`Decoder.first`."""
         moved, into = moved.to(self.positions.device), into.to(self.positions.device)

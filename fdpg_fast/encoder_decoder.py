@@ -320,10 +320,9 @@ class EncoderDecoderModel(LanguageModel):
         length = min(self.context_length, rounded_reach(length, self.device))
         cache = reuse.cache if isinstance(reuse, PromptDecoder) else None
         if cache is None or not (
-            (cache.slots == slots and length <= cache.length <= self.context_length)
+            cache.fits(self.decoder_layers, slots, length, self.device)
+            and cache.length <= self.context_length  # a longer one has no table of positions
             and (cache.prompts.slots >= rows and cache.prompts.length >= width)
-            and len(cache.layers) == self.decoder_layers
-            and cache.positions.device == self.device
         ):
             cache = PromptCache(self.decoder_layers, slots, length, rows, width, self.device)
         return PromptDecoder(self, cache)

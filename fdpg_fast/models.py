@@ -647,13 +647,9 @@ class LanguageModel:
         # Few lengths, so that prompts of another width at every step find memory that fits.
         length = min(self.context_length, rounded_reach(length, self.device))
         cache = reuse.cache if isinstance(reuse, SlotDecoder) else None
-        if type(cache) is not SlotCache or not (
-            cache.slots == slots
-            and cache.length >= length
-            and len(cache.layers) == self.layers
-            and cache.positions.device == self.device
-        ):
-            cache = SlotCache(self.layers, slots, length, self.device)
+        size = (self.layers, slots, length, self.device)
+        if type(cache) is not SlotCache or not cache.fits(*size):
+            cache = SlotCache(*size)
         return SlotDecoder(self, cache)
 
     # --- log-probs ------------------------------------------------------------------------------

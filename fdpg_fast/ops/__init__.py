@@ -3,9 +3,9 @@
 The kernels are C++ (``csrc/``), registered as ``torch.ops.fdpg.*`` when the compiled module loads;
 :mod:`fdpg_fast.reference` has the same functions in plain PyTorch. Call the functions here, not
 ``torch.ops.fdpg.*``: it is the wrappers of ``token_logprob`` and ``sequence_logprob`` that record a
-gradient, and those of ops without one (but ``sample_logprob``) that refuse it. What
-is checked where: shapes, dtypes, devices and ids by the op itself, which raises ``RuntimeError``
-naming the op, the argument, what was expected and what came.
+gradient, and those of ops without one (but ``sample_logprob``) that refuse it. What is checked
+where: shapes, dtypes, devices and ids by the op itself, which raises ``RuntimeError`` naming the
+op, the argument, what was expected and what came.
 
 Numbers: per-token quantities are fp32 whatever the dtype of the logits (fp64 for fp64 logits),
 per-sequence quantities fp64, everything logarithmic in nats.
