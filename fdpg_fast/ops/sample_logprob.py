@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -65,9 +65,15 @@ def sample_logprob(
 
     Raises:
         RuntimeError: a shape, dtype, device or stride that the op cannot take.
+        TypeError: a seed that is neither an int nor a tensor.
     """
     if not isinstance(seed, Tensor):
-        seed = torch.full((1,), seed, dtype=torch.int64, device=logits.device)
+        if not isinstance(seed, SupportsIndex):  # torch would drop the fraction of a float
+            raise TypeError(
+                "sample_logprob: `seed` must be an int, or a [1] int64 tensor, got "
+                f"{type(seed).__name__} {seed!r}"
+            )
+        seed = torch.full((1,), int(seed), dtype=torch.int64, device=logits.device)
     token, logp, lse, ent = _OP(
         logits.detach(), seed, sample_id, position, inv_temperature, softcap or 0.0, entropy
     )
@@ -110,7 +116,12 @@ def random_key(seed: int, step: int, stream: int = 0) -> int:
 
     Returns:
         A signed 64-bit int; the same arguments always give the same one.
+
+    Raises:
+        ValueError: ``step`` is negative.
     """
+    if step < 0:
+        raise ValueError(f"random_key: `step` must be at least 0, got {step}")
     key = 0
     for word in (seed, step, stream):
         key = _mix((key ^ (word & _MASK)) + 0x9E3779B97F4A7C15)

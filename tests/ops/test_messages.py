@@ -482,9 +482,13 @@ def test_second_derivative_is_refused(op: str) -> None:
         ),
         (lambda: fdiv(baseline="loo"), "fdiv_weights: `baseline` must be a Baseline, got 'loo'"),
         (lambda: terms(divergence="js"), "fdiv_terms: `divergence` must be a Divergence, got 'js'"),
+        (
+            lambda: ops.sample_logprob(logits(), 0.5, ids(0, 1, 2), ids(0, 0, 0)),  # type: ignore[arg-type]
+            "sample_logprob: `seed` must be an int, or a .* tensor, got float 0.5",
+        ),
     ],
 )
-def test_a_name_is_not_parsed(call: Call, message: str) -> None:
+def test_a_wrong_type_is_refused(call: Call, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         call()
 

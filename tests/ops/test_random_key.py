@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 
 from fdpg_fast import ops
@@ -40,3 +41,8 @@ def test_keys_differ_and_fit_a_tensor() -> None:
 def test_stream_is_training_unless_said() -> None:
     assert ops.random_key(5, 7) == ops.random_key(5, 7, 0)
     assert ops.random_key(5, 7) != ops.random_key(7, 5)
+
+
+def test_a_step_before_the_first_is_refused() -> None:
+    with pytest.raises(ValueError, match="random_key: `step` must be at least 0, got -1"):
+        ops.random_key(5, -1)
