@@ -141,7 +141,6 @@ def check_head(
     return max(1, -(-rows // chunks))
 
 
-@functools.cache
 def _chunk_bytes(device: torch.device) -> int:
     most = _CHUNK_BYTES.get(device.type, 256 << 20)
     if device.type != "cuda":
@@ -375,7 +374,6 @@ def project(
     return out
 
 
-@functools.cache
 def _spans(vocab: int, device_type: str) -> list[slice]:
     """The vocabulary, in stretches that matrix products are fast over, the longest first."""
     even = vocab - vocab % _GRANULE.get(device_type, 1)
