@@ -52,8 +52,9 @@ from fdpg_fast.attention import (
     slot_attention,
     span_mask,
 )
-from fdpg_fast.models import Head, LanguageModel, MicroBatch, ModelError, difference
+from fdpg_fast.models import Head, LanguageModel, MicroBatch, ModelError
 from fdpg_fast.rollout import Rollout
+from fdpg_fast.self_test import SelfTest, difference, padded
 
 __all__ = ["EncoderDecoderModel", "PromptCache", "PromptDecoder", "shared_attention"]
 
@@ -407,37 +408,47 @@ class EncoderDecoderModel(LanguageModel):
         for part in (self.model.get_encoder(), self.model.get_decoder()):
             part.set_attn_implementation(name)
 
-    def _texts(self) -> list[list[int]]:
-        return [[self.start_id, *row[1:]] for row in super()._texts()]
+    def _comparison(self) -> EncoderDecoderTest:
+        return EncoderDecoderTest(self)
 
-    def _prompts(self, rows: list[list[int]]) -> tuple[list[list[int]], Tensor]:
-        """Two prompts of unequal length for the texts of the self-test, and which has which."""
-        longest = super()._texts()[1]
+
+class EncoderDecoderTest(SelfTest):
+    """The self-test of such a model: texts are what the decoder writes of two prompts."""
+
+    model: EncoderDecoderModel
+
+    def texts(self) -> list[list[int]]:
+        return [[self.model.start_id, *row[1:]] for row in super().texts()]
+
+    def prompts(self, rows: list[list[int]]) -> tuple[list[list[int]], Tensor]:
+        """Two prompts of unequal length, and which of them each text has."""
+        longest = super().texts()[1]
         short = torch.tensor([len(row) <= len(longest) // 2 for row in rows])
         return [longest, longest[: -(-len(longest) // 3)]], short.long()
 
-    def _plain_forward(self, row: list[int]) -> Any:
-        prompts, index = self._prompts([row])
-        ids = torch.tensor([prompts[int(index)]], device=self.device)
-        written = torch.tensor([row], device=self.device)
-        return self.model(
+    def plain_forward(self, row: list[int]) -> Any:
+        prompts, index = self.prompts([row])
+        ids = torch.tensor([prompts[int(index)]], device=self.model.device)
+        return self.model.model(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
-            decoder_input_ids=written,
+            decoder_input_ids=torch.tensor([row], device=self.model.device),
             use_cache=False,
         )
 
-    def _padded_hidden(self, rows: list[list[int]]) -> Tensor:
-        prompts, index = self._prompts(rows)
-        states, mask = self.read(prompts)
-        wanted, seats = self.share(index)
-        return self.write(self._padded(rows)[0], _Source(states[wanted], mask[wanted], seats))
+    def hidden(self, rows: list[list[int]]) -> Tensor:
+        prompts, index = self.prompts(rows)
+        states, mask = self.model.read(prompts)
+        wanted, seats = self.model.share(index)
+        source = _Source(states[wanted], mask[wanted], seats)
+        return self.model.write(padded(rows, self.model.device)[0], source)
 
-    def _decoding_error(self, rows: list[list[int]], reference: list[Tensor]) -> float:
-        """Texts that begin one after the other, so that none is where another is."""
-        prompts, index = self._prompts(rows)
+    def decoding_error(self) -> float:
+        """Of texts that begin one after the other, so that none is where another is."""
+        model, rows = self.model, self.rows
+        prompts, index = self.prompts(rows)
         longest = max(len(row) for row in rows)
-        decoder = self.decoder(len(rows), longest, prompts)
+        decoder = model.decoder(len(rows), longest, prompts)
         decoder.prefill(prompts, index.bincount().tolist())
         worst = 0.0
         for step in range(2 * (len(rows) - 1) + longest):
@@ -447,13 +458,13 @@ class EncoderDecoderModel(LanguageModel):
                 decoder.assign(begun, index[begun])
             at = [min(max(at, 0), len(row) - 1) for at, row in zip(place, rows, strict=True)]
             tokens = torch.tensor([row[i] for i, row in zip(at, rows, strict=True)])
-            logits = decoder.step(tokens.to(self.device), 1 + max(at))
+            logits = decoder.step(tokens.to(model.device), 1 + max(at))
             for i in range(len(rows)):
                 if at[i] == place[i]:
-                    error = difference(logits[i], reference[i][at[i]], self.softcap)
+                    error = difference(logits[i], self.reference[i][at[i]], model.softcap)
                     worst = max(worst, error)
             goes_on = [0 <= i < len(row) - 1 for i, row in zip(place, rows, strict=True)]
-            decoder.positions.add_(torch.tensor(goes_on, device=self.device))
+            decoder.positions.add_(torch.tensor(goes_on, device=model.device))
         return worst
 
 

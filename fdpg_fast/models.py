@@ -69,8 +69,9 @@ from fdpg_fast.pretrained import (
     why_not_loaded,
 )
 from fdpg_fast.rollout import Rollout
+from fdpg_fast.self_test import PACKING_TOLERANCE, SelfTest, packing_error, require
 
-__all__ = ["Head", "LanguageModel", "MicroBatch", "ModelError", "difference"]
+__all__ = ["Head", "LanguageModel", "MicroBatch", "ModelError"]
 
 
 # Tokens in one forward pass, padding included, without and with a gradient to keep activations for.
@@ -84,14 +85,6 @@ GRADIENT_TOKENS = 4096
 #   by this rule                1.88 (0.32)    1.08 (0.21)
 #   packed, text by text        2.19 (0.55)    1.38 (0.44)
 PADDING, PADDED_TOKENS = 1 / 8, 1024
-
-# Nats that packed and single texts may differ by on average. A token of another text in sight makes
-# it 0.2 (the OPT of the tests); bf16 itself is 0.003 from fp32 there, fp16 0.0004.
-PACKING_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
-
-# Where layers see a window only, if it is no longer than this, the self-test decodes so many tokens
-# past it: four forward passes of one text at load.
-LONGEST_WINDOW, BEYOND = {"cpu": 1024, "cuda": 4096}, 8
 
 
 @dataclass(frozen=True)
@@ -374,9 +367,10 @@ class LanguageModel:
         )
         other = self._around(adapted)
         with self._plain_compute(), other._plain_compute():
-            rows, reference = self._references()
-            error, tolerance = other._scoring_error(rows, reference), _tolerance(reference)
-        if not error <= tolerance:
+            test = self._comparison()
+            test.model = other  # what it says, against what its base does
+            error = test.scoring_error()
+        if not error <= test.tolerance:
             raise adapters.AdapterError(
                 f"adapter {peft!r}: changes {self.name} before it has learnt anything, by "
                 f"{error:.2g} nats: the policy must start as the base. Way out: the usual "
@@ -943,53 +937,21 @@ class LanguageModel:
             ModelError: one of them is above the tolerance.
         """
         with self._plain_compute():
-            found = self._measure(*self._references())
+            found = self._comparison().measure()
         if self.packs:
-            found["packing"] = self._packing_error()
-            self._require("packing", found["packing"], PACKING_TOLERANCE[self.compute])
+            found["packing"] = packing_error(self, self._packed_kernel)
+            require(self.name, "packing", found["packing"], PACKING_TOLERANCE[self.compute])
         return found
 
-    def _measure(self, rows: list[list[int]], reference: list[Tensor]) -> dict[str, float]:
-        tolerance = _tolerance(reference)
-        found = {"tolerance": tolerance, "scoring": self._scoring_error(rows, reference)}
-        if self._fused is not None:
-            found["head"] = self._head_error(rows, reference, self._fused)
-        if self.has_cache:
-            found["decoding"] = max(self._decoding_error(rows, reference), self._window_error())
-        for path, error in found.items():
-            self._require(path, error, tolerance)
-        return found
-
-    def _require(self, path: str, error: float, tolerance: float) -> None:
-        if not error <= tolerance:
-            raise ModelError(
-                f"{self.name}: {path} differs from the model's own forward pass by {error:.2g} "
-                f"nats (tolerance {tolerance:.2g}). Reload it with attention='eager'; if it "
-                "stays, this family cannot be trained here."
-            )
-
-    def _require_causal(
-        self, rows: list[list[int]], reference: list[Tensor], tolerance: float
-    ) -> None:
-        """What the model says of the beginning of a text must not depend on the rest of it."""
-        # More than half of a text: the self-test's encoders read another prompt for less.
-        row, logits = max(zip(rows, reference, strict=True), key=lambda pair: len(pair[0]))
-        begun = row[: len(row) // 2 + 1]
-        error = difference(self._plain_logits(begun), logits[: len(begun)], None)
-        if tolerance < error < math.inf:
-            raise ModelError(
-                f"{self.name}: what it says of a token depends on what comes after it, by "
-                f"{error:.2g} nats here: such a model gives no log-prob of a text. Way out: a "
-                f"model that reads from left to right, as {self.auto_class} of transformers loads"
-            )
+    def _comparison(self) -> SelfTest:
+        return SelfTest(self)
 
     def _settle(self, wanted: str) -> dict[str, float]:
         """Choose the head and the attention, each only if it agrees with the model itself."""
         with self._plain_compute():
-            rows, reference = self._references()
-            tolerance = _tolerance(reference)
-            self._require_causal(rows, reference, tolerance)
-            self._fused = self._find_head(rows, reference, tolerance)
+            test = self._comparison()
+            test.require_causal()
+            self._fused = self._find_head(test)
             if self._fused is None:
                 warnings.warn(
                     f"{self.name}: its output layer is not a known formula; using the model's own "
@@ -999,7 +961,7 @@ class LanguageModel:
                 )
             if wanted in ("auto", *self.own_attention):
                 names = self.own_attention if wanted == "auto" else (wanted,)
-                problem = self._try_slots(names, rows, reference, tolerance)
+                problem = self._try_slots(names, test)
                 if problem and wanted != "auto":
                     raise ModelError(f"{self.name}: attention {wanted!r} does not fit: {problem}")
                 if problem:
@@ -1011,7 +973,7 @@ class LanguageModel:
                     )
             else:
                 self._use_attention(wanted)
-            return self._measure(rows, reference)
+            return test.measure()
 
     def _settle_packing(self) -> str:
         """Pack if that is right and worth it here; returns :attr:`scoring`."""
@@ -1024,7 +986,7 @@ class LanguageModel:
         problems: list[str] = []
         for self._packed_kernel in PACKED_KERNELS:
             try:
-                error = self._packing_error()
+                error = packing_error(self, self._packed_kernel)
                 problem = f"packed sequences differ from single ones by {error:.2g} nats"
             except Exception as refusal:  # of a family or a kernel; padded rows are right
                 error, problem = math.inf, first_line(refusal)
@@ -1050,13 +1012,7 @@ class LanguageModel:
             ) from error
         self.attention = name
 
-    def _try_slots(
-        self,
-        names: Sequence[str],
-        rows: list[list[int]],
-        reference: list[Tensor],
-        tolerance: float,
-    ) -> str | None:
+    def _try_slots(self, names: Sequence[str], test: SelfTest) -> str | None:
         """Use the first slot attention that is right for this model; else say why none is."""
         family, problem = type(self.model).__name__, None
         if not self.model._can_set_attn_implementation():
@@ -1064,12 +1020,8 @@ class LanguageModel:
         for name in names:
             try:
                 self._use_attention(name)
-                error = max(
-                    self._scoring_error(rows, reference),
-                    self._decoding_error(rows, reference),
-                    self._window_error(),
-                )
-                if error <= tolerance:
+                error = max(test.scoring_error(), test.decoding_error())
+                if error <= test.tolerance:
                     return None
                 problem = f"{family} differs by {error:.2g} nats"
             except Exception as error:  # an unknown family may fail in any way; stock is right
@@ -1087,14 +1039,8 @@ class LanguageModel:
         finally:
             self.compute = compute
 
-    def _references(self) -> tuple[list[list[int]], list[Tensor]]:
-        """Texts of unequal length, and the logits ``(t, V)`` that the model itself gives them."""
-        rows = self._texts()
-        with self._stock():
-            return rows, [self._plain_logits(row) for row in rows]
-
     @contextlib.contextmanager
-    def _stock(self) -> Iterator[None]:
+    def stock_attention(self) -> Iterator[None]:
         """With transformers' attention where ours is in use."""
         attention = self.attention
         if attention in self.own_attention:
@@ -1105,57 +1051,7 @@ class LanguageModel:
             if attention in self.own_attention:
                 self._use_attention(attention)
 
-    def _plain_logits(self, row: list[int]) -> Tensor:
-        logits = getattr(self._plain_forward(row), "logits", None)
-        expected = [1, len(row), self.vocab_size]
-        got = None if logits is None else list(logits.shape)
-        if logits is None or got != expected:
-            raise ModelError(
-                f"{self.name}: expected logits of shape {expected} for {len(row)} tokens, got "
-                f"{got}: log-probs need an output layer over the vocabulary. Way out: a model as "
-                f"{self.auto_class} of transformers loads it"
-            )
-        plain: Tensor = logits[0].float()
-        return plain
-
-    def _plain_forward(self, row: list[int]) -> Any:
-        return self.model(input_ids=torch.tensor([row], device=self.device), use_cache=False)
-
-    def _texts(self) -> list[list[int]]:
-        generator = torch.Generator().manual_seed(0)
-        longest = min(12, self.context_length)
-        return [
-            torch.randint(self.vocab_size, (max(1, longest - cut),), generator=generator).tolist()
-            for cut in (3, 0, 5, 8)
-        ]
-
-    def _long_text(self, windows: int = 1) -> list[int]:
-        """One that is longer than so many windows of the model's layers, as far as its context
-        goes; empty: there is no window, or it would be too long."""
-        window = getattr(self.model.config.get_text_config(decoder=True), "sliding_window", None)
-        if not isinstance(window, int) or window > LONGEST_WINDOW[self.device.type]:
-            return []
-        if window + BEYOND > self.context_length or self.model.config.is_encoder_decoder:
-            return []
-        if "logits_to_keep" not in inspect.signature(self.model.forward).parameters:
-            return []  # those of all its tokens may be gigabytes
-        generator = torch.Generator().manual_seed(1)
-        length = min(windows * window + BEYOND, self.context_length)
-        return torch.randint(self.vocab_size, (length,), generator=generator).tolist()
-
-    def _padded(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        width = max(len(row) for row in rows)
-        padded = [row + [0] * (width - len(row)) for row in rows]
-        positions = torch.arange(width, device=self.device).expand(len(rows), -1)
-        return torch.tensor(padded, device=self.device), positions
-
-    def _padded_hidden(self, rows: list[list[int]]) -> Tensor:
-        """The hidden states ``(b, W, D)`` of texts padded on the right."""
-        return self.hidden(*self._padded(rows))
-
-    def _find_head(
-        self, rows: list[list[int]], reference: list[Tensor], tolerance: float
-    ) -> tuple[float, float | None] | None:
+    def _find_head(self, test: SelfTest) -> tuple[float, float | None] | None:
         """The (scale, softcap) that turns hidden states into this model's logits, if any does.
 
         One name can mean opposite things in two families (Granite divides by ``logits_scaling``,
@@ -1169,99 +1065,16 @@ class LanguageModel:
         factors = [float(x) for x in found if isinstance(x, (int, float)) and x]
         factors.append(getattr(config, "hidden_size", 1) ** -0.5)  # T5
         softcap = getattr(config, "final_logit_softcapping", None)
-        for scale in dict.fromkeys([1.0, *factors, *(1.0 / x for x in factors)]):
-            candidate = (scale, None if softcap is None else float(softcap))
-            try:
-                if self._head_error(rows, reference, candidate) <= tolerance:
-                    return candidate
-            except (RuntimeError, AttributeError):  # hidden states of another width, or unnamed
-                return None
-        return None
-
-    def _head_error(
-        self, rows: list[list[int]], reference: list[Tensor], fused: tuple[float, float | None]
-    ) -> float:
-        before, self._fused = self._fused, fused
         try:
-            worst = 0.0
-            for row, logits in zip(rows, reference, strict=True):
-                got = self.logits(self._padded_hidden([row])[0])
-                worst = max(worst, difference(got, logits, self.softcap))
+            for scale in dict.fromkeys([1.0, *factors, *(1.0 / x for x in factors)]):
+                self._fused = (scale, None if softcap is None else float(softcap))
+                if test.head_error() <= test.tolerance:
+                    return self._fused
+        except (RuntimeError, AttributeError):  # hidden states of another width, or unnamed
+            pass
         finally:
-            self._fused = before
-        return worst
-
-    def _scoring_error(self, rows: list[list[int]], reference: list[Tensor]) -> float:
-        states = self._padded_hidden(rows)
-        return max(
-            difference(self.logits(states[i, : len(row)]), reference[i], self.softcap)
-            for i, row in enumerate(rows)
-        )
-
-    @torch.no_grad()
-    def _packing_error(self) -> float:
-        """Mean difference of log-probs between texts packed and each alone, as they are computed:
-        a kernel for packed sequences may know half precision only."""
-        # Two windows, for one key of many is less than half precision sees.
-        texts, long = self._texts(), self._long_text(windows=2)
-        rows = [*texts, long] if long else texts
-        lengths = torch.tensor([len(row) for row in rows])
-        tokens = torch.tensor([[i for row in rows for i in row]], device=self.device)
-        positions = torch.cat([torch.arange(len(row)) for row in rows])[None].to(self.device)
-        packing = Packing.of(lengths, self.device, self._packed_kernel)
-        packed = self.hidden(tokens, positions, packing=packing)[0].split(lengths.tolist())
-        alone = [self._padded_hidden([row])[0] for row in rows]
-
-        def mean(ours: Tensor, theirs: Tensor) -> float:
-            one, other = (torch.log_softmax(self.logits(states), -1) for states in (ours, theirs))
-            return float((one - other).abs().mean().nan_to_num(nan=torch.inf))
-
-        short = mean(*(torch.cat(states[: len(texts)]) for states in (packed, alone)))
-        if not long:
-            return short
-        # Apart, or the others, to whom a window is nothing, would make it small.
-        return max(short, mean(packed[-1][-BEYOND:], alone[-1][-BEYOND:]))
-
-    def _decoding_error(self, rows: list[list[int]], reference: list[Tensor]) -> float:
-        """Prompts of unequal length, then the rest of each text token by token."""
-        longest = max(len(row) for row in rows)
-        slots = SlotDecoder(self, SlotCache(self.layers, len(rows), longest, self.device))
-        prompts = [row[: 1 + i * len(row) // len(rows)] for i, row in enumerate(rows)]
-        slots.prefill(prompts, [1] * len(prompts))
-        index = torch.arange(len(rows))
-        slots.assign(index, index)
-        place = [len(prompt) - 1 for prompt in prompts]
-        worst = 0.0
-        while any(at < len(row) for at, row in zip(place, rows, strict=True)):
-            live = [at < len(row) for at, row in zip(place, rows, strict=True)]
-            tokens = [row[min(at, len(row) - 1)] for at, row in zip(place, rows, strict=True)]
-            reach = max(at + 1 for at, alive in zip(place, live, strict=True) if alive)
-            logits = slots.step(torch.tensor(tokens, device=self.device), reach)
-            for i, alive in enumerate(live):
-                if alive:
-                    error = difference(logits[i], reference[i][place[i]], self.softcap)
-                    worst = max(worst, error)
-                    place[i] += 1
-            slots.positions.add_(torch.tensor(live, device=self.device))
-            slots.positions.clamp_(max=longest - 1)
-        return worst
-
-    def _window_error(self) -> float:
-        """The same of the last tokens of a text that is longer than a window, if there is one."""
-        if not (row := self._long_text()):
-            return 0.0
-        with self._stock():
-            ids = torch.tensor([row], device=self.device)
-            reference = self.model(input_ids=ids, use_cache=False, logits_to_keep=BEYOND).logits[0]
-        slots = SlotDecoder(self, SlotCache(self.layers, 1, len(row), self.device))
-        slots.prefill([row[: 1 - BEYOND]], [1])
-        slots.assign(torch.tensor([0]), torch.tensor([0]))
-        worst = 0.0
-        for place, expected in enumerate(reference.float(), len(row) - BEYOND):
-            logits = slots.step(torch.tensor([row[place]], device=self.device), place + 1)
-            worst = max(worst, difference(logits[0], expected, self.softcap))
-            slots.positions.add_(1)
-        return worst
+            self._fused = None
+        return None
 
     def _replace_generation_config(self) -> None:
         """Drop the checkpoint's temperature, top-k and the rest: samples are draws from pi."""
@@ -1279,21 +1092,6 @@ class LanguageModel:
             decoder_start_token_id=old.decoder_start_token_id,
             made_by=MADE_BY,
         )
-
-
-def difference(logits: Tensor, reference: Tensor, softcap: float | None) -> float:
-    """Largest difference in nats of log-probs from ``logits``, yet to be capped, and from
-    ``reference``; NaN counts as infinite."""
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    distance = (torch.log_softmax(logits, -1) - torch.log_softmax(reference, -1)).abs().max()
-    return float(distance.nan_to_num(nan=torch.inf))
-
-
-def _tolerance(reference: list[Tensor]) -> float:
-    """fp32 rounding grows with the logits (2.7e-5 nats at logits of 30); wrong masks or positions
-    show as 0.1 nats and more."""
-    return 1e-4 + 1e-5 * max(float(logits.abs().max()) for logits in reference)
 
 
 def _kind(config: Any) -> type[LanguageModel]:

@@ -34,6 +34,7 @@ from fdpg_fast.models import Head, LanguageModel, ModelError
 from fdpg_fast.ops import matmul
 from fdpg_fast.rollout import Rollout
 from fdpg_fast.sampler import Sampler
+from fdpg_fast.self_test import SelfTest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -606,7 +607,7 @@ def test_the_self_test_finds_a_wrong_path() -> None:
 
 def test_a_model_whose_padded_scoring_differs_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """There is no other way to score: packed rows are a GPU's, and single ones nobody waits for."""
-    monkeypatch.setattr(LanguageModel, "_scoring_error", lambda *_: 0.5)
+    monkeypatch.setattr(SelfTest, "scoring_error", lambda *_: 0.5)
     with (
         pytest.warns(RuntimeWarning, match="sampling without a key-value cache"),
         pytest.raises(ModelError, match=r"scoring differs .* 0\.5 nats .* cannot be trained"),
@@ -659,13 +660,13 @@ def test_packing_is_used_where_it_is_right(monkeypatch: pytest.MonkeyPatch) -> N
     ):
         found = {"flash-attn": flash, "torch's varlen_attn": torchs}
 
-        def error(found: dict[str, Any] = found) -> float:
-            if isinstance(error := found[model._packed_kernel], str):
+        def error(_: LanguageModel, kernel: str, found: dict[str, Any] = found) -> float:
+            if isinstance(error := found[kernel], str):
                 raise RuntimeError(error)
             return float(error)
 
         monkeypatch.setattr(model, "packs", False)
-        monkeypatch.setattr(model, "_packing_error", error)
+        monkeypatch.setattr(models, "packing_error", error)
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
             assert model._settle_packing().startswith(scoring)

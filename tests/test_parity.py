@@ -22,6 +22,7 @@ from fdpg_fast.models import LanguageModel
 from fdpg_fast.prompts import Prompts
 from fdpg_fast.rollout import Rollout
 from fdpg_fast.sampler import Sampler
+from fdpg_fast.self_test import PACKING_TOLERANCE, packing_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -177,7 +178,7 @@ def test_every_way_of_scoring_agrees(
         if model.device.type == "cuda":
             pytest.skip("kernels for packed sequences take half precision, and have a test below")
         monkeypatch.setattr(model, "packs", True)
-        assert model._packing_error() < 1e-6
+        assert packing_error(model, model._packed_kernel) < 1e-6
         width = (rollout.prompt_lengths + rollout.lengths - 1).sum()
         seen = [batch.tokens.numel() for batch in model._micro_batches(rollout, None, 7, 4096)]
         assert sum(seen) == width, "padding was computed"
@@ -339,7 +340,7 @@ def test_packing_that_does_not_keep_sequences_apart_is_found(
 ) -> None:
     model = language_model("opt")
     monkeypatch.setattr(models, "announced", lambda packing: contextlib.nullcontext())
-    assert model._packing_error() > 2 * max(models.PACKING_TOLERANCE.values())
+    assert packing_error(model, model._packed_kernel) > 2 * max(PACKING_TOLERANCE.values())
 
 
 WINDOWED = ("mistral", "qwen2", "gemma2", "gemma3_text", "gpt_oss")
@@ -354,13 +355,13 @@ def test_a_packed_kernel_that_ignores_windows_is_found(
     windows in the test above."""
     changes = {"sliding_window": window, "max_position_embeddings": 2 * window + 20}
     model, packed = language_model(family, changes=changes), attention._packed
-    assert model._packing_error() < 1e-6
+    assert packing_error(model, model._packed_kernel) < 1e-6
 
     def ignoring(module: Any, q: Tensor, k: Tensor, v: Tensor, packing: Any, *rest: Any) -> Any:
         return packed(module, q, k, v, packing.within(None), *rest)
 
     monkeypatch.setattr(attention, "_packed", lambda *given, **_: ignoring(*given))
-    assert model._packing_error() > 2 * max(models.PACKING_TOLERANCE.values())
+    assert packing_error(model, model._packed_kernel) > 2 * max(PACKING_TOLERANCE.values())
 
 
 @pytest.mark.parametrize("window", [3, 30])
