@@ -209,6 +209,7 @@ def _sample_by_rejection(known: argparse.Namespace, run: RunDirectory) -> int:
     from rich.console import Console
 
     from fdpg_fast import rejection
+    from fdpg_fast.partition import warning_of_few
     from fdpg_fast.progress import acceptance_bar, show_table
 
     wish = None if known.qrs is None else rejection.Wish.parse(known.qrs)  # before models load
@@ -230,6 +231,8 @@ def _sample_by_rejection(known: argparse.Namespace, run: RunDirectory) -> int:
         title = f"quasi-rejection sampling: {'/'.join(run.path.resolve().parts[-2:])}"
         law = drawn.law(log_beta)
         run.write_text(run.curve, rejection.curve_page(title, law, curve, points, log_beta))
+        if few := warning_of_few(curve.samples // len(drawn.prompts), len(drawn.prompts)):
+            print(f"warning: {few} Way out: a larger --look", file=sys.stderr)
         table = rejection.curve_table(points, log_beta)
         show_table(console, f"from {curve.samples} proposals (* chosen)", *table)
         print(f"curve   {run.curve}", file=sys.stderr)

@@ -17,6 +17,7 @@ from fdpg_fast import metrics, ops
 from fdpg_fast.building import prompts_of, sampler_of, target_of, tuned_of
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.models import LanguageModel
+from fdpg_fast.partition import warning_of_few
 from fdpg_fast.pool import Pool
 from fdpg_fast.prompts import Prompts
 from fdpg_fast.report import write_card, write_report
@@ -100,6 +101,8 @@ def draw_pool(
     batch = prompts.all()
     batch = PromptBatch(batch.ids[:samples], batch.tokens[:samples], batch.texts[:samples])
     each = -(-samples // len(batch))
+    if few := warning_of_few(each, len(batch)):
+        note(f"{few} Way out: more samples")
     key = ops.random_key(seed, 0, STREAM)
     models = [lambda: target.base.model, *tuned]
     rollouts, scores = [], []

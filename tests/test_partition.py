@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy_language import TEXTS, ToyModel, toy_model
 
-from fdpg_fast.partition import Partition, PartitionError
+from fdpg_fast.partition import FEW, Partition, PartitionError, warning_of_few
 from fdpg_fast.scorers import contains
 from fdpg_fast.targets import Base
 
@@ -134,3 +134,9 @@ def test_state_round_trip(base):
 def test_unknown_mode():
     with pytest.raises(PartitionError, match="running"):
         Partition(1, "moving")
+
+
+def test_few_samples_of_many_prompts_are_warned_of():
+    assert warning_of_few(FEW, 1000) is warning_of_few(2, 1) is None
+    assert "63 samples of each of 2 prompts are few" in warning_of_few(FEW - 1, 2)
+    assert "1 sample of each" in warning_of_few(1, 2)
