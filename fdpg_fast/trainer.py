@@ -43,7 +43,7 @@ from fdpg_fast.environment import device_name, versions
 from fdpg_fast.evaluation import evaluate
 from fdpg_fast.interruption import Interruption
 from fdpg_fast.models import LanguageModel
-from fdpg_fast.partition import Partition
+from fdpg_fast.partition import Partition, warning_of_few
 from fdpg_fast.progress import Display, for_this_terminal, one_line
 from fdpg_fast.prompts import as_setting
 from fdpg_fast.report import write_card, write_report
@@ -62,8 +62,6 @@ TRAINING, FIT, HOLDOUT, NORMALISER = range(4)
 # Largest mean disagreement of sampler and trainer, in nats per token.
 MAX_GAP = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
 GAP_SAMPLES = 32  # samples of a lagging proposal that are scored again to measure it
-
-_KL = Divergence.parse("kl")
 
 
 class TrainingError(RuntimeError):
@@ -308,6 +306,7 @@ class Trainer:
         if step < config.warmup_steps:
             return rate * (step + 1) / config.warmup_steps
         left = 1 - (step - config.warmup_steps) / max(1, steps - config.warmup_steps)
+        left = max(0.0, left)  # whoever steps on after the last one
         if config.schedule == "linear":
             return rate * left
         if config.schedule == "cosine":
@@ -328,17 +327,11 @@ class Trainer:
         if (self.steps_done + 1) % self.config.sampling.proposal_every:
             return
 
-        def terms(log_prob: Tensor) -> Tensor:
-            return ops.fdiv_terms(
-                log_prob,
-                rollout.log_q,
-                scores.log_score,
-                log_z,
-                rollout.prompt_index,
-                divergence=_KL,
-            )
-
-        if bool((terms(rollout.log_q) - terms(update.log_pi)).nanmean() > 0):
+        # KL(p || q) - KL(p || pi), by nothing but samples that p allows: the control variate of
+        # `fdiv_terms` would take mass of pi that q did not see for a gain. NaN where Z is unknown.
+        ratio = (scores.log_score - rollout.log_q - log_z[rollout.prompt_index]).exp()
+        gain = (update.log_pi - rollout.log_q).where(ratio != 0, 0.0)
+        if bool((ratio * gain).nanmean() > 0):
             self.proposal.copy_weights_from(self.policy)
 
     # ---- what must hold before weights change -------------------------------------------------
@@ -409,6 +402,8 @@ class Trainer:
             self.display.note(
                 f"fitting the moments on {each * len(prompts)} samples of the base ..."
             )
+            if few := warning_of_few(each, len(prompts)):
+                self.display.warn(f"{few} Way out: a larger target.fit_samples")
             fit = self.draw(self.base, prompts, FIT, each)
             report = self.target.fit(fit, self.draw(self.base, prompts, HOLDOUT, each))
             for problem in report.problems:

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,7 +29,7 @@ from fdpg_fast.progress import PlainDisplay, SilentDisplay
 from fdpg_fast.rejection import Rejection
 from fdpg_fast.rollout import Finish, Rollout
 from fdpg_fast.run_directory import RunDirectory, RunDirectoryError
-from fdpg_fast.targets import Base, Target
+from fdpg_fast.targets import Base, Scores, Target
 from fdpg_fast.trainer import Trainer, TrainingError
 
 SETTINGS: dict[str, Any] = {
@@ -304,6 +305,30 @@ def test_a_lagging_proposal_follows_only_a_better_policy(base: Base) -> None:
     assert not same(now, first)
 
 
+def test_a_lagging_proposal_does_not_follow_into_what_it_has_not_seen(base: Base) -> None:
+    """A policy that left all that q draws says so by what it lost, not by where it went; and of a
+    batch without a sample that the target allows nothing is learnt."""
+    run = trainer(dogs(base), adaptive_proposal=True, proposal_every=1, samples_per_prompt=64)
+    rollout = run.draw(run.proposal, run.prompts.all(), 0)
+    half = torch.arange(64) % 2 == 0
+    start = {n: p.detach().clone() for n, p in run.proposal.model.named_parameters()}
+    with torch.no_grad():
+        for parameter in run.parameters.values():
+            parameter.add_(1.0)
+
+    def follows(allowed: torch.Tensor, log_pi: torch.Tensor) -> bool:
+        score = torch.where(allowed, rollout.log_q, -math.inf)
+        scores = Scores(rollout.log_q, score, {})
+        log_z = torch.full((1,), math.log(0.5), dtype=torch.float64)
+        update = SimpleNamespace(log_pi=log_pi)
+        run._refresh_proposal(rollout, scores, log_z, update)  # type: ignore[arg-type]
+        return not same(dict(run.proposal.model.named_parameters()), start)
+
+    assert not follows(torch.zeros(64, dtype=torch.bool), rollout.log_q - 20)
+    assert not follows(half, rollout.log_q - torch.where(half, 0.1, 20.0))
+    assert follows(half, rollout.log_q + torch.where(half, 0.1, -20.0))
+
+
 def test_a_lagging_proposal_reaches_the_target_too(base: Base) -> None:
     listener = Listener()
     run = trainer(
@@ -390,6 +415,9 @@ def test_the_learning_rate_is_a_function_of_the_step(base: Base) -> None:
     assert cosine[0] == 1.0
     assert cosine[3] == 0.5
     assert cosine == sorted(cosine, reverse=True)
+    for schedule in ("linear", "cosine"):  # steps after the last neither ascend nor begin anew
+        run = trainer(dogs(base), steps=6, learning_rate=1.0, schedule=schedule)
+        assert [run.learning_rate(step) for step in (6, 9, 12)] == [0.0] * 3
 
 
 def test_gradients_are_clipped_to_the_norm(base: Base) -> None:
