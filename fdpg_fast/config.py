@@ -305,6 +305,12 @@ class Config:
                 )
         if self.run.max_gap is not None and not self.run.max_gap > 0:
             raise ConfigError(f"config: `run.max_gap` expected above 0, got {self.run.max_gap}")
+        if self.sampling.samples_per_prompt == 1 and self.objective.log_z == "batch":
+            raise ConfigError(
+                "config: `sampling.samples_per_prompt` expected 2 and more where `objective.log_z` "
+                "is batch, got 1: Z would be the sample's own weight, and its reward no news. Way "
+                "out: more samples of fewer prompts, or log_z frozen"
+            )
         if self.run.evaluation_samples == 1:
             raise ConfigError("config: `run.evaluation_samples` expected 0, or 2 and more, got 1")
 

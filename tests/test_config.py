@@ -213,6 +213,11 @@ def test_numbers_of_numpy_in_a_part_are_dumped_as_plain_ones() -> None:
             ]
         ),
         ({}, ["--adapter.alpha", "0"], "`adapter.alpha` expected at least 1, got 0"),
+        (
+            {},
+            ["--objective.log_z", "batch", "--sampling.samples_per_prompt", "1"],
+            "`sampling.samples_per_prompt` expected 2 and more where `objective.log_z` is batch",
+        ),
         ({}, ["--optimiser.learning_rate", "nan"], "`optimiser.learning_rate` expected a number"),
     ],
 )
