@@ -260,14 +260,14 @@ def _draw_lines(
     error: str | None = None,
     floor: float | None = None,
 ) -> None:
-    """One line per run, a band of two standard errors around it where they are known."""
+    """One line per run, a band of one standard error around it where that is known."""
     for at, run in enumerate(runs):
         values = run.column(key)
         axes.plot(run.steps, values, color=f"C{at}", label=run.name if len(runs) > 1 else None)
         if error is not None:
             spread = run.column(error)
-            low = [v - 2 * s for v, s in zip(values, spread, strict=True)]
-            high = [v + 2 * s for v, s in zip(values, spread, strict=True)]
+            low = [v - s for v, s in zip(values, spread, strict=True)]
+            high = [v + s for v, s in zip(values, spread, strict=True)]
             axes.fill_between(run.steps, low, high, color=f"C{at}", alpha=0.2, linewidth=0)
     if floor is not None:
         axes.set_ylim(bottom=floor)
