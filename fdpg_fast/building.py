@@ -13,7 +13,7 @@ from fdpg_fast.models import LanguageModel
 from fdpg_fast.prompts import Prompts, read_texts
 from fdpg_fast.sampler import Sampler
 from fdpg_fast.scorers import ScorerError, load_function
-from fdpg_fast.targets import Base, Target, from_spec
+from fdpg_fast.targets import Base, Target, TargetError, from_spec
 
 __all__ = [
     "load",
@@ -101,6 +101,18 @@ def target_of(config: Config, accept: Callable[[Target], object] | None = None) 
         accept(target)
     base.model = model_of(config, config.model.name)
     return target
+
+
+def describes(config: Config, target: Target) -> bool:
+    """Whether what ``config`` says of a target is this one."""
+    if not (spec := config.target.spec()):
+        return False
+    try:
+        said = from_spec(spec, Base(None), _folder(config))
+    except (TargetError, ScorerError):  # of files that have moved, say
+        return False
+    mine, given = ((of.describe(fitted=False), of.moments) for of in (said, target))
+    return mine == given
 
 
 def sampler_of(

@@ -35,9 +35,16 @@ from torch import Tensor
 
 from fdpg_fast import checkpoint, metrics, ops
 from fdpg_fast.baselines import Baseline
-from fdpg_fast.building import policy_of, prompts_of, require_possible, sampler_of, target_of
+from fdpg_fast.building import (
+    describes,
+    policy_of,
+    prompts_of,
+    require_possible,
+    sampler_of,
+    target_of,
+)
 from fdpg_fast.checkpoint import Checkpoint, CheckpointError
-from fdpg_fast.config import Config, ConfigError
+from fdpg_fast.config import Config, ConfigError, TargetConfig
 from fdpg_fast.divergences import Divergence, require_finite_at_zero_targets
 from fdpg_fast.environment import device_name, versions
 from fdpg_fast.evaluation import evaluate
@@ -726,14 +733,15 @@ def _configured(
         settings |= {"stop": None, "stop_in_python": getattr(stop, "__qualname__", repr(stop))}
     elif stop is not None:
         settings["stop"] = stop
-    if config is None:
-        config = Config()
-        model = target.base.model
+    config, model = config or Config(), target.base.model
+    if model.name != (config.model.name or "default") or config == Config():
         settings |= {"name": model.name, "device": str(model.device), "compute": model.compute}
         # What the base was loaded with, and what evaluates the run will load it with.
         for key in ("trust_remote_code", "activation_checkpointing", "eos_ids"):
             settings[key] = getattr(model, key)
-    if not config.target.spec():
+    if not describes(config, target):  # nobody may take another for that of this run
+        nothing = TargetConfig()
+        settings |= {part: getattr(nothing, part) for part in config.target.spec()}
         settings["built_in_python"] = target.describe(fitted=False)  # it may be given again
     return config.replace(**settings) if settings else config
 

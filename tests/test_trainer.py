@@ -920,6 +920,24 @@ def test_a_stop_function_in_python_is_missed_where_it_is_not(base: Base, tmp_pat
     assert (more.steps_done, more.sampler.stop) == (1, ran)
 
 
+def test_a_config_of_another_target_is_not_recorded_as_that_of_the_run(
+    base: Base, tmp_path: Path
+) -> None:
+    """Whoever builds the run again from its folder would measure what it was not trained on."""
+    cats = Config().replace(constrain=[{"contains": "cat"}], name="elsewhere")
+    run = trainer(dogs(base), config=cats, out=tmp_path / "run", steps=1)
+    run.train()
+    config = RunDirectory(tmp_path / "run").config()
+    assert config.target.spec() == {}
+    assert config.target.built_in_python == dogs(base).describe(fitted=False)
+    assert config.model.name == base.model.name
+    with pytest.raises(ConfigError, match="was built in Python"):
+        evaluate_run(RunDirectory(tmp_path / "run"), samples=None, seed=None)
+
+    same_target = cats.replace(constrain=[{"contains": "dog"}])
+    assert trainer(dogs(base), config=same_target).config.target == same_target.target
+
+
 def test_a_comparison_may_be_asked_of_a_run_without_one(base: Base) -> None:
     run = trainer(dogs(base), evaluation_samples=0)
     assert run.evaluate()["samples"] == Config().run.evaluation_samples
