@@ -140,6 +140,8 @@ class Target:
         factors: what multiplies a(x) besides the exponential family.
         goals: feature -> wanted moment, of the exponential family.
         lambdas: feature name -> lambda; empty until fitted.
+        fitted_prompts: token ids of the prompts whose samples they were fitted on, if by this
+            object.
     """
 
     base: Base
@@ -157,6 +159,7 @@ class Target:
         self.factors = factors
         self.goals = dict(goals or {})
         self.lambdas: dict[str, float] = {}
+        self.fitted_prompts: frozenset[tuple[int, ...]] | None = None
         self._conditions = dict(conditions or {})  # scorer -> 1 (always) or 0 (never)
         self._log_score = log_score
         self._scorers = self._distinct_scorers()
@@ -383,6 +386,7 @@ class Target:
             {scorer.name: goal for scorer, goal in self.goals.items()},
         )
         self.lambdas = {moment.name: moment.lambda_ for moment in report.moments}
+        self.fitted_prompts = frozenset(rollout.prompts.tokens)
         return report
 
     def state_dict(self) -> dict[str, float]:
@@ -402,6 +406,7 @@ class Target:
                 "they belong to another target"
             )
         self.lambdas = {n: _number(f"target: lambda of {n}", state[n]) for n in expected if state}
+        self.fitted_prompts = None
 
     # --------------------------------------------------------------------------------------------
 

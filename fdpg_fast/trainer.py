@@ -416,6 +416,11 @@ class Trainer:
             for problem in report.problems:
                 self.display.warn(problem)
             self.display.note(str(dataclasses.replace(report, problems=())))
+        elif self.target.fitted_prompts not in (None, frozenset(prompts.tokens)):
+            self.display.warn(
+                "the lambdas of this target were fitted on other prompts, for which its moments "
+                "hold. Way out: build the target anew, or fit it on samples of these"
+            )
         if self.config.objective.log_z == "frozen":
             count = self.config.objective.log_z_samples
             rollout = self.draw(self.base, prompts, NORMALISER, count)

@@ -362,6 +362,15 @@ def test_moments_are_fitted_before_training(base: Base) -> None:
     assert 0 < next(iter(target.lambdas.values())) < 5
 
 
+def test_lambdas_of_other_prompts_are_warned_of(base: Base) -> None:
+    target = base.constrain({fdpg.contains("dog"): 0.5})
+    for prompts, warns in (("once there was", False), ("once there was", False), ("a", True)):
+        run = trainer(target, prompts=prompts, fit_samples=512)
+        run.prepare()
+        assert isinstance(run.display, Listener)
+        assert any("fitted on other prompts" in one for one in run.display.warnings) == warns
+
+
 def test_log_z_can_be_frozen_before_training(base: Base) -> None:
     listener = Listener()
     trainer(dogs(base), log_z="frozen", log_z_samples=512, steps=3, display=listener).train()
