@@ -62,7 +62,7 @@ BARS = {
 @pytest.mark.parametrize("compute", COMPUTE)
 def test_step(contest: Contest, compute: Literal["fp32", "bf16"]) -> None:
     shape = StepShape()
-    base = fdpg.load(MODEL, compute=compute)
+    base = fdpg.load(MODEL, compute=compute, device="cpu")  # where its peers are
     trainer = fdpg.Trainer(
         base.constrain({fdpg.regex(WORD.pattern, case=False): 1.0}),
         divergence="js",
