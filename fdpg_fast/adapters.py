@@ -85,7 +85,8 @@ def attach(
         config = made(task_type=task, **settings)
         if config.is_prompt_learning:
             raise ValueError("it adds to the prompt, where f-DPG needs one in the layers")
-        with torch.random.fork_rng(), _quiet():
+        # Named, or torch warns where there are many.
+        with torch.random.fork_rng(range(torch.cuda.device_count())), _quiet():
             torch.manual_seed(seed)
             adapted = peft.get_peft_model(_second_tree(model), config)
     except Exception as error:  # peft raises many types, all of them for bad settings

@@ -113,7 +113,7 @@ def tiny(family: str, *, vocab: int = VOCAB, seed: int = 0, **changes: Any) -> A
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         if isinstance(getattr(config, name, None), int):
             setattr(config, name, 0)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         if config.is_encoder_decoder:
             return _encoder_decoder(family, config)

@@ -473,7 +473,7 @@ def folder(tmp_path_factory):
         id2label={0: "NEGATIVE", 1: "neutral", 2: "POSITIVE"},
         initializer_range=1.0,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(0)
         transformers.BertForSequenceClassification(config).save_pretrained(path)
         config.num_labels = 1

@@ -58,7 +58,7 @@ def write_tiny_model(folder: Path, *, seed: int = 0, context: int = 32) -> Path:
         eos_token_id=0,
         pad_token_id=0,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         model = transformers.GPT2LMHeadModel(config)
     return _write(folder, model, _tokenizer())
@@ -82,7 +82,7 @@ def write_tiny_t5(folder: Path, *, seed: int = 0) -> Path:
         pad_token_id=0,
         decoder_start_token_id=0,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(range(torch.cuda.device_count())):
         torch.manual_seed(seed)
         model = transformers.T5ForConditionalGeneration(config)
     return _write(folder, model, tokenizer)
