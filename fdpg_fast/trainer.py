@@ -285,6 +285,7 @@ class Trainer:
             reward_clip=objective.reward_clip,
         )
         self._require_finite_weights(rollout, scores, log_pi, weights)
+        self.optimiser.zero_grad()  # of a step before that ended in an error, out of memory say
         token_logprob = self.policy.accumulate_gradient(
             rollout,
             weights,

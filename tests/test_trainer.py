@@ -1088,3 +1088,25 @@ def test_numbers_are_read_at_once_every_few_steps(base: Base, tmp_path: Path) ->
     assert [record["step"] for record in listener.records] == [4, 6]
     records = RunDirectory(tmp_path / "run").read("metrics.jsonl")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_step_that_ran_out_of_memory_leaves_no_gradient_to_the_next(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def first(fails: bool) -> dict[str, torch.Tensor]:
+        run = trainer(dogs(base), log_z="batch", micro_batch=16, samples_per_prompt=64)
+        if fails:
+            backward, calls = run.policy._backward, iter(range(100))
+
+            def out_of_memory(*given: Any) -> torch.Tensor:
+                if next(calls) == 1:
+                    raise torch.OutOfMemoryError("planted")
+                return backward(*given)
+
+            monkeypatch.setattr(run.policy, "_backward", out_of_memory)
+            with pytest.raises(torch.OutOfMemoryError):
+                run.step()
+        run.step()
+        return weights(run)
+
+    assert same(first(fails=True), first(fails=False))
