@@ -45,7 +45,7 @@ def warning_of_few(each: int, prompts: int) -> str | None:
         return None
     return (
         f"{each} sample{'s' * (each > 1)} of each of {prompts} prompts are few: divergences read "
-        "too low, and fitted lambdas come out too large, by more than the errors say."
+        "too low, by more than the errors say."
     )
 
 

@@ -50,7 +50,7 @@ from fdpg_fast.environment import device_name, versions
 from fdpg_fast.evaluation import evaluate
 from fdpg_fast.interruption import Interruption
 from fdpg_fast.models import LanguageModel
-from fdpg_fast.partition import Partition, warning_of_few
+from fdpg_fast.partition import Partition
 from fdpg_fast.progress import Display, for_this_terminal, one_line
 from fdpg_fast.prompts import as_setting
 from fdpg_fast.report import write_card, write_report
@@ -68,6 +68,7 @@ TRAINING, FIT, HOLDOUT, NORMALISER = range(4)
 
 # Largest mean disagreement of sampler and trainer, in nats per token.
 MAX_GAP = {"fp32": 1e-3, "bf16": 5e-2, "fp16": 1e-2}
+LEAST_FITTED = 4  # samples of each prompt in a fit, however many prompts: 2 are too few to unbias
 GAP_SAMPLES = 32  # samples of a lagging proposal that are scored again to measure it
 
 
@@ -406,12 +407,10 @@ class Trainer:
         prompts = self.prompts.all()
         if self.target.needs_fit:
             count = self.config.target.fit_samples
-            each = max(2, -(-count // len(prompts)))
+            each = max(LEAST_FITTED, -(-count // len(prompts)))
             self.display.note(
                 f"fitting the moments on {each * len(prompts)} samples of the base ..."
             )
-            if few := warning_of_few(each, len(prompts)):
-                self.display.warn(f"{few} Way out: a larger target.fit_samples")
             fit = self.draw(self.base, prompts, FIT, each)
             report = self.target.fit(fit, self.draw(self.base, prompts, HOLDOUT, each))
             for problem in report.problems:

@@ -315,6 +315,46 @@ def test_each_prompt_has_its_own_z_in_the_fit():
     assert report.moments[0].base == pytest.approx(pooled_base.mean().item(), abs=0.01)
 
 
+def rates(prompts: int, mean: float, seed: int) -> np.ndarray:
+    """How often each prompt shows a feature."""
+    drawn = np.random.default_rng(seed).beta(9 * mean, 9 * (1 - mean), prompts)
+    return np.clip(drawn, 1e-3, 1.0)
+
+
+def few_of_each(rate: np.ndarray, each: int, seed: int) -> WeightedFeatures:
+    """``each`` samples of every prompt, with a feature that is 1 at its rate."""
+    seen = np.random.default_rng(seed).random((len(rate), each)) < rate[:, None]
+    nothing = torch.zeros(seen.size, dtype=torch.float64)
+    prompt = torch.arange(len(rate)).repeat_interleave(each)
+    return WeightedFeatures(torch.tensor(seen.reshape(-1, 1)).double(), nothing, nothing, prompt)
+
+
+@pytest.mark.parametrize(("each", "mean", "error"), [(8, 0.3, 0.02), (16, 0.1, 0.04)])
+def test_few_samples_of_each_of_many_prompts(each, mean, error):
+    """The means under the target are the goal in truth, not on the samples only.
+
+    Prompts' plain means are off by 0.04 and 0.13 here, all to the same side.
+    """
+    found = []
+    for seed in range(8):
+        rate = rates(256, mean, seed)
+        samples = [few_of_each(rate, each, 100 * seed + n) for n in (1, 2)]
+        report = fit_moments(*samples, {"seen": 0.5})
+        assert report.moments[0].fit == pytest.approx(0.5, abs=1e-8)
+        odds = rate / (1 - rate) * math.exp(report.moments[0].lambda_)
+        found.append((odds / (1 + odds)).mean())
+    assert np.mean(found) == pytest.approx(0.5, abs=error)
+    assert np.std(found) < error
+
+
+def test_few_held_out_samples_of_each_of_many_prompts():
+    """They do not see a problem where there is none; plain means are 8 of their errors away."""
+    rate = rates(256, 0.1, 0)
+    report = fit_moments(few_of_each(rate, 256, 1), few_of_each(rate, 16, 2), {"seen": 0.5})
+    assert report.moments[0].holdout == pytest.approx(0.5, abs=3 * report.moments[0].holdout_se)
+    assert report.problems == ()
+
+
 def test_a_prompt_without_a_possible_sample_is_skipped_and_counted():
     logits = torch.zeros(2, len(TEXTS))
     logits[1, [i for i, text in enumerate(TEXTS) if "dog" in text]] = -1e3
