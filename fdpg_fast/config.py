@@ -126,7 +126,7 @@ class TargetConfig:
         smooth: floor of the constraints, such as 1e-6, so that no sample is impossible
         python: FILE.py:FUNCTION that takes a rollout and returns its log score, run as given
         folder: where relative file names are looked up first; empty: beside the YAML file
-        fit_samples: samples of the base that the moments are fitted on, at least 4 of each prompt (as
+        fit_samples: samples of the base that moments are fitted on, at least 4 of each prompt (as
             many again test the fit)
         built_in_python: written by a run whose target is a Python object: what that object was
     """

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fdpg_fast import metrics, ops
 from fdpg_fast.building import prompts_of, sampler_of, target_of, tuned_of
+from fdpg_fast.config import Config
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.partition import warning_of_few
@@ -33,6 +34,7 @@ __all__ = [
     "evaluate",
     "evaluate_run",
     "measure_model",
+    "measured_for",
     "texts_of",
     "with_errors",
 ]
@@ -49,6 +51,7 @@ def evaluate(
     *,
     samples: int,
     seed: int,
+    divergence: Divergence | None = None,
 ) -> dict[str, Any]:
     """Numbers of base and policy, and some samples of each.
 
@@ -59,20 +62,23 @@ def evaluate(
         sampler: draws.
         samples: of each model, over all prompts.
         seed: of the samples.
+        divergence: what was minimised, which is measured beside those of the paper.
 
     Returns:
         JSON types: ``base`` and ``tuned`` map a name to ``[value, standard error or None]``,
         ``target`` to what is known of the target itself; ``goals`` are the moments asked for;
-        ``texts`` are some prompts and samples.
+        ``divergence`` is the name of the one given; ``texts`` are some prompts and samples.
     """
+    which = metrics.PAPER if divergence is None else measured_for(divergence)
     pool = draw_pool([lambda: policy], target, prompts, sampler, samples=samples, seed=seed)
     names = ("base", "tuned")
     return {
         "samples": len(pool.rollouts[0]),
         "seed": seed,
         "goals": target.moments,
+        "divergence": None if divergence is None else str(divergence),
         "target": with_errors(pool.target()),
-        **{name: measure_model(pool, at, target) for at, name in enumerate(names)},
+        **{name: measure_model(pool, at, target, which) for at, name in enumerate(names)},
         "texts": texts_of(dict(zip(names, pool.rollouts, strict=True))),
     }
 
@@ -140,6 +146,11 @@ def measure_model(
     return {**with_errors(measures), **{name: [value, None] for name, value in texts.items()}}
 
 
+def measured_for(*minimised: Divergence) -> tuple[Divergence, ...]:
+    """The divergences of the paper, and those that were minimised, each once."""
+    return tuple(dict.fromkeys((*metrics.PAPER, *minimised)))
+
+
 def texts_of(rollouts: Mapping[str, Rollout]) -> dict[str, list[str]]:
     """Some prompts, and what each model made of them with the same random numbers."""
     first = next(iter(rollouts.values()))
@@ -188,11 +199,20 @@ def evaluate_run(run: RunDirectory, *, samples: int | None, seed: int | None) ->
         sampler_of(config),
         samples=samples or config.samples_to_measure,
         seed=seed,
+        divergence=_minimised(config),
     )
     run.write_json(run.evaluation, evaluation)
     write_card(run)
     write_report([run], run.report)
     return evaluation
+
+
+def _minimised(config: Config) -> Divergence | None:
+    """What a run minimises; None where that was made in Python."""
+    try:
+        return Divergence.parse(config.objective.divergence)
+    except ValueError:
+        return None
 
 
 def draw_texts(

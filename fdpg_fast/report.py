@@ -27,10 +27,11 @@ __all__ = ["FOUR", "ROWS", "evaluation_table", "model_card", "write_card", "writ
 
 # The divergences of the paper, between policy π and target p.
 FOUR = {"kl": "KL(p‖π)", "reverse_kl": "KL(π‖p)", "tv": "TV", "js": "JS"}
+TO_TARGET = "{}, to the target"
 
 # Rows of the comparison of base and tuned model that are there whatever the target is.
 ROWS = {
-    **{name: f"{label}, to the target" for name, label in FOUR.items()},
+    **{name: TO_TARGET.format(label) for name, label in FOUR.items()},
     "off_support": "share outside the target's support",
     "kl_to_base": "KL(π‖a), to the base",
     "entropy": "entropy, nats per sample",
@@ -57,9 +58,11 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str,
             table.append((name, show(before.get(key)), show(after[key]), goal))
         elif key.startswith("pass@"):
             table.append((key, show(before.get(key)), show(after[key]), ""))
-    for key, label in ROWS.items():
+    minimised = evaluation.get("divergence")
+    own = {} if minimised in FOUR else {minimised: TO_TARGET.format(minimised)}
+    for key, label in {**own, **ROWS}.items():
         if key in after:
-            goal = "0" if key in FOUR else show(evaluation["target"].get(key))
+            goal = "0" if key in FOUR or key in own else show(evaluation["target"].get(key))
             table.append((label, show(before.get(key)), show(after[key]), goal))
     skipped = after.get("prompts_skipped", (0, None))[0]
     if skipped:  # none of all samples was allowed: what p is there is not known
@@ -223,11 +226,15 @@ def _plots(runs: Sequence[_Run]) -> list[str]:
     features = list(dict.fromkeys(name for run in runs for name in moments_of(run.metrics[0])))
     lines = partial(partial, _draw_lines, runs=runs)
     figures = [page.plot(name, partial(_draw_moment, runs=runs, name=name)) for name in features]
+    divergences = dict(FOUR)
+    minimised = dict.fromkeys(run.config.objective.divergence for run in runs)
+    if not minimised.keys() <= FOUR.keys():  # each run's own
+        divergences = {"divergence": " and ".join(minimised), **FOUR}
     figures += [
         page.plot(
             f"{label}: divergence to the target", lines(key=key, error=f"{key}_se", floor=0.0)
         )
-        for key, label in FOUR.items()
+        for key, label in divergences.items()
     ]
     figures += [
         page.plot("KL to the base (dashed: what the target has)", partial(_draw_base, runs=runs)),

@@ -25,7 +25,7 @@ from fdpg_fast.baselines import Baseline
 from fdpg_fast.building import prompts_of, sampler_of, target_of, tuned_of
 from fdpg_fast.config import Config, ConfigError, to_yaml
 from fdpg_fast.divergences import Divergence
-from fdpg_fast.evaluation import draw_pool, measure_model, texts_of, with_errors
+from fdpg_fast.evaluation import draw_pool, measure_model, measured_for, texts_of, with_errors
 from fdpg_fast.pool import Pool
 from fdpg_fast.progress import for_this_terminal, seconds_of
 from fdpg_fast.report import write_card, write_report
@@ -146,7 +146,7 @@ class Sweep:
             seed=self.config.run.seed,
             note=for_this_terminal().note,
         )
-        columns = tuple(dict.fromkeys((*metrics.PAPER, *self.divergences)))
+        columns = measured_for(*self.divergences)
         of_models = [
             measure_model(pool, number, self.target, columns)
             for number in range(1 + len(self.runs))
@@ -233,6 +233,7 @@ class Sweep:
                 "samples": measured["samples"],
                 "seed": self.config.run.seed,
                 "goals": measured["goals"],
+                "divergence": key[0],
                 "target": measured["target"],
                 "base": measured["base"],
                 "tuned": measured["runs"][key[0]][str(key[1])],

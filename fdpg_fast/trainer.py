@@ -496,6 +496,7 @@ class Trainer:
             self.sampler,
             samples=samples or self.config.samples_to_measure,
             seed=self.config.run.seed,
+            divergence=self.divergence,
         )
 
     def save_model(self) -> None:

@@ -252,6 +252,31 @@ def test_the_table_has_goals_where_there_are_any() -> None:
     assert table["distinct-3"] == ("", "", "")
 
 
+def test_the_table_begins_with_what_was_minimised() -> None:
+    tuned = {**EVALUATION["tuned"], "alpha(0.5)": [0.5, 0.1]}
+    evaluation = {**EVALUATION, "tuned": tuned, "divergence": "alpha(0.5)"}
+    labels = [row[0] for row in evaluation_table(evaluation)]
+    own = labels.index("alpha(0.5), to the target")
+    assert own < labels.index("KL(p‖π), to the target")
+    assert evaluation_table(evaluation)[own][2:] == ("0.500 ± 0.100", "0")
+    of_paper = evaluation_table({**EVALUATION, "divergence": "kl"})
+    assert of_paper == evaluation_table(EVALUATION)
+
+
+def test_a_divergence_that_is_not_of_the_paper_is_drawn(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "one", divergence="alpha(0.5)")
+    records = [
+        {**record, "divergence": 1.0, "divergence_se": 0.1} for record in run.read("metrics.jsonl")
+    ]
+    run.rewind(0)
+    run.append("metrics.jsonl", records)
+    text = write_report([run], tmp_path / "report.html").read_text()
+    assert "alpha(0.5): divergence to the target" in text
+    other = make_run(tmp_path / "two", divergence="kl")
+    text = write_report([run, other], tmp_path / "both.html").read_text()
+    assert "alpha(0.5) and kl: divergence to the target" in text
+
+
 def test_the_table_says_how_many_prompts_have_no_divergence() -> None:
     def last(skipped: int) -> tuple[str, ...]:
         tuned = {**EVALUATION["tuned"], "prompts_skipped": [skipped, None]}

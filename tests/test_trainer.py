@@ -391,13 +391,17 @@ def test_prompts_of_unequal_length(base: Base) -> None:
     assert listener.records[-1]["samples"] == 6 * 32
 
 
-def test_a_users_own_divergence(base: Base) -> None:
+def test_a_users_own_divergence(base: Base, tmp_path: Path) -> None:
     tanh = fdpg.Divergence.custom(torch.tanh, name="tanh", f_prime_inf=1.0)
-    run = trainer(dogs(base), divergence=tanh, steps=2)
+    run = trainer(dogs(base), divergence=tanh, steps=2, out=tmp_path, evaluation_samples=32)
     before = weights(run)
-    run.train()
+    evaluation = run.train()
     assert not same(weights(run), before)
-    assert run.config.objective.divergence == "tanh"
+    assert run.config.objective.divergence == evaluation["divergence"] == "tanh"
+    value, error = evaluation["tuned"]["tanh"]
+    assert value > 0
+    assert error > 0
+    assert "tanh, to the target" in RunDirectory(tmp_path).card.read_text()
 
 
 def test_the_way_on_is_python_where_a_config_cannot_hold_a_part(tmp_path: Path) -> None:
@@ -889,6 +893,7 @@ def test_a_stop_function_that_the_config_names_ends_samples_everywhere(
     assert measured is not None
     again = evaluate_run(RunDirectory(out), samples=32, seed=run.config.run.seed)
     assert again["texts"] == measured["texts"]
+    assert again["divergence"] == measured["divergence"] == "js"
     texts = [
         text
         for _, text in draw_texts(
