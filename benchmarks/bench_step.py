@@ -20,7 +20,7 @@ from typing import Literal
 import pytest
 import torch
 from conftest import Contest
-from shapes import COMPUTE
+from shapes import require_products
 from step_peers import PROMPT, WORD, StepShape, contenders
 
 import fdpg_fast as fdpg
@@ -59,8 +59,9 @@ BARS = {
 
 
 @pytest.mark.skipif(not MODEL.is_dir(), reason="needs the 3M story model beside the checkout")
-@pytest.mark.parametrize("compute", COMPUTE)
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_step(contest: Contest, compute: Literal["fp32", "bf16"]) -> None:
+    require_products(compute)
     shape = StepShape()
     base = fdpg.load(MODEL, compute=compute, device="cpu")  # where its peers are
     trainer = fdpg.Trainer(
