@@ -113,9 +113,10 @@ class _SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        # Under autocast rotated keys may be fp32 beside values in bf16: one type for both.
+        # Under autocast rotated keys may be fp32 beside values in 16 bits. In training attention
+        # gets either in 16, so half the bytes do.
         if key_states.dtype != value_states.dtype:
-            dtype = torch.promote_types(key_states.dtype, value_states.dtype)
+            dtype = min(key_states.dtype, value_states.dtype, key=lambda dtype: dtype.itemsize)
             key_states, value_states = key_states.to(dtype), value_states.to(dtype)
         if not self._fits(key_states):
             self.lazy_initialization(key_states, value_states)

@@ -283,6 +283,17 @@ def test_the_cache_writes_each_slot_at_its_own_position() -> None:
     assert cache.update(key, key, 0)[0].data_ptr() == place
 
 
+@pytest.mark.parametrize("rotated", ["key", "value", "neither"])
+def test_what_autocast_leaves_wide_is_kept_in_16_bits(rotated: str) -> None:
+    cache = SlotCache(1, slots=2, length=3, device=torch.device("cpu"))
+    states = {name: torch.randn(2, 1, 3, 4) for name in ("key", "value")}
+    given = {n: s if n == rotated else s.bfloat16() for n, s in states.items()}
+    kept = cache.slot_layers[0].update(given["key"], given["value"])
+    for name, there in zip(states, kept, strict=True):
+        assert there.dtype == torch.bfloat16
+        assert torch.equal(there, states[name].bfloat16())
+
+
 def test_reach_is_rounded_up_and_bounded() -> None:
     step = REACH_STEP["cpu"]
     cache = SlotCache(1, slots=2, length=step + 5, device=torch.device("cpu"))
