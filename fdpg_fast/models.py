@@ -45,10 +45,7 @@ from fdpg_fast.attention import (
 )
 from fdpg_fast.layers import choose_layers
 from fdpg_fast.ops.linear_head import project
-from fdpg_fast.ops.matmul import (
-    rounded_products,
-    rounding_once,
-)
+from fdpg_fast.ops.matmul import exact_products, rounded_products, rounding_once
 from fdpg_fast.packing import Packing, announced
 from fdpg_fast.pretrained import (
     EMBEDDED,
@@ -1031,10 +1028,10 @@ class LanguageModel:
 
     @contextlib.contextmanager
     def _plain_compute(self) -> Iterator[None]:
-        """fp32 without gradients: what is compared is the computation, not its rounding."""
+        """fp32, not TF32, without gradients: the computation is compared, not its rounding."""
         compute, self.compute = self.compute, "fp32"
         try:
-            with torch.no_grad(), self._apart():
+            with torch.no_grad(), self._apart(), exact_products(self.device):
                 yield
         finally:
             self.compute = compute

@@ -151,6 +151,33 @@ def test_only_the_head_of_bf16_compute_rounds_its_products(
     assert not matmul.may_round()
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("asked", ["highest", "high", "medium"])
+def test_what_a_caller_rounds_is_not_rounded_where_paths_are_compared(
+    asked: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With TF32 they would differ by a hundred times the tolerance, and none would be trusted."""
+    backends = torch.backends
+    seen: list[str] = []
+    measure = SelfTest.measure
+
+    def watched(self: SelfTest) -> dict[str, float]:
+        backend = backends.cuda.matmul if device == "cuda" else backends.mkldnn.matmul
+        seen.append(backend.fp32_precision)
+        return measure(self)
+
+    monkeypatch.setattr(SelfTest, "measure", watched)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(asked)
+    try:
+        found = language_model("llama", device=device).self_test()
+        assert torch.get_float32_matmul_precision() == asked
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"ieee"}
+    assert found.keys() >= {"head", "scoring", "decoding"}
+
+
 def test_auto_compute_is_fp32_on_the_cpu() -> None:
     assert language_model("gpt2", compute="auto").compute == "fp32"
 

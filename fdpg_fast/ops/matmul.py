@@ -45,6 +45,7 @@ from fdpg_fast.ops.token_logprob import require_one_device, result_dtype
 
 __all__ = [
     "add_product_",
+    "exact_products",
     "fuses",
     "has_16_bit_products",
     "has_rounded_products",
@@ -210,18 +211,33 @@ def rounded_products(device: torch.device) -> Iterator[None]:
     of this thread alone; what torch rounds on a GPU, all threads share.
     """
     if device.type == "cuda":
-        backend: Any = torch.backends.cuda.matmul
-        before, backend.fp32_precision = backend.fp32_precision, "tf32"
-        try:
+        with _precision(device, "tf32"):
             yield
-        finally:
-            backend.fp32_precision = before
         return
     outside = _may_round.set(_OURS_ROUNDS)
     try:
         yield
     finally:
         _may_round.reset(outside)
+
+
+@contextlib.contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """Matrix products of fp32 numbers that nothing rounds on the way in, whatever the process has
+    asked torch for (``torch.set_float32_matmul_precision``), for all its threads."""
+    with _precision(device, "ieee"):
+        yield
+
+
+@contextlib.contextmanager
+def _precision(device: torch.device, name: str) -> Iterator[None]:
+    backends = torch.backends
+    backend: Any = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
+    before, backend.fp32_precision = backend.fp32_precision, name
+    try:
+        yield
+    finally:
+        backend.fp32_precision = before
 
 
 @contextlib.contextmanager
