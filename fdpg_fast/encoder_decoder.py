@@ -81,7 +81,7 @@ class _Seats:
         rows[prompt[order], rank] = order
         place = torch.empty_like(prompt)
         place[order] = prompt[order] * rows.shape[1] + rank
-        return cls(rows.to(device), place.to(device))
+        return cls(*(x.to(device, non_blocking=True) for x in (rows, place)))
 
 
 @dataclass(frozen=True)
@@ -302,9 +302,9 @@ class EncoderDecoderModel(LanguageModel):
         """How texts read prompts ``prompt``, ``(B,)`` int64 on the CPU: which prompts must be there
         (one for each text, unless the attention can share them), and who reads which."""
         if self.attention != SHARED:
-            return prompt.to(self.device), None
+            return prompt.to(self.device, non_blocking=True), None
         wanted, prompt = prompt.unique(return_inverse=True)
-        return wanted.to(self.device), _Seats.of(prompt, self.device)
+        return wanted.to(self.device, non_blocking=True), _Seats.of(prompt, self.device)
 
     def decoder(
         self,

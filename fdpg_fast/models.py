@@ -857,21 +857,19 @@ class LanguageModel:
         if used is not None:
             order = order[used[order]]
         tokens = rollout.tokens.to(self.device)
+        packs = self.packs and not self.is_compiled  # which compiles for each packing anew
         while len(order):
-            size = micro_batch or self._size(widths[order], budget)
+            size = micro_batch or _size(widths[order], budget, packs)
             rows, order = order[:size], order[size:]
-            yield self._micro_batch(tokens, rows, prompt_lengths[rows], lengths[rows])
-
-    def _size(self, longest_first: Tensor, budget: int) -> int:
-        """How many of the texts of these lengths the next micro-batch reads."""
-        computed = needed = longest_first.cumsum(0)
-        if not self.packs:
-            computed = torch.arange(1, len(longest_first) + 1) * longest_first[0]
-        dense = (needed >= (1 - PADDING) * computed) | (computed <= PADDED_TOKENS)
-        return max(1, int((dense & (computed <= budget)).sum()))
+            yield self._micro_batch(tokens, rows, prompt_lengths[rows], lengths[rows], packs)
 
     def _micro_batch(
-        self, tokens: Tensor, rows: Tensor, prompt_lengths: Tensor, lengths: Tensor
+        self,
+        tokens: Tensor,
+        rows: Tensor,
+        prompt_lengths: Tensor,
+        lengths: Tensor,
+        packs: bool = False,
     ) -> MicroBatch:
         widths = prompt_lengths + lengths - 1
         width = int(widths.max())
@@ -879,7 +877,7 @@ class LanguageModel:
         i, column = inside.nonzero(as_tuple=True)
         start = prompt_lengths[i]  # where the sample starts in its text
         packing = None
-        if self.packs:
+        if packs:
             packing = Packing.of(widths, self.device, self._packed_kernel)
             text, position = (torch.arange(width) < widths[:, None]).nonzero(as_tuple=True)
             text, position = text[None], position[None]
@@ -887,8 +885,10 @@ class LanguageModel:
         else:
             text, position = torch.arange(len(rows))[:, None], torch.arange(width)[None]
             begin = i * width
+        # A copy that blocks would wait for the micro-batch before.
         i, column, start, begin, rows, text, position = (
-            x.to(self.device) for x in (i, column, start, begin, rows, text, position)
+            x.to(self.device, non_blocking=True)
+            for x in (i, column, start, begin, rows, text, position)
         )
         return MicroBatch(
             tokens=tokens[rows[text], position],
@@ -1089,6 +1089,15 @@ class LanguageModel:
             decoder_start_token_id=old.decoder_start_token_id,
             made_by=MADE_BY,
         )
+
+
+def _size(longest_first: Tensor, budget: int, packs: bool) -> int:
+    """How many of the texts of these lengths the next micro-batch reads."""
+    computed = needed = longest_first.cumsum(0)
+    if not packs:
+        computed = torch.arange(1, len(longest_first) + 1) * longest_first[0]
+    dense = (needed >= (1 - PADDING) * computed) | (computed <= PADDED_TOKENS)
+    return max(1, int((dense & (computed <= budget)).sum()))
 
 
 def _kind(config: Any) -> type[LanguageModel]:

@@ -44,7 +44,8 @@ class Packing:
     def of(cls, lengths: Tensor, device: torch.device, kernel: str = "") -> Packing:
         """Of sequences of ``lengths``, ``(b,)`` int64 on the CPU."""
         boundaries = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-        return cls(tuple(lengths.tolist()), boundaries.to(device), kernel)
+        there = boundaries.to(device, non_blocking=True)
+        return cls(tuple(lengths.tolist()), there, kernel)
 
     def within(self, window: int | None) -> Packing:
         """The same for a layer of that window."""

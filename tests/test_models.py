@@ -268,6 +268,16 @@ def test_micro_batches_hold_little_padding(packs: bool, monkeypatch: pytest.Monk
     assert len(list(model._micro_batches(rollout, None, None, budget=1))) == len(rollout)
 
 
+def test_a_compiled_model_reads_padded_rows() -> None:
+    """Where sequences lie in a packed row is constant to torch.compile: each would be another."""
+    model = language_model("gpt2", eos_ids=EOS)
+    model.packs = True
+    rollout = draw(model)
+    assert all(one.packing for one in model._micro_batches(rollout, None, 7, 4096))
+    model.model.get_submodule("transformer").compile(backend="eager")
+    assert not any(one.packing for one in model._micro_batches(rollout, None, 7, 4096))
+
+
 @pytest.mark.parametrize("family", ["gpt2", "gemma2"])
 def test_entropy_and_log_sum_exp(family: str) -> None:
     model = language_model(family, eos_ids=EOS)
