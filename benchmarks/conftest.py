@@ -204,6 +204,19 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.benchmark_json = str(path)
 
 
+def of_gpu(item: pytest.Item) -> bool:
+    return any("CUDA" in mark.kwargs["reason"] for mark in item.iter_markers("skipif"))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Where there is a GPU it is what is measured: its table is no place for rows of the CPU, which
+    are measured where it is hidden (CUDA_VISIBLE_DEVICES=)."""
+    if config.option.benchmark_disable or not torch.cuda.is_available():
+        return
+    config.hook.pytest_deselected(items=[item for item in items if not of_gpu(item)])
+    items[:] = filter(of_gpu, items)
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: Any) -> None:
     machine_info.pop("node", None)
     build = _build.load().build_info()
