@@ -662,10 +662,17 @@ class Trainer:
         if not _goes_on(out, resume):
             self.run = RunDirectory.create(out, self.config)
             return
+        planned = RunDirectory.open(out).config().run.steps
         self.run, newest = RunDirectory.resume(out, self.config)
         if newest is not None:
             self.load_checkpoint(newest)
         self.run.rewind(self.steps_done)
+        steps, optimiser = self.config.run.steps, self.config.optimiser
+        if steps != planned and optimiser.schedule != "constant":
+            self.display.note(
+                f"the learning rate goes on as in a run of {steps} steps from the start, not of "
+                f"{planned}: at {self.learning_rate(self.steps_done):.2g}"
+            )
 
 
 # ---------------------------------------------------------------------------------------------

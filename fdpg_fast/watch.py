@@ -17,7 +17,8 @@ class Watch:
     REPEAT = 25
 
     def __init__(self, steps: int) -> None:
-        self._patience = {"empty": min(self.PATIENCE, steps)}  # that is no estimate
+        soon = min(self.PATIENCE, steps)  # what is no estimate
+        self._patience = {"empty": soon, "alike": soon}
         self._target_kl = math.nan
         self._count: dict[str, int] = {}
         self._said: dict[str, int] = {}
@@ -32,6 +33,7 @@ class Watch:
             "runaway": lost,
             "implausible": metrics.implausible(record),
             "empty": None if lost else _nothing_to_learn(record),
+            "alike": _all_alike(record),
         }
         step = int(record["step"])
         for name, reason in reasons.items():
@@ -50,4 +52,14 @@ def _nothing_to_learn(record: Mapping[str, float]) -> str | None:
         "no sample was possible under the target, in this step and those before, so there is "
         "nothing to learn from. Way out: more samples per step, prompts that lead to such texts, a "
         "likelier constraint, or a reward in its place"
+    )
+
+
+def _all_alike(record: Mapping[str, float]) -> str | None:
+    if record["weight_abs_max"] > 1e-9 or not record["n_used"] > record["n_off_support"]:
+        return None
+    return (
+        "every sample had weight 0, in this step and those before, so nothing was learnt. Likely "
+        "cause: each prompt's Z rests on one sample so far, which is then just as likely as it "
+        "shall be. Way out: more sampling.samples_per_prompt, or log_z: frozen"
     )

@@ -371,6 +371,24 @@ def test_lambdas_of_other_prompts_are_warned_of(base: Base) -> None:
         assert any("fitted on other prompts" in one for one in run.display.warnings) == warns
 
 
+@pytest.mark.parametrize("divergence", ["js", "kl"])
+def test_one_sample_of_each_prompt_teaches_nothing_at_first_and_that_is_said(
+    divergence: str, base: Base
+) -> None:
+    """In the first pass over them: each is the whole of what is known of its prompt's Z."""
+    words = ("dog", "cat", "boy", "girl", "dragon", "she", "he")
+    run = trainer(
+        base.reward(fdpg.length("words"), beta=1.0),
+        prompts=[f"once there was a {word}" for word in words],
+        samples_per_prompt=1,
+        steps=len(words),
+        divergence=divergence,
+    )
+    run.train()
+    assert isinstance(run.display, Listener)
+    assert any("every sample had weight 0" in warning for warning in run.display.warnings)
+
+
 def test_log_z_can_be_frozen_before_training(base: Base) -> None:
     listener = Listener()
     trainer(dogs(base), log_z="frozen", log_z_samples=512, steps=3, display=listener).train()
@@ -414,6 +432,21 @@ def test_the_way_on_is_python_where_a_config_cannot_hold_a_part(tmp_path: Path) 
     }.items():
         way_on = RunDirectory.create(tmp_path / name, config.replace(**part)).way_on()
         assert way_on.startswith("fdpg train" if name == "whole" else "in Python"), name
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "said"),
+    [("linear", 8, True), ("linear", 4, False), ("constant", 8, False)],
+)
+def test_more_steps_than_planned_raise_the_learning_rate_and_say_so(
+    schedule: str, steps: int, said: bool, base: Base, tmp_path: Path
+) -> None:
+    settings = {"schedule": schedule, "out": tmp_path}
+    trainer(dogs(base), steps=4, **settings).train()
+    listener = Listener()
+    trainer(dogs(base), steps=steps, resume=True, display=listener, **settings)
+    rate = "goes on as in a run of 8 steps from the start, not of 4: at 0.0015"
+    assert any(rate in note for note in listener.notes) == said
 
 
 def test_the_learning_rate_is_a_function_of_the_step(base: Base) -> None:

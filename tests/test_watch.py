@@ -13,6 +13,7 @@ GOOD = {
     "kl_target_base": 3.7,
     "n_used": 256.0,
     "n_off_support": 100.0,
+    "weight_abs_max": 2.0,
 }
 
 
@@ -61,6 +62,15 @@ def test_a_run_too_short_for_patience_says_that_there_was_nothing_to_learn_from(
         assert said.startswith(f"step {steps}: no sample was possible")
         assert warnings({}, *[nothing] * (steps - 1), steps=steps) == []
     assert warnings(*[{"kl_to_base": 300.0}] * 4, steps=4) == []  # those may be chance
+
+
+def test_weights_that_are_all_zero_are_said() -> None:
+    """Not where no sample was possible: that is another trouble."""
+    said = warnings(*[{"weight_abs_max": 0.0}] * 6)
+    assert len(said) == 1
+    assert said[0].startswith("step 5: every sample had weight 0")
+    (said,) = warnings(*[{"weight_abs_max": 0.0, "n_off_support": 256.0}] * 6)
+    assert "no sample was possible" in said
 
 
 def test_a_negative_kl_is_said() -> None:
