@@ -59,7 +59,7 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str,
         elif key.startswith("pass@"):
             table.append((key, show(before.get(key)), show(after[key]), ""))
     minimised = evaluation.get("divergence")
-    own = {} if minimised in FOUR else {minimised: TO_TARGET.format(minimised)}
+    own = {minimised: TO_TARGET.format(minimised)} if minimised and minimised not in FOUR else {}
     for key, label in {**own, **ROWS}.items():
         if key in after:
             goal = "0" if key in FOUR or key in own else show(evaluation["target"].get(key))

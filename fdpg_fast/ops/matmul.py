@@ -231,8 +231,8 @@ def exact_products(device: torch.device) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _precision(device: torch.device, name: str) -> Iterator[None]:
-    backends = torch.backends
-    backend: Any = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
+    backends: Any = torch.backends
+    backend = backends.cuda.matmul if device.type == "cuda" else backends.mkldnn.matmul
     before, backend.fp32_precision = backend.fp32_precision, name
     try:
         yield
