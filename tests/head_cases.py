@@ -118,6 +118,7 @@ def multiply_by(monkeypatch: pytest.MonkeyPatch, whose: str) -> None:
     monkeypatch.setattr(matmul, "_LEAST", 0)
     monkeypatch.setattr(matmul, "_LEAST_ROWS", 0)
     monkeypatch.setattr(matmul, "_LEAST_FACTOR", 0)
+    monkeypatch.setattr(matmul, "_TAKES_ACROSS", True)
 
 
 @contextlib.contextmanager

@@ -79,6 +79,11 @@ _LEAST_ROWS = 4
 # in units of ours, of 64 and of 256 rows; the least of many):
 #   128 x 512: 0.98, 0.80     256 x 768: 1.23, 1.26     768 x 3072: 1.56, 1.33
 _LEAST_FACTOR = 1 << 17 if load().cpu_isa() == "avx2" else 0
+# Nor are ours better there where rows of the first factor lie across its memory, in the gradient of
+# a weight. ms on an AMD EPYC with AVX2, 2 cores, ours and MKL's (the least of some):
+#   3072 x 1024 x 768: 39, 28     50257 x 1024 x 768: 693, 475     512 x 4096 x 128: 5.1, 3.6
+# and where they do not, [1024, 768] x [768, 50257]: 475, 655.
+_TAKES_ACROSS = load().cpu_isa() != "avx2"
 # Whether there is a CPU with instructions for products of bf16.
 _OURS_ROUNDS: bool = load().has_packed_products()
 # Of a thread, for another may be about something else: inside rounded_products, on a CPU where ours
@@ -338,6 +343,7 @@ def is_ours(a: Tensor, b: Tensor, *, fused: bool = False) -> bool:
     # would differ from the trainer's.
     rows, size = a.shape[0], b.numel()
     pays = size >= _LEAST_FACTOR and (fused or (rows >= _LEAST_ROWS and rows * size >= _LEAST))
+    pays = pays and (_TAKES_ACROSS or a.stride(1) == 1)
     pays = pays and (library()[0] or (fused and fuses()))
     return pays or may_round() or _always_ours.get()
 

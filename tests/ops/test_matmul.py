@@ -254,6 +254,21 @@ def test_whose_products_and_why(monkeypatch: pytest.MonkeyPatch) -> None:
     assert decide() == (False, "torch's own: this torch has no MKL to stay away from")
 
 
+@pytest.mark.parametrize("takes", [True, False])
+def test_rows_that_lie_across_are_ours_where_that_pays(
+    takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The gradient of a weight, but where all products shall be ours."""
+    monkeypatch.setattr(matmul, "library", lambda: (True, "the test says so"))
+    monkeypatch.setattr(matmul, "_TAKES_ACROSS", takes)
+    a, b = torch.ones(500, 600), torch.ones(600, 700)
+    across = a.t().contiguous().t()
+    assert matmul.is_ours(a, b)
+    assert matmul.is_ours(across, b) == takes
+    with matmul.own_products():
+        assert matmul.is_ours(across, b)
+
+
 def test_messages() -> None:
     a, b, out = torch.ones(2, 3), torch.ones(3, 4), torch.ones(2, 4)
 

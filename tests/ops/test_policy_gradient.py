@@ -143,6 +143,7 @@ def test_a_row_does_not_depend_on_others(
     matmul = sys.modules["fdpg_fast.ops.matmul"]
     monkeypatch.setattr(matmul, "library", lambda: (True, "the test says so"))
     monkeypatch.setattr(matmul, "_LEAST_FACTOR", 0)
+    monkeypatch.setattr(matmul, "_TAKES_ACROSS", True)
     case = Case(37, 70, 1003, bias=True, softcap=3.0)  # many rows more than _LEAST
     x, c = make(case, dtype), torch.randn(37)
     whole = policy_gradient(case, x, c)
