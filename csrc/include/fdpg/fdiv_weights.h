@@ -144,7 +144,8 @@ struct EffectiveSize {
   FDPG_HOST_DEVICE void merge(const EffectiveSize& later) {
     if (later.largest == -INFINITY) return;
     const bool grows = !(later.largest <= largest);  // also when it is NaN, which stays
-    const double scale = std::exp(grows ? largest - later.largest : later.largest - largest);
+    const double below = grows ? largest - later.largest : later.largest - largest;
+    const double scale = largest == later.largest ? 1.0 : std::exp(below);  // both infinite, say
     const EffectiveSize& low = grows ? *this : later;
     const EffectiveSize& high = grows ? later : *this;
     const EffectiveSize both = {high.largest, high.sum + scale * low.sum,

@@ -63,6 +63,22 @@ void not_finite() {
   for (int k = 0; k < 15; ++k) CHECK_NEAR(got[k], expected[k], 1e-12);
 }
 
+// Two infinite weights that are one thread's, neighbours', or several warps' apart.
+void two_infinities() {
+  for (const int64_t apart : {1, 32, 256, 300, 512}) {
+    std::vector<double> weights(600, 0.5);
+    weights[7] = weights[7 + apart] = INFINITY;
+    Buffer<double> log_weight(weights), got(fresh(1)), expected(fresh(1));
+    Buffer<int64_t> prompt(std::vector<int64_t>(600, 0));
+    LogPartitionParams p{log_weight.data(), prompt.data(), 600, 1, got.data()};
+    run_on_device([&] { return cuda::log_partition(p, nullptr); });
+    p.state = expected.data();
+    CHECK(cpu::log_partition(p) == kOk);
+    CHECK(got[0] == INFINITY && got[1] == INFINITY && got[2] == 600);
+    for (int k = 0; k < 3; ++k) CHECK(got[k] == expected[k]);
+  }
+}
+
 // Of fewer prompts than samples, and of more.
 void a_prompt_that_does_not_exist(int64_t prompts) {
   for (const std::vector<int64_t>& ids :
@@ -91,6 +107,7 @@ int main() {
     agrees_with_cpu(150, 200, 1);
     agrees_with_cpu(150, 200, 7);
     not_finite();
+    two_infinities();
     for (const int64_t prompts : {2, 200}) a_prompt_that_does_not_exist(prompts);
   });
 }
