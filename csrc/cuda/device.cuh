@@ -80,8 +80,9 @@ inline bool has_early_begin(const void* kernel) {
   signed char found = known[device].load(std::memory_order_relaxed);
   if (found == 0) {
     cudaFuncAttributes attributes{};
-    const bool can = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess &&
-                     attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
+    const bool told = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess;
+    if (!told) static_cast<void>(cudaGetLastError());  // the launch will say it
+    const bool can = told && attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
     found = can ? 1 : -1;
     known[device].store(found, std::memory_order_relaxed);
   }

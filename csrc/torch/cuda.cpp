@@ -49,6 +49,7 @@ class Workspace {
 
 void check(const char* op, cuda::Status status) {
   if (status == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // or the next kernel of torch's would raise it once more
   fail(op, ": the kernel could not be launched: ",
        cudaGetErrorString(static_cast<cudaError_t>(status)));
 }
