@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
 CONFIG_DIR = ROOT / "build" / "config"
 CUDA_HOME = Path(cpp_extension.CUDA_HOME or "/nonexistent")
-DEFAULT_CUDA_ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+DEFAULT_CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 # The stable ABI of torch 2.11: what was compiled against one torch >= 2.11 loads in another.
 TORCH_TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"

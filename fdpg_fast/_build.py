@@ -9,7 +9,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import importlib.machinery
 import os
+import re
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -59,9 +61,46 @@ def load() -> ModuleType:
     info = module.build_info()
     check_fresh(info, Path(__file__).resolve().parents[1] / "csrc")
     if info["cuda"] and torch.version.cuda is not None:
-        for library in sorted(Path(__file__).parent.glob("_C_cuda*.so")):
-            torch.ops.load_library(str(library))
+        # Not those of other Pythons that the same checkout has been built for.
+        names = [f"_C_cuda{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
+        paths = [Path(__file__).with_name(name) for name in names]
+        for path in [path for path in paths if path.is_file()][:1]:
+            torch.ops.load_library(str(path))
     return module
+
+
+def refusal_of_gpu(capability: tuple[int, int]) -> str | None:
+    """Why no kernel of ours runs on a GPU of that compute capability, and the way out."""
+    info = load().build_info()
+    if not info["cuda"]:
+        return (
+            f"fdpg_fast was compiled without CUDA ({info['cuda_reason']}). Way out: install it "
+            "again where nvcc is, with FDPG_CUDA=1"
+        )
+    archs = str(info["cuda_archs"])
+    of_it = "{}.{}".format(*capability)
+    if _covers(archs, capability):
+        return None
+    return (
+        f"fdpg_fast was compiled for GPUs of compute capability {archs}, and this one has {of_it}. "
+        f"Way out: install it again with TORCH_CUDA_ARCH_LIST={of_it}"
+    )
+
+
+def _covers(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether code for ``archs``, as TORCH_CUDA_ARCH_LIST has them, runs on a GPU: binaries on a
+    later minor version, PTX on all later ones."""
+    for arch in re.split(r"[;\s]+", archs):
+        known = re.fullmatch(r"(\d+)\.(\d)(\D?)(\+PTX)?", arch)
+        if known is None:  # a name, such as Hopper: torch knows
+            return True
+        major, minor, ptx = int(known[1]), int(known[2]), known[4] is not None
+        exact = known[3] == "a"  # for this one and no later one
+        if (major, minor) == capability or (
+            not exact and (major, minor) <= capability and (ptx or major == capability[0])
+        ):
+            return True
+    return False
 
 
 def check_fresh(info: dict[str, object], csrc: Path) -> None:

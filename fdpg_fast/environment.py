@@ -9,7 +9,7 @@ from importlib import metadata
 
 import torch
 
-from fdpg_fast._build import load
+from fdpg_fast._build import load, refusal_of_gpu
 from fdpg_fast._version import __version__
 from fdpg_fast.attention import attention_report
 from fdpg_fast.ops.matmul import fuses, gpu_has_bf16, has_16_bit_products, library
@@ -58,7 +58,9 @@ def describe() -> Iterator[tuple[str, str]]:
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             bf16 = "used" if gpu_has_bf16(torch.device("cuda", index)) else "not used: it has none"
-            yield f"cuda:{index}", f"{torch.cuda.get_device_name(index)}; bf16 {bf16}"
+            refusal = refusal_of_gpu(torch.cuda.get_device_capability(index))
+            why = f"bf16 {bf16}" if refusal is None else f"not used: {refusal}"
+            yield f"cuda:{index}", f"{torch.cuda.get_device_name(index)}; {why}"
     else:
         reason = "torch was built without CUDA" if torch.version.cuda is None else "no GPU found"
         yield "CUDA", f"not used: {reason}"

@@ -15,6 +15,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from fdpg_fast._build import refusal_of_gpu
 from fdpg_fast.ops.matmul import gpu_has_bf16, has_16_bit_products
 
 __all__ = [
@@ -97,6 +98,9 @@ def no_progress_bar() -> Iterator[None]:
 def device_of(name: str | torch.device) -> torch.device:
     if str(name) == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cuda" and (why := refusal_of_gpu(torch.cuda.get_device_capability())):
+            name = "cpu"
+            warnings.warn(f"the GPU is not used: {why}", RuntimeWarning, stacklevel=4)
     expected = "device: expected auto, cpu, cuda or cuda:N"
     try:
         device = torch.device(name)
@@ -108,6 +112,8 @@ def device_of(name: str | torch.device) -> torch.device:
         raise ModelError(f"device {name!r}: this torch sees no GPU. Use 'auto' or 'cpu'.")
     if device.type == "cuda" and (device.index or 0) >= (count := torch.cuda.device_count()):
         raise ModelError(f"device {str(name)!r}: expected cuda:0 to cuda:{count - 1}. Use 'auto'.")
+    if device.type == "cuda" and (why := refusal_of_gpu(torch.cuda.get_device_capability(device))):
+        raise ModelError(f"device {str(name)!r}: {why}")
     if device.type == "cuda" and device.index is None:  # as tensors there say of themselves
         return torch.device("cuda", torch.cuda.current_device())
     return device

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,6 +33,53 @@ def test_build_info() -> None:
     assert isinstance(info["cuda"], bool)
     assert info["cuda_reason"], "the decision for or against CUDA has a reason"
     assert bool(info["cuda_archs"]) == info["cuda"]
+
+
+@pytest.mark.parametrize(
+    ("archs", "runs", "fails"),
+    [
+        ("7.5;8.0;8.6;9.0+PTX", [(7, 5), (8, 0), (8, 7), (8, 9), (9, 0), (12, 0)], [(7, 0)]),
+        ("8.0 8.6", [(8, 0), (8, 9)], [(7, 5), (9, 0)]),
+        ("8.6", [(8, 6)], [(8, 0), (9, 0)]),
+        ("9.0a", [(9, 0)], [(9, 1), (10, 0)]),
+        ("Hopper", [(9, 0)], []),
+    ],
+)
+def test_what_gpus_code_runs_on(
+    archs: str,
+    runs: list[tuple[int, int]],
+    fails: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    info = {"cuda": True, "cuda_archs": archs, "cuda_reason": "the test says so"}
+    monkeypatch.setattr(_build, "load", lambda: SimpleNamespace(build_info=lambda: info))
+    for capability in runs:
+        assert _build.refusal_of_gpu(capability) is None
+    for capability in fails:
+        message = _build.refusal_of_gpu(capability)
+        assert message is not None
+        assert archs in message
+        assert "TORCH_CUDA_ARCH_LIST={}.{}".format(*capability) in message
+    info["cuda"] = False
+    message = _build.refusal_of_gpu(runs[0])
+    assert message is not None
+    assert "compiled without CUDA (the test says so)" in message
+
+
+def test_only_the_library_of_this_python_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A checkout that two Pythons have been built for has two, of which one may be stale."""
+    loaded: list[str] = []
+    for suffix in (".cpython-309-x86_64-linux-gnu.so", EXTENSION_SUFFIXES[0]):
+        (tmp_path / f"_C_cuda{suffix}").touch()
+    monkeypatch.setattr(_build, "__file__", str(tmp_path / "_build.py"))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.ops, "load_library", loaded.append)
+    module = SimpleNamespace(build_info=lambda: {"cuda": True})
+    monkeypatch.setattr(_build.importlib, "import_module", lambda name: module)
+    _build.load.__wrapped__()
+    assert loaded == [str(tmp_path / f"_C_cuda{EXTENSION_SUFFIXES[0]}")]
 
 
 def test_instruction_sets_can_be_chosen() -> None:

@@ -205,10 +205,27 @@ def test_auto_compute_is_bf16_on_a_gpu_that_has_it(
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.cuda, "_check_bf16_tensor_supported", lambda device: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (major, 0))
+    monkeypatch.setattr(environment, "refusal_of_gpu", lambda capability: None)
     monkeypatch.setattr(environment, "attention_report", lambda: [])
     assert pretrained.compute_of("auto", torch.device("cuda", 0)) == compute
     said = "used" if compute == "bf16" else "not used: it has none"
     assert dict(environment.describe())["cuda:0"] == f"a GPU; bf16 {said}"
+
+
+def test_a_gpu_that_no_kernel_was_compiled_for_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without nvcc, say: pip has compiled the CPU's alone, and every op would fail."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr(pretrained, "refusal_of_gpu", lambda capability: f"none for {capability}")
+    with pytest.warns(RuntimeWarning, match=r"the GPU is not used: none for \(9, 0\)"):
+        assert pretrained.device_of("auto") == torch.device("cpu")
+    with pytest.raises(ModelError, match=r"device 'cuda:0': none for \(9, 0\)"):
+        pretrained.device_of("cuda:0")
+    monkeypatch.setattr(pretrained, "refusal_of_gpu", lambda capability: None)
+    assert pretrained.device_of("auto") == pretrained.device_of("cuda") == torch.device("cuda", 0)
 
 
 def test_copies_have_weights_of_their_own() -> None:
