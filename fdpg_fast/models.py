@@ -55,6 +55,7 @@ from fdpg_fast.pretrained import (
     checkpoint_activations,
     compute_of,
     context_length,
+    counting_limit,
     device_of,
     embedded_model,
     eos_ids_of,
@@ -172,15 +173,11 @@ class LanguageModel:
         self.layers: int = config.num_hidden_layers
         self.vocab_size: int = config.vocab_size
         self.context_length = context_length(config, tokenizer)
-        if (limit := rope_limit(config)) is not None and limit < self.context_length:
-            warnings.warn(
-                f"{self.name}: reads up to {limit} tokens here, not {self.context_length}: a text "
-                "longer than that changes the rotary positions (longrope) of all in its batch, so "
-                "their log-probs would depend on their neighbours.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            self.context_length = limit
+        self._read_at_most(
+            rope_limit(config),
+            "a text longer than that changes the rotary positions (longrope) of all in its batch, "
+            "so their log-probs would depend on their neighbours",
+        )
         if eos_ids is None:
             eos_ids = eos_ids_of(self.model, tokenizer, self.vocab_size)
         self.eos_ids = eos_ids
@@ -201,6 +198,11 @@ class LanguageModel:
         self.packs, self._packed_kernel = False, ""
         self.checks = self._settle(attention)
         self.scoring = self._settle_packing()
+        self._read_at_most(
+            counting_limit(config) if self.has_cache else None,
+            "beyond that it scales attention by a position that it counts itself, which is not "
+            "that of a slot. attention='sdpa' reads more, slowly",
+        )
 
     # --- making one -----------------------------------------------------------------------------
 
@@ -918,6 +920,16 @@ class LanguageModel:
                 f"{int(rollout.tokens[row, column])} in row {row}, column {column}. Samples and "
                 f"model must share one tokenizer ({self.name})."
             )
+
+    def _read_at_most(self, limit: int | None, why: str) -> None:
+        if limit is None or limit >= self.context_length:
+            return
+        warnings.warn(
+            f"{self.name}: reads up to {limit} tokens here, not {self.context_length}: {why}.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+        self.context_length = limit
 
     # --- trust, but measure ---------------------------------------------------------------------
 

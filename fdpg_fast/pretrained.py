@@ -27,6 +27,7 @@ __all__ = [
     "checkpoint_activations",
     "compute_of",
     "context_length",
+    "counting_limit",
     "device_of",
     "embedded_model",
     "eos_ids_of",
@@ -187,6 +188,13 @@ def rope_limit(config: Any) -> int | None:
     each = [rope, *(own for own in rope.values() if isinstance(own, dict))]  # by kind of layer
     long = [own for own in each if own.get("rope_type") == "longrope"]
     return min((own.get(name) or getattr(config, name) for own in long), default=None)
+
+
+def counting_limit(config: Any) -> int | None:
+    """The longest text before whose end Llama 4 does not scale attention by the position, which it
+    counts by how many tokens are in the cache: as slots differ in that, theirs says none."""
+    scales = getattr(config, "attn_temperature_tuning", False)
+    return config.floor_scale - 1 if scales else None
 
 
 def eos_ids_of(model: Any, tokenizer: Any, vocab_size: int) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import VOCAB, batch, double, language_model, reference_logprob, tiny
+from families import CONFIGS, VOCAB, batch, double, language_model, reference_logprob, tiny
 from tiny import write_tiny_model
 from torch import Tensor
 from transformers import (
@@ -629,6 +629,30 @@ def test_positions_do_not_depend_on_the_longest_text_of_a_batch(
         torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-4)
     with pytest.raises(ValueError, match="do not fit the 16 tokens"):
         Sampler(8).draw(model, prompts, 1, key=3)
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa"])
+def test_llama_4_reads_as_far_as_attention_is_not_scaled_by_a_count_of_its_own(
+    attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From position 15 on here, and 8191 by default; without slots there is one count for all."""
+    llama = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 8}
+    llama |= {"num_key_value_heads": 2, "intermediate_size": 48, "intermediate_size_mlp": 48}
+    llama |= {"max_position_embeddings": 40, "attention_chunk_size": 8, "num_local_experts": 2}
+    llama |= {"floor_scale": 16, "attn_scale": 2.0}
+    monkeypatch.setitem(CONFIGS, "llama4_text", llama)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = language_model("llama4_text", eos_ids=EOS, attention=attention)
+    limited = any("reads up to 15 tokens here, not 40" in str(one.message) for one in said)
+    slots = attention == "auto"
+    assert (model.has_cache, limited, model.context_length == 15) == (slots, slots, slots)
+    longest = 15 if slots else 30
+    rollout = Sampler(longest - 3, batch_size=6).draw(model, batch([7, 5, 2], [1]), 12, key=3)
+    assert longest - 4 < int((rollout.prompt_lengths + rollout.lengths).max()) <= longest
+    truth = reference_logprob(double(model), rollout)
+    for found in (rollout.token_logprob, model.token_logprob(rollout)):
+        torch.testing.assert_close(found.double(), truth, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
