@@ -86,6 +86,7 @@ def test_samples_follow_the_law_of_the_model(slots: int, deterministic: bool) ->
     observed = [sum(seen[text] for text in group) for group in groups]
     expected = [sum(law[text] for text in group) * count for group in groups]
     assert len(groups) > 21
+    expected = [x * sum(observed) / sum(expected) for x in expected]  # fp32 has rounded them
     assert scipy.stats.chisquare(observed, expected).pvalue > 1e-3
 
 
