@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
-import importlib.machinery
 import os
 import re
 import sys
@@ -61,11 +60,10 @@ def load() -> ModuleType:
     info = module.build_info()
     check_fresh(info, Path(__file__).resolve().parents[1] / "csrc")
     if info["cuda"] and torch.version.cuda is not None:
-        # Not those of other Pythons that the same checkout has been built for.
-        names = [f"_C_cuda{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES]
-        paths = [Path(__file__).with_name(name) for name in names]
-        for path in [path for path in paths if path.is_file()][:1]:
-            torch.ops.load_library(str(path))
+        # Of the same Python: a checkout that several have been built for has several.
+        path = Path(str(module.__file__))
+        suffix = path.name.removeprefix("_C")
+        torch.ops.load_library(str(path.with_name(f"_C_cuda{suffix}")))
     return module
 
 
@@ -78,9 +76,9 @@ def refusal_of_gpu(capability: tuple[int, int]) -> str | None:
             "again where nvcc is, with FDPG_CUDA=1"
         )
     archs = str(info["cuda_archs"])
-    of_it = "{}.{}".format(*capability)
     if _covers(archs, capability):
         return None
+    of_it = "{}.{}".format(*capability)
     return (
         f"fdpg_fast was compiled for GPUs of compute capability {archs}, and this one has {of_it}. "
         f"Way out: install it again with TORCH_CUDA_ARCH_LIST={of_it}"

@@ -71,15 +71,18 @@ def test_only_the_library_of_this_python_is_loaded(
 ) -> None:
     """A checkout that two Pythons have been built for has two, of which one may be stale."""
     loaded: list[str] = []
-    for suffix in (".cpython-309-x86_64-linux-gnu.so", EXTENSION_SUFFIXES[0]):
+    mine = EXTENSION_SUFFIXES[0]
+    for suffix in (".cpython-309-x86_64-linux-gnu.so", mine, ".cpython-399-x86_64-linux-gnu.so"):
         (tmp_path / f"_C_cuda{suffix}").touch()
     monkeypatch.setattr(_build, "__file__", str(tmp_path / "_build.py"))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.ops, "load_library", loaded.append)
-    module = SimpleNamespace(build_info=lambda: {"cuda": True})
+    module = SimpleNamespace(
+        build_info=lambda: {"cuda": True}, __file__=str(tmp_path / f"_C{mine}")
+    )
     monkeypatch.setattr(_build.importlib, "import_module", lambda name: module)
     _build.load.__wrapped__()
-    assert loaded == [str(tmp_path / f"_C_cuda{EXTENSION_SUFFIXES[0]}")]
+    assert loaded == [str(tmp_path / f"_C_cuda{mine}")]
 
 
 def test_instruction_sets_can_be_chosen() -> None:
