@@ -15,7 +15,6 @@ from torch import Tensor
 
 from fdpg_fast import metrics, ops
 from fdpg_fast.building import prompts_of, sampler_of, target_of, tuned_of
-from fdpg_fast.config import Config
 from fdpg_fast.divergences import Divergence
 from fdpg_fast.models import LanguageModel
 from fdpg_fast.partition import warning_of_few
@@ -199,20 +198,12 @@ def evaluate_run(run: RunDirectory, *, samples: int | None, seed: int | None) ->
         sampler_of(config),
         samples=samples or config.samples_to_measure,
         seed=seed,
-        divergence=_minimised(config),
+        divergence=run.minimised(),
     )
     run.write_json(run.evaluation, evaluation)
     write_card(run)
     write_report([run], run.report)
     return evaluation
-
-
-def _minimised(config: Config) -> Divergence | None:
-    """What a run minimises; None where that was made in Python."""
-    try:
-        return Divergence.parse(config.objective.divergence)
-    except ValueError:
-        return None
 
 
 def draw_texts(

@@ -58,11 +58,11 @@ def evaluation_table(evaluation: Mapping[str, Any]) -> list[tuple[str, str, str,
             table.append((name, show(before.get(key)), show(after[key]), goal))
         elif key.startswith("pass@"):
             table.append((key, show(before.get(key)), show(after[key]), ""))
-    minimised = evaluation.get("divergence")
-    own = {minimised: TO_TARGET.format(minimised)} if minimised and minimised not in FOUR else {}
-    for key, label in {**own, **ROWS}.items():
+    minimised = evaluation.get("divergence") or ""
+    rows = ROWS if minimised in ROWS else {minimised: TO_TARGET.format(minimised), **ROWS}
+    for key, label in rows.items():
         if key in after:
-            goal = "0" if key in FOUR or key in own else show(evaluation["target"].get(key))
+            goal = "0" if key in FOUR or key == minimised else show(evaluation["target"].get(key))
             table.append((label, show(before.get(key)), show(after[key]), goal))
     skipped = after.get("prompts_skipped", (0, None))[0]
     if skipped:  # none of all samples was allowed: what p is there is not known

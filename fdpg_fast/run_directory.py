@@ -220,13 +220,16 @@ class RunDirectory:
         """What resumes the run: a command, or Python where its config alone cannot."""
         config = self.config()
         in_python = config.target.built_in_python or config.sampling.stop_in_python
-        try:
-            Divergence.parse(config.objective.divergence)
-        except ValueError:  # a custom one, whose name is all that the config has
-            in_python = in_python or config.objective.divergence
-        if in_python:
+        if in_python or self.minimised() is None:
             return f"in Python, Trainer(..., out={str(self.path)!r}, resume=True)"
         return f"fdpg train --resume --out {self.path}"
+
+    def minimised(self) -> Divergence | None:
+        """The run's divergence; None for a custom one, whose name is all that the config has."""
+        try:
+            return Divergence.parse(self.config().objective.divergence)
+        except ValueError:
+            return None
 
     def read_facts(self) -> dict[str, Any]:
         """What run.json holds; nothing for a run that never got to its first step."""
