@@ -201,7 +201,7 @@ class LanguageModel:
         self._read_at_most(
             counting_limit(config) if self.has_cache else None,
             "beyond that it scales attention by a position that it counts itself, which is not "
-            "that of a slot. attention='sdpa' reads more, slowly",
+            "that of a slot. Way out: --model.attention sdpa, which reads more, slowly",
         )
 
     # --- making one -----------------------------------------------------------------------------
@@ -922,6 +922,7 @@ class LanguageModel:
             )
 
     def _read_at_most(self, limit: int | None, why: str) -> None:
+        """Lowers :attr:`context_length` to a limit, if that is one, and says why."""
         if limit is None or limit >= self.context_length:
             return
         warnings.warn(

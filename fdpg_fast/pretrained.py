@@ -191,8 +191,9 @@ def rope_limit(config: Any) -> int | None:
 
 
 def counting_limit(config: Any) -> int | None:
-    """The longest text before whose end Llama 4 does not scale attention by the position, which it
-    counts by how many tokens are in the cache: as slots differ in that, theirs says none."""
+    """The longest text that Llama 4 reads right from slots. From position ``floor_scale - 1`` on it
+    scales attention by the position, and asks the cache how many tokens are before it: one number,
+    where each slot has its own, so theirs says 0."""
     scales = getattr(config, "attn_temperature_tuning", False)
     return config.floor_scale - 1 if scales else None
 

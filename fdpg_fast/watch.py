@@ -61,5 +61,5 @@ def _all_alike(record: Mapping[str, float]) -> str | None:
     return (
         "every sample had weight 0, in this step and those before, so nothing was learnt. Likely "
         "cause: each prompt's Z rests on one sample so far, which is then just as likely as it "
-        "shall be. Way out: more sampling.samples_per_prompt, or log_z: frozen"
+        "shall be. Way out: more sampling.samples_per_prompt, or objective.log_z: frozen"
     )

@@ -1,8 +1,8 @@
 """Matrix products: torch's, and on a CPU our own where torch's are slow, or do not exist.
 
-torch hands fp32 products to MKL, which is for Intel's CPUs: AMD's get a quarter to three quarters
-of what they can do. oneDNN, which torch takes for 16-bit products, does better on them, but its
-results are in memory of its own, and those of 16-bit factors in 16 bits. ``matmul_``
+torch hands fp32 products to MKL, which is for Intel's CPUs: AMD's with AVX-512 get a quarter to
+three quarters of what they can do. oneDNN, which torch takes for 16-bit products, does better on
+them, but its results are in memory of its own, and those of 16-bit factors in 16 bits. ``matmul_``
 (csrc/cpu/matmul-inl.h) writes fp32 results where they are wanted or adds them to what is there,
 whichever way its factors lie, or with one of many products that ``matmul_pack_`` has laid out for
 it. ms on an AMD EPYC with AVX-512 and avx512_bf16, 2 cores, [n, k] x [k, m]:
